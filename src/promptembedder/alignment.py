@@ -1,0 +1,111 @@
+"""Alignment: the linear map from the prompter's token-embedding space to the backbone's.
+
+Shapes: K soft tokens, P prompter width, D backbone width, S shared vocabulary, V vocabulary, N prompts.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from promptembedder.errors import PromptEmbedderError
+
+_WORD_MARK = "\u2581"  # sentencepiece's visible blank
+
+
+class Alignment(nn.Module):
+    """`W` (P, D), float32: soft prompt (..., K, D) = soft tokens (..., K, P) @ W."""
+
+    def __init__(self, weight_PD: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_PD.detach().to(torch.float32).clone())
+
+    def forward(self, tokens_NKP: Tensor) -> Tensor:
+        """Map soft tokens (N, K, P) to a soft prompt (N, K, D), float32."""
+        soft_NKD: Tensor = tokens_NKP.to(self.weight.dtype) @ self.weight
+        return soft_NKD
+
+
+def identity(P: int, D: int) -> Tensor:
+    """The start where prompter and backbone share their embeddings.
+
+    Raises:
+        PromptEmbedderError: the widths differ.
+    """
+    if P != D:
+        raise PromptEmbedderError(f"alignment start 'identity' needs equal widths, prompter has {P}, backbone {D}")
+    return torch.eye(P)
+
+
+def random(P: int, D: int, generator: torch.Generator | None = None) -> Tensor:
+    """Gaussian entries of variance 1 / P, so that the norm of a soft token is kept on average."""
+    return torch.randn(P, D, generator=generator) / P**0.5
+
+
+def least_squares(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
+    """The `W` (P, D) that minimises `||prompter @ W - backbone||_F` over the shared vocabulary, in float64.
+
+    Args:
+        prompter_SP: the prompter's embeddings of the shared tokens.
+        backbone_SD: the backbone's embeddings of the same tokens, in the same order.
+
+    Raises:
+        PromptEmbedderError: fewer shared tokens than P: the problem has no unique solution.
+    """
+    shared, P = prompter_SP.shape
+    if shared < P:
+        raise PromptEmbedderError(
+            f"alignment start 'least_squares' needs at least {P} shared tokens, the vocabularies share {shared}; "
+            "use 'random'"
+        )
+    fitted = torch.linalg.lstsq(prompter_SP.double().cpu(), backbone_SD.double().cpu(), driver="gelsd")
+    weight_PD: Tensor = fitted.solution.float()
+    return weight_PD
+
+
+def shared_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Token ids (S,) and (S,) of the spellings that two vocabularies share, special tokens left out.
+
+    Spellings are compared as bytes: byte-level BPE (`Ġthe`), sentencepiece (`▁the`) and byte fallbacks
+    (`<0x0A>`) come out the same.
+    """
+    spelled_first, spelled_second = _spellings(first), _spellings(second)
+    shared = sorted(spelled_first.keys() & spelled_second.keys())
+    ids_first = torch.tensor([spelled_first[s] for s in shared], dtype=torch.long)
+    ids_second = torch.tensor([spelled_second[s] for s in shared], dtype=torch.long)
+    return ids_first, ids_second
+
+
+def _spellings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
+    special = set(tokenizer.all_special_ids) | {
+        i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    byte_level = backend is not None and "ByteLevel" in json.dumps(
+        [json.loads(backend.to_str()).get(part) for part in ("pre_tokenizer", "decoder")]
+    )
+    byte_of = _byte_level_alphabet()
+    spelled: dict[bytes, int] = {}
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if index in special:
+            continue
+        if byte_level:
+            if not all(c in byte_of for c in token):
+                continue
+            spelling = bytes(byte_of[c] for c in token)
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            spelling = bytes([int(token[3:5], 16)])
+        else:
+            spelling = token.replace(_WORD_MARK, " ").encode()
+        spelled.setdefault(spelling, index)
+    return spelled
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes, character to byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}

@@ -1,0 +1,63 @@
+"""What the frozen LLM gives without any training, to compare with.
+
+Shapes: B texts, T text tokens, E embedding width, D backbone width, C cue tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from promptembedder.backbone import Backbone
+from promptembedder.module import SoftPromptTransformer
+
+# The ending of PromptEOL (arXiv 2307.16645); its beginning is the default `text_template`.
+HARD_CUE = ' means in one word:"'
+
+
+def mean_pooling(module: SoftPromptTransformer, texts: Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
+    """Mean of the last hidden states over the bare text: (N, E), unit length."""
+    lm = module.backbone.lm
+    plain = Backbone(lm, layout="prefix", readout="mean")
+
+    def embed(batch: list[str]) -> Tensor:
+        encoded = module.tokenizer(
+            batch, padding=True, truncation=True, max_length=module.settings.max_text_tokens, return_tensors="pt"
+        ).to(lm.device)
+        hidden_BTD = lm(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).last_hidden_state
+        return plain._pool(hidden_BTD, encoded["attention_mask"])
+
+    return _embedded(embed, texts, batch_size)
+
+
+def hard_cue(
+    module: SoftPromptTransformer, texts: Sequence[str], cue: str = HARD_CUE, *, batch_size: int = 32
+) -> NDArray[np.float32]:
+    """PromptEOL: last hidden state after the templated text and a cue in words: (N, E), unit length."""
+    lm = module.backbone.lm
+    reader = Backbone(lm, layout="suffix", readout="last")
+    ids_C = torch.tensor(module.tokenizer(cue, add_special_tokens=False)["input_ids"], device=lm.device)
+
+    def embed(batch: list[str]) -> Tensor:
+        features = module.preprocess(batch)
+        states = reader.read_text(features["input_ids"].to(lm.device), features["attention_mask"].to(lm.device))
+        return reader.read_soft_prompt(states, lm.get_input_embeddings()(ids_C)[None])
+
+    return _embedded(embed, texts, batch_size)
+
+
+def _embedded(embed: Callable[[list[str]], Tensor], texts: Sequence[str], batch_size: int) -> NDArray[np.float32]:
+    by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+    result: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(texts)
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(texts), batch_size), desc="Batches", leave=False):
+            picked = by_length[start : start + batch_size]
+            unit_BE = torch.nn.functional.normalize(embed([texts[n] for n in picked]), dim=-1)
+            for n, embedding in zip(picked, unit_BE.float().cpu().numpy(), strict=True):
+                result[n] = embedding
+    return np.stack(result)

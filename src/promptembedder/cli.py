@@ -1,0 +1,194 @@
+"""One command per verb: parse, call, print. Bad input is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from promptembedder.errors import PromptEmbedderError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
+)
+
+
+class Precision(StrEnum):
+    """How embeddings are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+    ubinary = "ubinary"
+
+
+class TextFormat(StrEnum):
+    """How texts are read."""
+
+    lines = "lines"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Settings that replace the file's.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data files; as data.root.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train a model; prints its scores last, as one JSON line."""
+    from promptembedder.config import load_run
+    from promptembedder.training import train as run
+
+    settings = load_run(config, [*(overrides or []), *([f"data.root={data}"] if data else [])])
+    result = run(settings, resume=resume)
+    _say(f"saved {result.folder}")
+    line = {f"{name}_spearman": round(score, 2) for name, score in result.scores.items()}
+    print(json.dumps(line | {"steps": result.steps, "seconds": round(result.seconds, 1), "model": str(result.folder)}))
+
+
+@app.command()
+def encode(
+    model: ModelPath,
+    texts: Annotated[str, typer.Argument(metavar="[TEXTS]", help="File of texts; - is standard input.")] = "-",
+    output: Annotated[Path, typer.Option("--output", "-o", help=".npy, or .parquet with ids.")] = Path("vectors.npy"),
+    instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: the model's default.")] = None,
+    document: Annotated[bool, typer.Option("--document", help="Use the model's document instruction.")] = False,
+    kind: Annotated[TextFormat | None, typer.Option("--format", help="Unset: by the file's ending.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
+    id_field: Annotated[str, typer.Option(help="Field of the id; rows without one get their number.")] = "id",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
+    truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions.")] = None,
+    precision: Annotated[Precision, typer.Option(help="How values are stored.")] = Precision.float32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
+) -> None:
+    """Embed texts from a file or standard input into .npy or .parquet, in their order."""
+    import numpy as np
+
+    from promptembedder.files import embedding_writer, read_texts
+    from promptembedder.model import describe, load
+
+    if instruction is not None and (document or not instruction.strip()):
+        raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
+    rows = read_texts(texts, kind.value if kind else None, text_field, id_field)
+    width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
+    binary = precision is Precision.ubinary
+    dtype = np.dtype(np.uint8 if binary else precision.value)
+    options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size, "truncate_dim": truncate_dim}
+    options |= {"precision": "ubinary"} if binary else {}
+    options |= {"task": "document"} if document else {}
+    # The writer comes first: an output that cannot be written is said before the model opens.
+    with embedding_writer(output, (width + 7) // 8 if binary else width, dtype) as writer:
+        embedder, count = load(model, device=device), 0
+        for chunk in _progress(_chunked(rows, 32 * batch_size)):
+            ids, batch = zip(*chunk, strict=True)
+            writer.write(list(ids), embedder.encode(list(batch), show_progress_bar=False, **options))
+            count += len(ids)
+    _say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision.value}")
+
+
+@app.command()
+def explain(
+    model: ModelPath,
+    instruction: Annotated[str | None, typer.Argument(help="Unset: the model's default instruction.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Words listed per soft token.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show the words that each soft token of an instruction mixes, with their weights."""
+    from promptembedder.explain import explain as read
+    from promptembedder.model import load, soft_prompt_module
+
+    embedder = load(model)
+    asked = instruction if instruction is not None else soft_prompt_module(embedder).settings.default_instruction
+    readings = read(embedder, asked, top)
+    if as_json:
+        print(json.dumps({"instruction": asked, "soft_tokens": [asdict(r) for r in readings]}))
+        return
+    print(f"instruction: {asked}")
+    for n, reading in enumerate(readings, 1):
+        words = "  ".join(f"{word!r} {weight:.2f}" for word, weight in reading.words)
+        print(f"soft token {n}  entropy {reading.entropy:5.2f} nats  {words}")
+
+
+@app.command()
+def info(
+    model: ModelPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show what a saved model is made of; opens no LLM."""
+    from promptembedder.model import describe
+
+    facts = describe(model)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name:24} {value}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of report, picture and model.")] = Path(
+        "runs/demo"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
+) -> None:
+    """Train on BBC news with SmolLM2-135M and compare with the untrained LLM (minutes on two CPU cores)."""
+    from promptembedder.demo import run_demo
+
+    print(run_demo(output, steps=steps))
+
+
+def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+def _progress(chunks: Iterator[list[tuple[str, str]]]) -> Iterator[list[tuple[str, str]]]:
+    """Count texts on standard error; how many will come is unknown while streaming."""
+    from tqdm import tqdm
+
+    with tqdm(unit=" texts", desc="Encoding") as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the `promptembedder` command."""
+    import warnings
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Deprecations inside the libraries are ours to follow up, not the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    try:
+        app()
+    except PromptEmbedderError as error:
+        _say(f"promptembedder: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("promptembedder: stopped")
+        sys.exit(130)

@@ -1,0 +1,294 @@
+"""Settings: frozen dataclasses, YAML in and out, any of them overridable as `section.name=value`.
+
+Every default lives here and nowhere else. `None` means unset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from promptembedder.errors import PromptEmbedderError
+
+_RULES = ConfigDict(extra="forbid", str_min_length=1, allow_inf_nan=False)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Layout = Literal["prefix", "suffix"]
+Readout = Literal["last", "mean"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class ModelConfig:
+    """What a model is made of; all of it is saved with the model.
+
+    Attributes:
+        prompter: Prompting LLM: short name, folder, .gguf file or hub id.
+        backbone: Embedding LLM, likewise.
+        prompter_revision: hub commit of the prompter.
+        backbone_revision: hub commit of the backbone.
+        layout: `suffix` (text, soft prompt) or `prefix` (instruction, soft prompt, text).
+        readout: `last` or `mean`, over the soft tokens (`suffix`) or the text tokens (`prefix`).
+        num_soft_tokens: K.
+        softmax_temperature: divides the prompter's logits before the softmax that mixes its embeddings.
+        prompter_training: `lora` keeps the saved model small, `full` trains every weight of the prompter.
+        lora_rank: rank of the prompter's LoRA.
+        lora_alpha: LoRA scale is alpha / rank.
+        alignment_start: `auto` is identity where the two LLMs are the same, least squares otherwise.
+        condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
+        dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
+        max_text_tokens: longer texts are cut.
+        max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
+        text_template: what the backbone reads as text; `{text}` stands for it.
+        default_instruction: used where none is given.
+        document_instruction: used for the document side (`encode_document`) where none is given.
+    """
+
+    prompter: str = "smollm2-135m-instruct"
+    backbone: str = "smollm2-135m-instruct"
+    prompter_revision: str | None = None
+    backbone_revision: str | None = None
+    layout: Layout = "suffix"
+    readout: Readout = "last"
+    num_soft_tokens: PositiveInt = 5
+    softmax_temperature: PositiveFloat = 1.0
+    prompter_training: Literal["lora", "full"] = "lora"
+    lora_rank: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    alignment_start: Literal["auto", "identity", "least_squares", "random"] = "auto"
+    condition_on: Literal["instruction", "instruction_and_text"] = "instruction"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_text_tokens: PositiveInt = 512
+    max_instruction_tokens: PositiveInt = 256
+    text_template: str = 'This sentence : "{text}"'
+    default_instruction: str = "Represent the meaning of the text."
+    document_instruction: str = "Represent the document so that a search finds it."
+
+    def __post_init__(self) -> None:
+        if self.text_template.count("{text}") != 1:
+            raise ValueError("text_template must hold {text} exactly once")
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class WarmStartConfig:
+    """Fit the prompter to write a known good cue before contrastive training; no backbone pass is needed.
+
+    Attributes:
+        steps: optimizer steps at most; 0 leaves the warm start out.
+        cue: its last K tokens are the target.
+        learning_rate: of the prompter, AdamW.
+        target_probability: stop once every cue token has this weight in its mixture. Well below 1, because a
+            saturated softmax passes no gradient on to the contrastive training.
+    """
+
+    steps: Count = 60
+    cue: str = 'said in a few short words, and as clearly as one can, which means in one word:"'
+    learning_rate: PositiveFloat = 5e-4
+    target_probability: Annotated[float, Field(gt=0, lt=1)] = 0.9
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class DataFile:
+    """One source of training rows.
+
+    Attributes:
+        path: .jsonl, .jsonl.gz, .parquet, or `hub:owner/name` (split `train`).
+        weight: how often its batches are drawn relative to its size.
+        instruction: for rows without one.
+        asymmetric: documents (`pos`, `neg`) get the model's document instruction, not the row's.
+        max_rows: use the first so many, in file order.
+    """
+
+    path: str
+    weight: PositiveFloat = 1.0
+    instruction: str | None = None
+    asymmetric: bool = False
+    max_rows: PositiveInt | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class DataConfig:
+    """Training rows.
+
+    Attributes:
+        root: folder that relative paths start from; unset: `$PROMPTEMBEDDER_DATA`, else the current folder.
+        files: the sources; batches never mix instructions.
+        max_negatives: hard negatives used per row; a row with fewer repeats its own.
+    """
+
+    files: tuple[DataFile, ...] = ()
+    root: str | None = None
+    max_negatives: Count = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class EvaluationConfig:
+    """Scored sentence pairs (`sentence1`, `sentence2`, `score`) to follow during training and to end on.
+
+    Attributes:
+        dev: file for checkpoints and early stop.
+        test: file for the figure printed last.
+        instruction: under which both sentences are embedded.
+        every_steps: how often dev is scored.
+        batch_size: texts per forward.
+    """
+
+    dev: str | None = None
+    test: str | None = None
+    instruction: str = "Retrieve sentences that mean the same as the given sentence."
+    every_steps: PositiveInt = 50
+    batch_size: PositiveInt = 64
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        output: folder of the run: checkpoints, logs and, in `model/`, the result.
+        max_steps: optimizer steps.
+        batch_size: pairs per forward; with `gradient_accumulation` G, G times as many per optimizer step.
+        gradient_accumulation: forwards per optimizer step.
+        prompter_learning_rate: of the prompter, AdamW.
+        alignment_learning_rate: of W, AdamW.
+        weight_decay: AdamW, on matrices.
+        warmup: share of the steps with rising learning rate.
+        schedule: what follows the rise.
+        max_grad_norm: gradients are clipped to this norm.
+        temperature: of InfoNCE.
+        loss: `infonce`, or `cached_infonce` (gradient cache: large batches in the memory of small ones).
+        mini_batch_size: of the gradient cache.
+        matryoshka_dims: also train prefixes of the embedding of these widths.
+        mask_false_negatives: leave out negatives that the model itself finds closer to the anchor than its
+            positive (GISTEmbed with the model as its own guide).
+        train_prompter: off: only W is trained.
+        warm_start: see `WarmStartConfig`.
+        early_stop_patience: stop after so many dev scores without a better one.
+        save_every_steps: checkpoint distance; unset: as often as dev is scored.
+        keep_checkpoints: older ones are deleted.
+        logging_steps: distance of log lines.
+        seed: of everything drawn.
+    """
+
+    output: str = "runs/model"
+    max_steps: PositiveInt = 200
+    batch_size: Annotated[int, Field(ge=2)] = 48
+    gradient_accumulation: PositiveInt = 1
+    prompter_learning_rate: PositiveFloat = 2e-4
+    alignment_learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.1
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    max_grad_norm: PositiveFloat = 1.0
+    temperature: PositiveFloat = 0.05
+    loss: Literal["infonce", "cached_infonce"] = "infonce"
+    mini_batch_size: PositiveInt = 32
+    matryoshka_dims: tuple[PositiveInt, ...] = ()
+    mask_false_negatives: bool = False
+    train_prompter: bool = True
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    early_stop_patience: PositiveInt | None = None
+    save_every_steps: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    logging_steps: PositiveInt = 5
+    seed: int = 13
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class RunConfig:
+    """Everything `promptembedder train` reads; saved as `config.yaml` with the model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """Check settings and build the dataclass `kind`.
+
+    Raises:
+        PromptEmbedderError: unknown name, wrong type or value; names the field, the value and what is valid.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        raise PromptEmbedderError(f"{where}: {_one_line(error, kind)}") from None
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.name=value` overrides.
+
+    Raises:
+        PromptEmbedderError: file missing or not YAML, unknown or invalid setting.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptEmbedderError(
+            f"config {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise PromptEmbedderError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise PromptEmbedderError(f"config {path} must be a mapping of sections, found {type(settings).__name__}")
+    return parse(RunConfig, _overridden(settings, overrides), where=str(path))
+
+
+def dump_yaml(config: Any) -> str:
+    """The settings as YAML that `load_run` reads back to an equal object."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, allow_unicode=True)
+
+
+def _overridden(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(json.dumps(settings))
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise PromptEmbedderError(f"override {override!r} must look like section.name=value")
+        *sections, last = name.split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise PromptEmbedderError(f"override {override!r}: {section!r} is not a section")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            place[last] = value
+    return result
+
+
+def _one_line(error: ValidationError, kind: type) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or kind.__name__
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        valid = ", ".join(_valid_names(kind, first["loc"][:-1]))
+        return f"unknown setting {place!r}; valid here: {valid}{more}"
+    return f"{place} = {first['input']!r}: {first['msg']}{more}"
+
+
+def _valid_names(kind: Any, path: Sequence[int | str]) -> list[str]:
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = next((f.type for f in fields(kind) if f.name == part), None)
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        named = [c if is_dataclass(c) else globals().get(str(c).strip("'")) for c in candidates]
+        named += [DataFile] if part == "files" else []
+        kind = next((c for c in named if is_dataclass(c)), kind)
+    return [f.name for f in fields(kind)]

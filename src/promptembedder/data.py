@@ -1,0 +1,225 @@
+"""Training rows and scored pairs, from files or the hub, checked and sorted into one dataset per instruction."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from promptembedder.config import DataConfig, DataFile
+from promptembedder.errors import PromptEmbedderError
+
+DATA_ENV = "PROMPTEMBEDDER_DATA"
+_HUB_MARK = "hub:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked training row."""
+
+    query: str
+    pos: tuple[str, ...]
+    neg: tuple[str, ...]
+    instruction: str
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Training datasets by name, and the instruction of each of their columns.
+
+    Attributes:
+        datasets: columns `anchor`, `positive` and, where the rows have some, `negative_1`, `negative_2`, ...
+        prompts: dataset name -> column -> instruction, as sentence-transformers takes it.
+    """
+
+    datasets: DatasetDict
+    prompts: dict[str, dict[str, str]]
+
+    @property
+    def instructions(self) -> list[str]:
+        """The distinct instructions, sorted."""
+        return sorted({text for columns in self.prompts.values() for text in columns.values()})
+
+
+def load_training_data(config: DataConfig, document_instruction: str, seed: int) -> TrainingData:
+    """Read all sources and make one dataset per instruction, so that batches never mix instructions.
+
+    Args:
+        config: the sources.
+        document_instruction: for `pos` and `neg` of asymmetric sources.
+        seed: draws the rows kept by a weight that is no whole number.
+
+    Raises:
+        PromptEmbedderError: no sources; a file missing, damaged or with a bad row: names file, line and field.
+    """
+    if not config.files:
+        raise PromptEmbedderError("data.files is empty; name at least one file of training rows")
+    columns: dict[str, dict[str, list[str]]] = {}
+    prompts: dict[str, dict[str, str]] = {}
+    for source in config.files:
+        drawn = random.Random(f"{seed} {source.path}")
+        for row in _weighted(list(read_rows(source, config.root)), source.weight, drawn):
+            negatives = _negatives(row, config.max_negatives)
+            side = document_instruction if source.asymmetric else row.instruction
+            key = f"{row.instruction}|{side}|{len(negatives)}"
+            table = columns.setdefault(key, defaultdict(list))
+            prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
+                ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side
+            )
+            for positive in row.pos:
+                table["anchor"].append(row.query)
+                table["positive"].append(positive)
+                for n, negative in enumerate(negatives):
+                    table[f"negative_{n + 1}"].append(negative)
+    # Short names: sentence-transformers prints them, and a dataset name may not hold every character.
+    names = {key: f"task_{n + 1}" for n, key in enumerate(columns)}
+    return TrainingData(
+        DatasetDict({names[key]: Dataset.from_dict(dict(table)) for key, table in columns.items()}),
+        {names[key]: prompts[key] for key in columns},
+    )
+
+
+def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:
+    """Read and check the rows of one source.
+
+    Raises:
+        PromptEmbedderError: as in `load_training_data`.
+    """
+    for n, (where, record) in enumerate(_records(source.path, root)):
+        if source.max_rows is not None and n >= source.max_rows:
+            return
+        yield Row(
+            query=_text(record, "query", where),
+            pos=_texts(record, "pos", where, at_least=1),
+            neg=_texts(record, "neg", where, at_least=0),
+            instruction=source.instruction
+            if record.get("instruction") is None and source.instruction is not None
+            else _text(record, "instruction", where),
+        )
+
+
+def read_scored_pairs(path: str, root: str | None) -> tuple[list[str], list[str], list[float]]:
+    """Read sentence pairs with a similarity score: fields `sentence1`, `sentence2`, `score`.
+
+    Raises:
+        PromptEmbedderError: file missing or damaged, field missing, score no finite number.
+    """
+    first, second, scores = [], [], []
+    for where, record in _records(path, root):
+        score = record.get("score")
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or score != score:
+            raise PromptEmbedderError(f"{where}: field 'score' is {score!r}, expected a number")
+        first.append(_text(record, "sentence1", where))
+        second.append(_text(record, "sentence2", where))
+        scores.append(float(score))
+    if not scores:
+        raise PromptEmbedderError(f"{path} holds no pairs")
+    return first, second, scores
+
+
+def data_path(path: str, root: str | None) -> Path:
+    """A data file's place: absolute, or below `root`, `$PROMPTEMBEDDER_DATA` or the current folder."""
+    base = root or os.environ.get(DATA_ENV) or "."
+    return Path(base).expanduser() / Path(path).expanduser()
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) for every line of a JSONL file, plain or gzip; blank lines are skipped.
+
+    Raises:
+        PromptEmbedderError: file missing, gzip damaged, line not JSON or not UTF-8.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    yield where, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise PromptEmbedderError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise PromptEmbedderError(f"{path} is a damaged gzip file: {error}") from None
+    except UnicodeDecodeError as error:
+        raise PromptEmbedderError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        hint = "" if path.is_absolute() or os.environ.get(DATA_ENV) else f"; set data.root or {DATA_ENV}"
+        raise PromptEmbedderError(f"data file {path} cannot be read: {error.strerror or error}{hint}") from None
+
+
+def _records(path: str, root: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, record in _raw_records(path, root):
+        if not isinstance(record, dict):
+            raise PromptEmbedderError(f"{where}: expected an object with named fields, found {type(record).__name__}")
+        yield where, record
+
+
+def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
+    if path.startswith(_HUB_MARK):
+        name = path.removeprefix(_HUB_MARK)
+        try:
+            table = load_dataset(name, split="train")
+        except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
+            raise PromptEmbedderError(f"dataset {name!r} could not be fetched from the hub: {error}") from error
+        yield from ((f"{path}, row {n + 1}", row) for n, row in enumerate(table))
+        return
+    file = data_path(path, root)
+    if file.suffix == ".parquet":
+        yield from _parquet(file)
+    elif file.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from read_jsonl(file)
+    else:
+        raise PromptEmbedderError(f"data file {file}: unknown kind, expected .jsonl, .jsonl.gz, .parquet or hub:NAME")
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise PromptEmbedderError(f"data file {file} cannot be read as Parquet: {error}") from error
+    yield from ((f"{file}, row {n + 1}", row) for n, row in enumerate(table.to_pylist()))
+
+
+def _weighted(rows: Sequence[Row], weight: float, drawn: random.Random) -> list[Row]:
+    whole, part = divmod(weight, 1)
+    return list(rows) * int(whole) + drawn.sample(list(rows), round(part * len(rows)))
+
+
+def _negatives(row: Row, at_most: int) -> list[str]:
+    """Exactly `at_most` negatives, a short list repeated in turn; none where the row has none."""
+    return [row.neg[n % len(row.neg)] for n in range(at_most)] if row.neg else []
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record or record[field] is None:
+        raise PromptEmbedderError(f"{where}: field {field!r} is missing")
+    value = record[field]
+    if not isinstance(value, str) or not value.strip():
+        raise PromptEmbedderError(f"{where}: field {field!r} is {value!r}, expected a non-empty string")
+    return value
+
+
+def _texts(record: dict[str, Any], field: str, where: str, at_least: int) -> tuple[str, ...]:
+    values = record.get(field)
+    if values is None:
+        values = []
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise PromptEmbedderError(f"{where}: field {field!r} must be a list of non-empty strings")
+    if len(values) < at_least:
+        raise PromptEmbedderError(f"{where}: field {field!r} is empty, expected at least {at_least} text")
+    return tuple(values)

@@ -1,0 +1,412 @@
+"""Put modules together: `build` a new model, `load` and `save` one, `encode` under several instructions at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
+from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.util import batch_to_device
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from promptembedder import alignment as alignments
+from promptembedder import base_models
+from promptembedder.alignment import Alignment
+from promptembedder.backbone import Backbone
+from promptembedder.base_models import LocatedModel
+from promptembedder.config import ModelConfig, parse
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.module import (
+    ALIGNMENT_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    PROMPTER_FOLDER,
+    PROMPTER_WEIGHTS,
+    BaseModels,
+    SoftPromptTransformer,
+    load_trained_state,
+)
+from promptembedder.prompter import Prompter
+
+_LORA_TARGETS = "all-linear"
+
+
+def build(config: ModelConfig | None = None, *, device: str | None = None, seed: int = 13) -> SentenceTransformer:
+    """Make an untrained model: a plain `SentenceTransformer` of `SoftPromptTransformer` and `Normalize`.
+
+    Args:
+        config: the model's settings; unset: the defaults.
+        device: where it runs; unset: the accelerator, if there is one.
+        seed: of LoRA's and a random alignment's start.
+
+    Raises:
+        PromptEmbedderError: a base LLM cannot be had or is not supported, a setting does not fit it.
+    """
+    config = config or ModelConfig()
+    prompter_at = base_models.locate(config.prompter, config.prompter_revision)
+    backbone_at = base_models.locate(config.backbone, config.backbone_revision)
+    return _assemble(_build_module(config, prompter_at, backbone_at, device, seed), device)
+
+
+def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> SentenceTransformer:
+    """Open a saved model with its path alone; no remote code, no pickle.
+
+    Args:
+        path: folder written by `save` or `SentenceTransformer.save_pretrained`.
+        device: where it runs; unset: the accelerator, if there is one.
+        dtype: `bfloat16` or `float32` to run the backbone in another precision than saved.
+
+    Raises:
+        PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
+            LLM is not the one the model was trained with.
+    """
+    folder = Path(path)
+    saved = _read_json(folder / "config_sentence_transformers.json")
+    modules: list[torch.nn.Module] = []
+    for entry in _read_json(folder / "modules.json"):
+        if entry["type"].startswith("promptembedder."):
+            modules.append(load_module(folder / entry["path"], device=device, dtype=dtype))
+        else:
+            modules.append(_library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"]))
+    return SentenceTransformer(
+        modules=modules,
+        device=device,
+        prompts=saved.get("prompts"),
+        default_prompt_name=saved.get("default_prompt_name"),
+        similarity_fn_name=saved.get("similarity_fn_name"),
+        truncate_dim=saved.get("truncate_dim"),
+    )
+
+
+def save(model: SentenceTransformer, path: str | Path, *, card: str | None = None) -> None:
+    """Write a model to a folder, atomically: a temporary name first, then a rename.
+
+    Args:
+        model: made by `build` or `load`.
+        path: the folder; an older model there is replaced.
+        card: Markdown for its README; unset: a short one.
+
+    Raises:
+        PromptEmbedderError: the folder cannot be written, or holds something that is not a model.
+    """
+    target = Path(path)
+    if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise PromptEmbedderError(f"{target} exists and is not a saved model; choose another folder")
+    scratch = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        model.save_pretrained(str(scratch), create_model_card=False)
+        (scratch / "README.md").write_text(card or _card(soft_prompt_module(model)), encoding="utf-8")
+        os.chmod(scratch, 0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
+    except OSError as error:
+        raise PromptEmbedderError(f"cannot write a model to {target}: {error.strerror or error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def soft_prompt_module(model: SentenceTransformer) -> SoftPromptTransformer:
+    """The `SoftPromptTransformer` inside a model.
+
+    Raises:
+        PromptEmbedderError: the model has none.
+    """
+    module = model[0]
+    if not isinstance(module, SoftPromptTransformer):
+        raise PromptEmbedderError(f"not a promptembedder model: its first module is {type(module).__name__}")
+    return module
+
+
+def encode(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    instructions: Sequence[str] | str | None = None,
+    *,
+    batch_size: int = 32,
+    show_progress_bar: bool = False,
+) -> NDArray[np.float32]:
+    """Embed texts under one or several instructions; in layout `suffix` every text is read only once.
+
+    Args:
+        model: made by `build` or `load`.
+        texts: N texts.
+        instructions: one instruction, several (I of them), or unset for the model's default.
+        batch_size: texts per forward.
+        show_progress_bar: print one.
+
+    Returns:
+        (N, E), or (I, N, E) for a sequence of instructions, float32 on the unit sphere; N may be 0.
+
+    Raises:
+        PromptEmbedderError: a text is empty or no string.
+    """
+    module = soft_prompt_module(model)
+    one = instructions is None or isinstance(instructions, str)
+    several = [instructions or ""] if instructions is None or isinstance(instructions, str) else list(instructions)
+    several = [instruction or module.settings.default_instruction for instruction in several]
+    width = model.get_embedding_dimension() or module.get_embedding_dimension()
+    result = np.zeros((len(several), len(texts), width), dtype=np.float32)
+    by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]) if isinstance(texts[n], str) else 0)
+    starts = range(0, len(texts), batch_size)
+    model.eval()
+    for start in tqdm(starts, desc="Batches", disable=not show_progress_bar):
+        picked = by_length[start : start + batch_size]
+        batch = [texts[n] for n in picked]
+        for i, embedding_BE in enumerate(_encode_batch(model, module, batch, several)):
+            result[i, picked] = embedding_BE[:, :width].float().cpu().numpy()
+    return result[0] if one else result
+
+
+@torch.inference_mode()
+def _encode_batch(
+    model: SentenceTransformer, module: SoftPromptTransformer, texts: list[str], instructions: list[str]
+) -> list[Tensor]:
+    share = module.settings.layout == "suffix" and module.settings.condition_on == "instruction"
+    if not share:
+        several = [module.preprocess(texts, prompt=instruction) for instruction in instructions]
+        return [model(batch_to_device(features, model.device))["sentence_embedding"] for features in several]
+    tokens = batch_to_device(module.preprocess(texts), model.device)
+    states = module.backbone.read_text(tokens["input_ids"], tokens["attention_mask"])
+    embeddings = []
+    for instruction in instructions:
+        features = {"sentence_embedding": module.backbone.read_soft_prompt(states, module.soft_prompt(instruction))}
+        for later in list(model)[1:]:
+            features = later(features)
+        embeddings.append(features["sentence_embedding"])
+    return embeddings
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a saved model is made of, read from its files alone; no LLM is opened.
+
+    Raises:
+        PromptEmbedderError: not a saved model, or a file is missing.
+    """
+    folder = Path(path)
+    saved = _read_saved(folder)
+    settings, bases = saved["model"], saved["base_models"]
+    sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        "prompter": _origin(bases, "prompter"),
+        "backbone": _origin(bases, "backbone"),
+        "layout": settings["layout"],
+        "readout": settings["readout"],
+        "soft_tokens": settings["num_soft_tokens"],
+        "dimensions": saved["embedding_dimension"],
+        "alignment": f"{saved['prompter_dimension']} x {saved['embedding_dimension']}",
+        "conditioned_on": settings["condition_on"],
+        "prompter_training": settings["prompter_training"]
+        + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
+        "softmax_temperature": settings["softmax_temperature"],
+        "text_template": settings["text_template"],
+        "max_text_tokens": settings["max_text_tokens"],
+        "default_instruction": settings["default_instruction"],
+        "document_instruction": settings["document_instruction"],
+        "dtype": settings["dtype"],
+        "format_version": saved["format_version"],
+        "size_mb": round(sum(sizes.values()) / 1e6, 1),
+    }
+
+
+def _origin(bases: dict[str, Any], role: str) -> str:
+    revision = f" @ {bases[f'{role}_revision'][:12]}" if bases[f"{role}_revision"] else ""
+    return f"{bases[role]}{revision} (fingerprint {bases[f'{role}_fingerprint'][:12]})"
+
+
+def _read_saved(folder: Path) -> dict[str, Any]:
+    """The settings file of a saved model, its format version checked."""
+    saved: dict[str, Any] = _read_json(folder / CONFIG_FILE)
+    version = saved.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PromptEmbedderError(
+            f"{folder}: format version {version!r}, this promptembedder reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
+        if name not in saved:
+            raise PromptEmbedderError(f"{folder / CONFIG_FILE} lacks {name!r}")
+    return saved
+
+
+def load_module(folder: Path, *, device: str | None = None, dtype: str | None = None) -> SoftPromptTransformer:
+    """Open the `SoftPromptTransformer` saved in a folder; errors as in `load`."""
+    saved = _read_saved(folder)
+    config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
+    expected = parse(BaseModels, saved["base_models"], where=str(folder / CONFIG_FILE))
+    weights_at, prompter_weights_at = folder / ALIGNMENT_FILE, folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    for needed in (weights_at, prompter_weights_at):
+        if not needed.is_file():
+            raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
+    if dtype is not None:
+        config = replace(config, dtype=dtype)  # type: ignore[arg-type]
+    try:
+        weight_PD = load_file(weights_at)["weight"]
+        prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
+        backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
+        module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
+        load_trained_state(module.prompter.lm, prompter_weights_at)
+    except SafetensorError as error:
+        raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
+    for role in ("prompter", "backbone"):
+        want = getattr(expected, f"{role}_fingerprint")
+        have = getattr(module.base_models, f"{role}_fingerprint")
+        if want != have:
+            raise PromptEmbedderError(
+                f"{folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than the "
+                f"model was trained with ({want[:12]})"
+            )
+    return module
+
+
+def _build_module(
+    config: ModelConfig,
+    prompter_at: LocatedModel,
+    backbone_at: LocatedModel,
+    device: str | None,
+    seed: int,
+    weight_PD: Tensor | None = None,
+) -> SoftPromptTransformer:
+    dtype = base_models.resolve_dtype(config.dtype, device)
+    backbone_lm = base_models.load_causal_lm(backbone_at, dtype)
+    same = prompter_at.folder == backbone_at.folder
+    if config.prompter_training == "full":
+        # Trained weights are kept in float32: bfloat16 swallows small updates.
+        prompter_lm = base_models.load_causal_lm(prompter_at, torch.float32)
+    else:
+        prompter_lm = _sharing_copy(backbone_lm) if same else base_models.load_causal_lm(prompter_at, dtype)
+    tokenizer = base_models.load_tokenizer(backbone_at)
+    prompter_tokenizer = tokenizer if same else base_models.load_tokenizer(prompter_at)
+    backbone_fingerprint = base_models.fingerprint(backbone_lm)
+    identity = BaseModels(
+        prompter=prompter_at.name,
+        prompter_revision=prompter_at.revision,
+        prompter_fingerprint=backbone_fingerprint if same else base_models.fingerprint(prompter_lm),
+        backbone=backbone_at.name,
+        backbone_revision=backbone_at.revision,
+        backbone_fingerprint=backbone_fingerprint,
+    )
+    start = weight_PD
+    if start is None:
+        start = _alignment_start(config, prompter_lm, prompter_tokenizer, backbone_lm, tokenizer, same, seed)
+    widths = tuple(lm.get_input_embeddings().weight.shape[1] for lm in (prompter_lm, backbone_lm))
+    if tuple(start.shape) != widths:
+        raise PromptEmbedderError(
+            f"alignment is {tuple(start.shape)}, but prompter {prompter_at.name} and backbone {backbone_at.name} "
+            f"need {widths}"
+        )
+    prompter = Prompter(
+        _trainable(prompter_lm, config, seed),
+        prompter_tokenizer,
+        num_soft_tokens=config.num_soft_tokens,
+        temperature=config.softmax_temperature,
+        max_request_tokens=config.max_instruction_tokens,
+    )
+    backbone = Backbone(backbone_lm.base_model, layout=config.layout, readout=config.readout)
+    return SoftPromptTransformer(prompter, Alignment(start), backbone, tokenizer, config, identity)
+
+
+def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:
+    """The prompter's LLM with LoRA inside, or with every weight open to training."""
+    if config.prompter_training == "full":
+        return lm.requires_grad_(True)  # type: ignore[no-any-return]
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(lm, settings)  # type: ignore[no-any-return]
+
+
+def _alignment_start(
+    config: ModelConfig,
+    prompter_lm: PreTrainedModel,
+    prompter_tokenizer: Any,
+    backbone_lm: PreTrainedModel,
+    tokenizer: Any,
+    same: bool,
+    seed: int,
+) -> Tensor:
+    prompter_VP, prompter_scale = base_models.input_embeddings(prompter_lm)
+    backbone_VD, backbone_scale = base_models.input_embeddings(backbone_lm)
+    P, D = prompter_VP.shape[1], backbone_VD.shape[1]
+    kind = config.alignment_start
+    if kind == "auto":
+        kind = "identity" if same else "least_squares"
+    if kind == "identity":
+        return alignments.identity(P, D)
+    if kind == "random":
+        return alignments.random(P, D, torch.Generator().manual_seed(seed))
+    ids_prompter, ids_backbone = alignments.shared_vocabulary(prompter_tokenizer, tokenizer)
+    return alignments.least_squares(
+        prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
+    )
+
+
+def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same weight tensors: LoRA may go into one and leave the other untouched."""
+    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()]}
+    return copy.deepcopy(lm, shared)
+
+
+def _assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:
+    # Prompts stay empty: the module holds the instructions to fall back on, for queries and for documents.
+    return SentenceTransformer(modules=[module, Normalize()], device=device, similarity_fn_name="cosine")
+
+
+def _library_class(type_name: str, folder: Path) -> type[Module]:
+    if not type_name.startswith("sentence_transformers."):
+        raise PromptEmbedderError(f"{folder / 'modules.json'}: module {type_name} is not from a known library")
+    from sentence_transformers.util import import_from_string
+
+    return import_from_string(type_name)  # type: ignore[no-any-return]
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        what = "model folder" if path.parent.is_dir() else "no model at"
+        raise PromptEmbedderError(f"{what} {path.parent}" + (f" has no {path.name}" if path.parent.is_dir() else ""))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PromptEmbedderError(f"{path} is not JSON: {error}") from error
+
+
+def _card(module: SoftPromptTransformer) -> str:
+    bases, settings = module.base_models, module.settings
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, promptembedder, soft-prompts]
+---
+# Soft-prompt embedder
+
+Prompting LLM `{bases.prompter}`, frozen Embedding LLM `{bases.backbone}`, layout `{settings.layout}`,
+{settings.num_soft_tokens} soft tokens, {module.get_embedding_dimension()} dimensions.
+
+```python
+import promptembedder
+
+model = promptembedder.load("path/of/this/folder")
+embeddings = model.encode(["a text"], prompt="Retrieve sentences that mean the same as the given sentence.")
+```
+"""

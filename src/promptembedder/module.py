@@ -1,0 +1,307 @@
+"""The product's heart: an input module of sentence-transformers whose prompt is an instruction for a Prompting LLM.
+
+The only module that knows prompter, alignment and backbone together.
+
+Shapes: B texts, T text tokens, S request tokens, I instruction tokens, K soft tokens, D backbone width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from promptembedder.alignment import Alignment
+from promptembedder.backbone import Backbone
+from promptembedder.config import ModelConfig
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.prompter import Prompter, SoftTokens
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "promptembedder.json"
+ALIGNMENT_FILE = "alignment.safetensors"
+PROMPTER_FOLDER = "prompter"
+# Distinct instructions remembered at inference; a soft prompt is K x D floats, so this is about 3 MB.
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True)
+class BaseModels:
+    """Identity of the two LLMs under a model: what to open, and what it must turn out to be."""
+
+    prompter: str
+    prompter_revision: str | None
+    prompter_fingerprint: str
+    backbone: str
+    backbone_revision: str | None
+    backbone_fingerprint: str
+
+
+class SoftPromptLeaves:
+    """Soft prompts of one optimizer step, one per distinct instruction, detached from the graph that made them.
+
+    All forward calls of the step share a leaf; loss gradients add up on its K x D values, and `backward` sends
+    them through alignment and prompter once. The gradient is the same as without leaves, by the chain rule.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def get(self, instruction: str, made_NKD: Tensor | None) -> Tensor | None:
+        """The leaf of an instruction; `made_NKD` with its graph starts one."""
+        if made_NKD is not None:
+            self._made[instruction] = (made_NKD, made_NKD.detach().requires_grad_())
+        found = self._made.get(instruction)
+        return None if found is None else found[1]
+
+    def backward(self) -> None:
+        """Send the gradients on and forget the leaves: the weights are about to change."""
+        made = [(graph, leaf.grad) for graph, leaf in self._made.values() if leaf.grad is not None]
+        self._made = {}
+        if made:
+            torch.autograd.backward([graph for graph, _ in made], [grad for _, grad in made])
+
+
+class SoftPromptTransformer(InputModule):
+    """Text and instruction to a sentence embedding, through a soft prompt that another LLM writes.
+
+    Used as the first module of a plain `SentenceTransformer`; `promptembedder.build` and `load` make one.
+
+    Args:
+        prompter: writes soft tokens for an instruction.
+        alignment: maps them into the backbone's input space.
+        backbone: the frozen LLM that reads text and soft prompt.
+        tokenizer: the backbone's.
+        config: the model's settings.
+        base_models: identity of the two LLMs.
+    """
+
+    save_in_root = True
+
+    def __init__(
+        self,
+        prompter: Prompter,
+        alignment: Alignment,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ModelConfig,
+        base_models: BaseModels,
+    ) -> None:
+        super().__init__()
+        self.prompter = prompter
+        self.alignment = alignment
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = config
+        self.base_models = base_models
+        self.leaves: SoftPromptLeaves | None = None
+        self._remembered: OrderedDict[str, Tensor] = OrderedDict()
+        self._remembered_for: tuple[tuple[int, int], ...] = ()
+        self._said_truncated = False
+        head, tail = config.text_template.split("{text}")
+        self._head_ids = self._without_closing(tokenizer(head)["input_ids"])
+        self._tail_ids = list(tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+    # -- texts and instructions to features ---------------------------------------------------------------------
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **unknown: Any
+    ) -> dict[str, Any]:
+        """Tokenise texts and put the instruction beside them.
+
+        Args:
+            inputs: texts; each a non-empty string.
+            prompt: the instruction; unset or empty: the model's default, or its document instruction when
+                `task` is `document`.
+            task: `query`, `document` or unset, as sentence-transformers hands it over.
+            **unknown: refused, so that a misspelt argument is not lost.
+
+        Returns:
+            `input_ids` and `attention_mask`, (B, T), right padded; `instruction`, a string; with texts in the
+            prompter's reach also `request_ids` and `request_mask`, (B, 1, S).
+
+        Raises:
+            PromptEmbedderError: a text that is empty or no string, an unknown argument.
+        """
+        unknown.pop("processing_kwargs", None)
+        if unknown:
+            raise PromptEmbedderError(f"unknown arguments {sorted(unknown)}; valid: prompt, task")
+        default = self.settings.document_instruction if task == "document" else self.settings.default_instruction
+        instruction = prompt or default
+        rows = [self._text_ids(text, n) for n, text in enumerate(inputs)]
+        features: dict[str, Any] = self._padded(rows)
+        features["instruction"] = instruction
+        if self.settings.condition_on == "instruction_and_text":
+            requests = [f"{instruction}\n\nText: {text}" for text in inputs]
+            ids_BS, mask_BS = self.prompter.tokenize(requests)
+            # The extra dimension keeps losses that trim padding columns (gradient cache) off these.
+            features["request_ids"], features["request_mask"] = ids_BS[:, None], mask_BS[:, None]
+        return features
+
+    def _text_ids(self, text: Any, n: int) -> list[int]:
+        if not isinstance(text, str):
+            raise PromptEmbedderError(f"text {n} is {type(text).__name__}, expected a string")
+        if not text.strip():
+            raise PromptEmbedderError(f"text {n} is empty, expected at least one word")
+        limit = self.settings.max_text_tokens
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) > limit and not self._said_truncated:
+            self._said_truncated = True
+            logger.warning("text of %d tokens cut to max_text_tokens = %d (said once)", len(ids), limit)
+        return self._head_ids + ids[:limit] + self._tail_ids
+
+    def _padded(self, rows: list[list[int]]) -> dict[str, Any]:
+        length = max(len(row) for row in rows)
+        ids_BT = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
+        mask_BT = torch.zeros_like(ids_BT)
+        for n, row in enumerate(rows):
+            ids_BT[n, : len(row)] = torch.tensor(row)
+            mask_BT[n, : len(row)] = 1
+        return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+    def _without_closing(self, ids: Sequence[int]) -> list[int]:
+        """Opening special tokens stay; a closing one would end the text before the soft prompt begins."""
+        ids = list(ids)
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id else ids
+
+    # -- features to embeddings ---------------------------------------------------------------------------------
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Add `sentence_embedding` (B, E) float32 to the features of `preprocess`."""
+        instruction = features.get("instruction", self.settings.default_instruction)
+        if "request_ids" in features:
+            soft_NKD = self.alignment(
+                self.prompter(features["request_ids"][:, 0], features["request_mask"][:, 0]).tokens_NKP
+            )
+        else:
+            soft_NKD = self.soft_prompt(instruction)
+        embedding_BE = self.backbone(
+            features["input_ids"], features["attention_mask"], soft_NKD, self._instruction_ids(instruction)
+        )
+        return {**features, "sentence_embedding": embedding_BE}
+
+    def soft_tokens(self, instruction: str) -> SoftTokens:
+        """What the prompter writes for an instruction alone: tokens (1, K, P) and logits (1, K, V)."""
+        ids_NS, mask_NS = self.prompter.tokenize([instruction])
+        device = self.alignment.weight.device
+        return self.prompter(ids_NS.to(device), mask_NS.to(device))  # type: ignore[no-any-return]
+
+    def soft_prompt(self, instruction: str) -> Tensor:
+        """The soft prompt (1, K, D) of an instruction.
+
+        Without gradients it is computed once and remembered until a weight changes. With gradients it is a leaf
+        of the current step where `leaves` is set (see `SoftPromptLeaves`), else part of the graph.
+        """
+        if not torch.is_grad_enabled():
+            return self._remembered_soft_prompt(instruction)
+        if self.leaves is None:
+            return self.alignment(self.soft_tokens(instruction).tokens_NKP)  # type: ignore[no-any-return]
+        leaf = self.leaves.get(instruction, None)
+        if leaf is None:
+            leaf = self.leaves.get(instruction, self.alignment(self.soft_tokens(instruction).tokens_NKP))
+            assert leaf is not None
+        return leaf
+
+    def _remembered_soft_prompt(self, instruction: str) -> Tensor:
+        state = tuple((p.data_ptr(), p._version) for p in self.parameters() if p.requires_grad)
+        if state != self._remembered_for:
+            self._remembered.clear()
+            self._remembered_for = state
+        if instruction not in self._remembered:
+            # Not an inference tensor: training code may meet it again outside inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self._remembered[instruction] = self.alignment(self.soft_tokens(instruction).tokens_NKP)
+            if len(self._remembered) > _REMEMBERED:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(instruction)
+        return self._remembered[instruction]
+
+    def _instruction_ids(self, instruction: str) -> Tensor:
+        ids = self._without_closing(self.tokenizer(f"{instruction}\n")["input_ids"])
+        return torch.tensor(ids[-self.settings.max_instruction_tokens :], device=self.alignment.weight.device)
+
+    # -- what sentence-transformers asks of a module ------------------------------------------------------------
+
+    def get_embedding_dimension(self) -> int:
+        """E, the width of an embedding."""
+        return self.backbone.width
+
+    @property
+    def max_seq_length(self) -> int:
+        """Text tokens read at most."""
+        return self.settings.max_text_tokens
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Everything `save` writes into `promptembedder.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "embedding_dimension": self.get_embedding_dimension(),
+            "prompter_dimension": self.alignment.weight.shape[0],
+            "model": asdict(self.settings),
+            "base_models": asdict(self.base_models),
+        }
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Write settings, alignment and the prompter's trained weights; the two LLMs are named, not copied."""
+        folder = Path(output_path)
+        (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+        save_file({"weight": self.alignment.weight.detach().cpu().contiguous()}, folder / ALIGNMENT_FILE)
+        save_file(trained_state(self.prompter.lm), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
+        peft_config = getattr(self.prompter.lm, "peft_config", None)
+        if peft_config is not None:
+            peft_config["default"].save_pretrained(str(folder / PROMPTER_FOLDER))
+        (folder / CONFIG_FILE).write_text(json.dumps(self.get_config_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> SoftPromptTransformer:
+        """Open a saved module from its folder; see `promptembedder.load` for whole models."""
+        from promptembedder.model import load_module
+
+        return load_module(Path(model_name_or_path) / subfolder)
+
+
+# The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
+PROMPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def trained_state(lm: Any) -> dict[str, Tensor]:
+    """The prompter's trained weights on the CPU: LoRA in peft's naming, or every weight when fully trained."""
+    if hasattr(lm, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(lm, save_embedding_layers=False)
+    else:
+        state = dict(lm.named_parameters())
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def load_trained_state(lm: Any, path: Path) -> None:
+    """Put weights written by `trained_state` back.
+
+    Raises:
+        PromptEmbedderError: names or shapes do not fit the prompter.
+    """
+    state = load_file(path)
+    expected = {name: tuple(value.shape) for name, value in trained_state(lm).items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != found:
+        differing = sorted(set(expected.items()) ^ set(found.items()))[0]
+        raise PromptEmbedderError(f"{path}: weights do not fit the prompter, first difference {differing}")
+    if hasattr(lm, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(lm, state)
+    else:
+        lm.load_state_dict(state, strict=False)

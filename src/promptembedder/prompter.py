@@ -1,0 +1,120 @@
+"""Prompting LLM: instruction -> soft tokens, by differentiable generation with continuous relaxation.
+
+Shapes: N requests, S request tokens, K soft tokens, P prompter width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from promptembedder.base_models import input_embeddings
+
+
+class SoftTokens(NamedTuple):
+    """What the prompter wrote.
+
+    Attributes:
+        tokens_NKP: soft tokens in the prompter's input-embedding space.
+        logits_NKV: the logits each soft token was mixed with, before the temperature.
+    """
+
+    tokens_NKP: Tensor
+    logits_NKV: Tensor
+
+
+class Prompter(nn.Module):
+    """Generates K soft tokens for a request; each is the softmax-weighted mixture of the LLM's own embeddings.
+
+    Args:
+        lm: a causal LM, plain or wrapped by peft.
+        tokenizer: its tokenizer; the chat template is used when there is one.
+        num_soft_tokens: K.
+        temperature: divides the logits before the softmax.
+        max_request_tokens: longer requests are cut at the end, before the template closes.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_soft_tokens: int,
+        temperature: float,
+        max_request_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.num_soft_tokens = num_soft_tokens
+        self.temperature = temperature
+        self.max_request_tokens = max_request_tokens
+
+    def train(self, mode: bool = True) -> Prompter:
+        """Keep the LLM in eval mode: dropout would make the soft prompt of a step depend on chance."""
+        super().train(mode)
+        self.lm.eval()
+        return self
+
+    def tokenize(self, requests: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (N, S) int64 each, left padded, of the requests in the LLM's chat template."""
+        rows = [self._request_ids(request) for request in requests]
+        length = max(len(row) for row in rows)
+        ids_NS = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
+        mask_NS = torch.zeros_like(ids_NS)
+        for n, row in enumerate(rows):
+            ids_NS[n, length - len(row) :] = torch.tensor(row)
+            mask_NS[n, length - len(row) :] = 1
+        return ids_NS, mask_NS
+
+    def forward(self, ids_NS: Tensor, mask_NS: Tensor) -> SoftTokens:
+        """Generate K soft tokens per request, keeping gradients through all K steps.
+
+        No sampling and no argmax: soft token k = softmax(logits_k / temperature) @ embeddings, fed back as the
+        next input (PromptEmbedder, arXiv 2605.28066; the relaxation as in GIRCSE).
+
+        Args:
+            ids_NS: request token ids, left padded.
+            mask_NS: 1 for tokens, 0 for padding.
+        """
+        lm: Any = self.lm
+        embeddings_VP, scale = input_embeddings(lm)
+        inputs_NSP = lm.get_input_embeddings()(ids_NS)
+        cache = DynamicCache(config=lm.config)
+        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)
+        tokens, logits = [], []
+        for step in range(self.num_soft_tokens):
+            output = lm(
+                inputs_embeds=inputs_NSP,
+                attention_mask=mask_NS,
+                position_ids=positions_NS,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits_NV = output.logits[:, -1]
+            logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+            weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
+            token_NP = (weights_NV.to(embeddings_VP.dtype) @ embeddings_VP) * scale
+            tokens.append(token_NP)
+            logits.append(logits_NV)
+            if step + 1 < self.num_soft_tokens:
+                inputs_NSP = token_NP[:, None]
+                mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
+                positions_NS = positions_NS[:, -1:] + 1
+        return SoftTokens(torch.stack(tokens, 1), torch.stack(logits, 1))
+
+    def _request_ids(self, request: str) -> list[int]:
+        cut = self.tokenizer(request, add_special_tokens=False)["input_ids"]
+        if len(cut) > self.max_request_tokens:
+            request = self.tokenizer.decode(cut[: self.max_request_tokens])
+        if not self.tokenizer.chat_template:
+            return list(self.tokenizer(request + "\n")["input_ids"])
+        encoded = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": request}], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])

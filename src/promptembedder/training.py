@@ -1,0 +1,292 @@
+"""Training: sentence-transformers' trainer and losses; ours are the soft-prompt leaf and the warm start.
+
+Shapes: N instructions, K soft tokens, P prompter width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from torch import nn
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from promptembedder.config import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig, dump_yaml
+from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.model import build, save, soft_prompt_module
+from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
+
+logger = logging.getLogger(__name__)
+
+_DEV_METRIC = "eval_dev_spearman_cosine"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run made.
+
+    Attributes:
+        model: the trained model; the best on dev where dev is given.
+        folder: where it was saved.
+        scores: `dev` and `test`, Spearman x 100, where the files are given.
+        steps: optimizer steps taken.
+        seconds: wall time of the optimizer steps and evaluations between them.
+        history: the trainer's log lines.
+    """
+
+    model: SentenceTransformer
+    folder: Path
+    scores: dict[str, float]
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
+    """Runs prompter and alignment once per instruction and optimizer step (see `SoftPromptLeaves`).
+
+    The trainer clips before its pre-step hook, when prompter and alignment have no gradient yet, so clipping is
+    done here.
+
+    Args:
+        module: the model's first module.
+        max_grad_norm: gradients of all trained weights together are clipped to this norm.
+    """
+
+    def __init__(self, module: SoftPromptTransformer, max_grad_norm: float) -> None:
+        self._module = module
+        self._max_grad_norm = max_grad_norm
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self.grad_norm = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start sharing soft prompts."""
+        self._module.leaves = SoftPromptLeaves()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One backward through alignment and prompter for everything the step added up."""
+        assert self._module.leaves is not None
+        self._module.leaves.backward()
+        self.grad_norm = float(nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Report the gradient norm in place of the trainer's, which was taken too early."""
+        if logs is not None and "grad_norm" in logs:
+            logs["grad_norm"] = self.grad_norm
+            state.log_history[-1]["grad_norm"] = self.grad_norm
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop sharing."""
+        self._module.leaves = None
+
+
+def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer | None = None) -> TrainingResult:
+    """Train a model, save it to `<output>/model` and score it.
+
+    Args:
+        config: all settings.
+        resume: go on from the last checkpoint in `<output>`.
+        model: start from this one instead of building `config.model`.
+
+    Raises:
+        PromptEmbedderError: bad data or settings; nothing to resume from; output not writable.
+    """
+    settings = config.training
+    output = Path(settings.output)
+    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    if resume and checkpoint is None:
+        raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
+    data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    dev = _evaluator(config.evaluation, config.evaluation.dev, config.data.root, "dev")
+    test = _evaluator(config.evaluation, config.evaluation.test, config.data.root, "test")
+    _make_folder(output)
+    if model is None:
+        model = build(config.model, seed=settings.seed)
+    module = soft_prompt_module(model)
+    module.prompter.lm.requires_grad_(settings.train_prompter and config.model.prompter_training == "full")
+    if settings.train_prompter and config.model.prompter_training == "lora":
+        for name, parameter in module.prompter.lm.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    if settings.train_prompter and settings.warm_start.steps and checkpoint is None:
+        known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
+        warm_start(module, sorted(known), settings.warm_start, settings.seed)
+    trainer = _trainer(model, module, config, data, dev, output)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    folder = output / "model"
+    save(model, folder)
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    scores: dict[str, float] = {}
+    if dev is not None and trainer.state.best_metric is not None:
+        scores["dev"] = 100 * trainer.state.best_metric
+    if test is not None:
+        scores["test"] = 100 * test(model)["test_spearman_cosine"]
+    steps, seconds = trainer.state.global_step, outcome.metrics["train_runtime"]
+    return TrainingResult(model, folder, scores, steps, seconds, trainer.state.log_history)
+
+
+def warm_start(
+    module: SoftPromptTransformer, instructions: Sequence[str], config: WarmStartConfig, seed: int, batch_size: int = 4
+) -> float:
+    """Teach the prompter to write a known good cue, whatever the instruction; the backbone is not run.
+
+    Generation runs as always, each mixture fed back; the loss is the cross entropy of every soft token's mixture
+    with the cue token at its place. A peaked mixture is a token embedding, so the model starts as the hard cue.
+
+    Args:
+        module: the model's first module.
+        instructions: those to fit on.
+        config: see `WarmStartConfig`.
+        seed: draws the instructions of a step.
+        batch_size: instructions per step.
+
+    Returns:
+        The smallest weight that a cue token has in its mixture at the end.
+
+    Raises:
+        PromptEmbedderError: the cue has fewer than K tokens.
+    """
+    K = module.settings.num_soft_tokens
+    ids = module.prompter.tokenizer(" " + config.cue.strip(), add_special_tokens=False)["input_ids"]
+    if len(ids) < K:
+        raise PromptEmbedderError(f"warm_start.cue has {len(ids)} tokens for {K} soft tokens; give a longer one")
+    device = module.alignment.weight.device
+    cue_K = torch.tensor(ids[-K:], device=device)
+    trained = [p for p in module.prompter.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    drawn = random.Random(seed)
+    reached = 0.0
+    bar = tqdm(range(config.steps), desc="Warm start")
+    for _ in bar:
+        picked = drawn.sample(list(instructions), min(batch_size, len(instructions)))
+        ids_NS, mask_NS = module.prompter.tokenize(picked)
+        logits_NKV = module.prompter(ids_NS.to(device), mask_NS.to(device)).logits_NKV
+        log_weights_NKV = torch.log_softmax(logits_NKV / module.prompter.temperature, dim=-1)
+        cue_NK = log_weights_NKV.gather(-1, cue_K.expand(len(picked), -1)[..., None])[..., 0]
+        reached = float(cue_NK.detach().min().exp())
+        bar.set_postfix(cue_weight=f"{reached:.2f}")
+        if reached >= config.target_probability:
+            bar.close()
+            break
+        optimizer.zero_grad()
+        torch.autograd.backward(-cue_NK.mean())
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    optimizer.zero_grad()
+    return reached
+
+
+def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
+    """The library's loss that the settings name: in-batch InfoNCE, cached, masked, Matryoshka."""
+    scale = 1.0 / config.temperature
+    loss: nn.Module
+    if config.mask_false_negatives and config.loss == "cached_infonce":
+        loss = losses.CachedGISTEmbedLoss(
+            model, guide=model, temperature=config.temperature, mini_batch_size=config.mini_batch_size
+        )
+    elif config.mask_false_negatives:
+        loss = losses.GISTEmbedLoss(model, guide=model, temperature=config.temperature)
+    elif config.loss == "cached_infonce":
+        loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=config.mini_batch_size)
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model, scale=scale)
+    if config.matryoshka_dims:
+        width = model.get_embedding_dimension()
+        if width is not None and max(config.matryoshka_dims) > width:
+            raise PromptEmbedderError(
+                f"training.matryoshka_dims holds {max(config.matryoshka_dims)}, the embedding has {width} dimensions"
+            )
+        loss = losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted({*config.matryoshka_dims}, reverse=True))
+    return loss
+
+
+def _trainer(
+    model: SentenceTransformer,
+    module: SoftPromptTransformer,
+    config: RunConfig,
+    data: TrainingData,
+    dev: EmbeddingSimilarityEvaluator | None,
+    output: Path,
+) -> SentenceTransformerTrainer:
+    settings = config.training
+    every = config.evaluation.every_steps
+    callbacks: list[TrainerCallback] = [SoftPromptLeafCallback(module, settings.max_grad_norm)]
+    if settings.early_stop_patience is not None:
+        if dev is None:
+            raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
+        callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
+    # Widget examples for a hub page would cost a forward pass before every training.
+    model.model_card_data.generate_widget_examples = False
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(output),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.prompter_learning_rate,
+        learning_rate_mapping={r"alignment\.weight$": settings.alignment_learning_rate},
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=0.0,  # the leaf callback clips, see there
+        logging_steps=settings.logging_steps,
+        eval_strategy="steps" if dev is not None else "no",
+        eval_steps=every if dev is not None else None,
+        save_strategy="steps",
+        save_steps=every if dev is not None else settings.save_every_steps or every,
+        save_total_limit=settings.keep_checkpoints,
+        load_best_model_at_end=dev is not None,
+        metric_for_best_model=_DEV_METRIC if dev is not None else None,
+        greater_is_better=True if dev is not None else None,
+        prompts=data.prompts,
+        batch_sampler="no_duplicates",
+        multi_dataset_batch_sampler="proportional",
+        dataloader_drop_last=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=["tensorboard"],
+    )
+    return SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.datasets,
+        loss=make_loss(model, settings),
+        evaluator=dev,
+        callbacks=callbacks,
+    )
+
+
+def _evaluator(
+    config: EvaluationConfig, path: str | None, root: str | None, name: str
+) -> EmbeddingSimilarityEvaluator | None:
+    """The library's evaluator, told to embed both sentences under the instruction."""
+    if path is None:
+        return None
+    first, second, scores = read_scored_pairs(path, root)
+    evaluator = EmbeddingSimilarityEvaluator(
+        first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=name, write_csv=False
+    )
+    embed = evaluator.embed_inputs
+    evaluator.embed_inputs = lambda model, sentences, **options: embed(
+        model, sentences, prompt=config.instruction, **options
+    )
+    return evaluator
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error

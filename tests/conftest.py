@@ -1,0 +1,175 @@
+"""Tiny random LLMs and tokenizers made in code: llama, qwen2 and gemma3 shapes, no network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from promptembedder import ModelConfig, build
+
+TEXTS = [
+    "A man is playing a guitar.",
+    "Rain.",
+    "Two children in blue coats walk slowly across the old bridge while it rains on the river and the town.",
+    "The bank raised its rates again",
+    "a guitar is played by a man",
+]
+INSTRUCTION = "Retrieve sentences that mean the same."
+ARCHITECTURES = ("llama", "qwen2", "gemma3")
+
+_CORPUS = [
+    *TEXTS,
+    INSTRUCTION,
+    "Represent the meaning of the text.",
+    "Given a question, retrieve questions that ask the same thing.",
+    "said in a few short words, and as clearly as one can, which means in one word",
+]
+_CHAT = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_level_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-2, Llama 3 and Qwen have it; a chat template; nothing added around a text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|end|>", "<|start|>", "<|unk|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        _CORPUS, trainers.BpeTrainer(vocab_size=vocab, special_tokens=specials, initial_alphabet=sorted(alphabet))
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", bos_token="<|start|>", pad_token="<|end|>", unk_token="<|unk|>"
+    )
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def sentencepiece_tokenizer(vocab: int = 340) -> PreTrainedTokenizerFast:
+    """BPE with `▁` for blanks, byte fallback and a leading bos, as Gemma has it; no chat template."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    core.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=vocab + 60, special_tokens=specials))
+    bos = core.token_to_id("<bos>")
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def tiny_config(architecture: str, vocab: int, width: int = 32) -> PreTrainedConfig:
+    """Two layers, grouped heads; gemma3 with a sliding window of 12, shorter than the longest test text."""
+    shape = {
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
+    }
+    if architecture == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        return Gemma3TextConfig(**shape, sliding_window=12, layer_types=layers, query_pre_attn_scalar=8)
+    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+    return kinds[architecture](**shape)
+
+
+def write_tiny_lm(folder: Path, architecture: str, width: int = 32, seed: int = 0) -> Path:
+    """Save a tiny random LLM with its tokenizer, as a user would have one on disk."""
+    tokenizer = sentencepiece_tokenizer() if architecture == "gemma3" else byte_level_tokenizer()
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(tiny_config(architecture, len(tokenizer), width))
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_lm(architecture, width, seed)`: the folder of a tiny random LLM, made once a session."""
+    made: dict[tuple[str, int, int], Path] = {}
+
+    def make(architecture: str = "llama", width: int = 32, seed: int = 0) -> Path:
+        key = (architecture, width, seed)
+        if key not in made:
+            made[key] = write_tiny_lm(tmp_path_factory.mktemp("lm") / architecture, architecture, width, seed)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_lm: Callable[..., Path]) -> Callable[..., ModelConfig]:
+    """`tiny_settings("llama", layout="prefix", ...)`: settings of a model on tiny LLMs, float32."""
+
+    def make(architecture: str = "llama", **changes: object) -> ModelConfig:
+        folder = str(tiny_lm(architecture))
+        defaults: dict[str, object] = {"prompter": folder, "backbone": folder, "dtype": "float32", "lora_rank": 4}
+        return ModelConfig(**{**defaults, **changes})
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_settings: Callable[..., ModelConfig]) -> Callable[..., SentenceTransformer]:
+    """`tiny_model("llama", layout="prefix", ...)`: an untrained model on tiny LLMs, LoRA off its zero start."""
+
+    def make(architecture: str = "llama", **changes: object) -> SentenceTransformer:
+        model = build(tiny_settings(architecture, **changes), device="cpu")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the `promptembedder` command as a user does."""
+
+    def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "promptembedder", *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            check=False,
+        )
+
+    return run
