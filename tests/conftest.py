@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,13 +69,21 @@ def byte_level_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def sentencepiece_tokenizer(vocab: int = 340) -> PreTrainedTokenizerFast:
+def sentencepiece_tokenizer(vocab: int = 400) -> PreTrainedTokenizerFast:
     """BPE with `▁` for blanks, byte fallback and a leading bos, as Gemma has it; no chat template."""
-    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    fallbacks = [f"<0x{b:02X}>" for b in range(256)]
+    trained.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=vocab, special_tokens=specials + fallbacks))
+    learnt = json.loads(trained.to_str())["model"]
+    # Built again from the learnt merges, because the trainer marks the byte fallbacks as special tokens.
+    core = Tokenizer(
+        models.BPE(learnt["vocab"], [tuple(m) for m in learnt["merges"]], byte_fallback=True, unk_token="<unk>")
+    )
+    core.add_special_tokens(specials)
     core.normalizer = normalizers.Replace(" ", "▁")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    specials = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
-    core.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=vocab + 60, special_tokens=specials))
     bos = core.token_to_id("<bos>")
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
     return PreTrainedTokenizerFast(
@@ -93,7 +102,7 @@ def tiny_config(architecture: str, vocab: int, width: int = 32) -> PreTrainedCon
         "num_key_value_heads": 2,
         "head_dim": width // 4,
         "max_position_embeddings": 512,
-        "initializer_range": 0.3,
+        "initializer_range": 0.12,
         "bos_token_id": 1,
         "eos_token_id": 0,
         "pad_token_id": 0,
@@ -152,7 +161,7 @@ def tiny_model(tiny_settings: Callable[..., ModelConfig]) -> Callable[..., Sente
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
-                    parameter.normal_(std=0.3)
+                    parameter.normal_(std=0.1)
         return model
 
     return make

@@ -42,7 +42,8 @@ def identity(P: int, D: int) -> Tensor:
 
 def random(P: int, D: int, generator: torch.Generator | None = None) -> Tensor:
     """Gaussian entries of variance 1 / P, so that the norm of a soft token is kept on average."""
-    return torch.randn(P, D, generator=generator) / P**0.5
+    weight_PD: Tensor = torch.randn(P, D, generator=generator) * P**-0.5
+    return weight_PD
 
 
 def least_squares(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,7 +149,8 @@ def load_config(located: LocatedModel) -> Any:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise PromptEmbedderError(f"base model {where} is not a causal language model") from None
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "use_bidirectional_attention", False):
+    encoder = getattr(config, "is_encoder_decoder", False) or not getattr(config, "is_decoder", True)
+    if encoder or getattr(config, "use_bidirectional_attention", False):
         raise PromptEmbedderError(
             f"base model {where} is not a causal decoder; llama, qwen, gemma, mistral styles work"
         )
@@ -310,7 +312,7 @@ def _convert_gguf(gguf: Path, output: Path) -> None:
                 **options,
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
+        except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
             raise PromptEmbedderError(f"{gguf.name} cannot be read as a GGUF language model: {error}") from error
         # The model is dense now; with these marks left, save_pretrained takes it for a quantised one.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):

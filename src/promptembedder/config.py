@@ -138,6 +138,7 @@ class EvaluationConfig:
 
     Attributes:
         dev: file for checkpoints and early stop.
+        dev_pairs: use so many of dev's pairs, evenly spread; unset: all.
         test: file for the figure printed last.
         instruction: under which both sentences are embedded.
         every_steps: how often dev is scored.
@@ -145,6 +146,7 @@ class EvaluationConfig:
     """
 
     dev: str | None = None
+    dev_pairs: PositiveInt | None = None
     test: str | None = None
     instruction: str = "Retrieve sentences that mean the same as the given sentence."
     every_steps: PositiveInt = 50

@@ -108,7 +108,7 @@ class SoftPromptTransformer(InputModule):
         self.base_models = base_models
         self.leaves: SoftPromptLeaves | None = None
         self._remembered: OrderedDict[str, Tensor] = OrderedDict()
-        self._remembered_for: tuple[tuple[int, int], ...] = ()
+        self._remembered_for: Tensor | None = None
         self._said_truncated = False
         head, tail = config.text_template.split("{text}")
         self._head_ids = self._without_closing(tokenizer(head)["input_ids"])
@@ -215,10 +215,11 @@ class SoftPromptTransformer(InputModule):
         return leaf
 
     def _remembered_soft_prompt(self, instruction: str) -> Tensor:
-        state = tuple((p.data_ptr(), p._version) for p in self.parameters() if p.requires_grad)
-        if state != self._remembered_for:
+        # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
+        sums = torch.stack([p.detach().sum() for p in self.parameters() if p.requires_grad] or [torch.zeros(())])
+        if self._remembered_for is None or not torch.equal(sums, self._remembered_for):
             self._remembered.clear()
-            self._remembered_for = state
+            self._remembered_for = sums
         if instruction not in self._remembered:
             # Not an inference tensor: training code may meet it again outside inference mode.
             with torch.inference_mode(False), torch.no_grad():

@@ -108,8 +108,9 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
     if resume and checkpoint is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
-    dev = _evaluator(config.evaluation, config.evaluation.dev, config.data.root, "dev")
-    test = _evaluator(config.evaluation, config.evaluation.test, config.data.root, "test")
+    evaluation, root = config.evaluation, config.data.root
+    dev = _evaluator(evaluation, evaluation.dev, root, "dev", at_most=evaluation.dev_pairs)
+    test = _evaluator(evaluation, evaluation.test, root, "test")
     _make_folder(output)
     if model is None:
         model = build(config.model, seed=settings.seed)
@@ -192,10 +193,17 @@ def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
     loss: nn.Module
     if config.mask_false_negatives and config.loss == "cached_infonce":
         loss = losses.CachedGISTEmbedLoss(
-            model, guide=model, temperature=config.temperature, mini_batch_size=config.mini_batch_size
+            model,
+            guide=model,
+            temperature=config.temperature,
+            mini_batch_size=config.mini_batch_size,
+            contrast_anchors=False,
+            contrast_positives=False,
         )
     elif config.mask_false_negatives:
-        loss = losses.GISTEmbedLoss(model, guide=model, temperature=config.temperature)
+        loss = losses.GISTEmbedLoss(
+            model, guide=model, temperature=config.temperature, contrast_anchors=False, contrast_positives=False
+        )
     elif config.loss == "cached_infonce":
         loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=config.mini_batch_size)
     else:
@@ -266,12 +274,16 @@ def _trainer(
 
 
 def _evaluator(
-    config: EvaluationConfig, path: str | None, root: str | None, name: str
+    config: EvaluationConfig, path: str | None, root: str | None, name: str, at_most: int | None = None
 ) -> EmbeddingSimilarityEvaluator | None:
     """The library's evaluator, told to embed both sentences under the instruction."""
     if path is None:
         return None
     first, second, scores = read_scored_pairs(path, root)
+    if at_most is not None and at_most < len(scores):
+        picked = [n * len(scores) // at_most for n in range(at_most)]
+        first, second = [first[n] for n in picked], [second[n] for n in picked]
+        scores = [scores[n] for n in picked]
     evaluator = EmbeddingSimilarityEvaluator(
         first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=name, write_csv=False
     )

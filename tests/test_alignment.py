@@ -1,0 +1,68 @@
+"""Alignment starts and the shared vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from promptembedder import PromptEmbedderError, alignment, build
+
+
+def test_least_squares_recovers_a_known_map():
+    generator = torch.Generator().manual_seed(0)
+    known, prompter = torch.randn(8, 12, generator=generator), torch.randn(50, 8, generator=generator)
+    assert torch.allclose(alignment.least_squares(prompter, prompter @ known), known, atol=1e-5)
+
+
+def test_least_squares_equals_the_normal_equations():
+    generator = torch.Generator().manual_seed(0)
+    prompter, backbone = torch.randn(50, 8, generator=generator), torch.randn(50, 12, generator=generator)
+    naive = torch.linalg.inv(prompter.T @ prompter) @ prompter.T @ backbone
+    assert torch.allclose(alignment.least_squares(prompter, backbone), naive, atol=1e-5)
+
+
+def test_least_squares_refuses_too_few_tokens():
+    with pytest.raises(PromptEmbedderError, match="at least 8 shared tokens, the vocabularies share 5"):
+        alignment.least_squares(torch.randn(5, 8), torch.randn(5, 12))
+
+
+def test_identity_refuses_different_widths():
+    with pytest.raises(PromptEmbedderError, match="prompter has 8, backbone 12"):
+        alignment.identity(8, 12)
+
+
+def test_random_start_keeps_norms_on_average():
+    weight = alignment.random(256, 256, torch.Generator().manual_seed(0))
+    tokens = torch.randn(200, 256)
+    assert 0.9 < (tokens @ weight).norm(dim=-1).mean() / tokens.norm(dim=-1).mean() < 1.1
+
+
+def test_shared_vocabulary_sees_through_spellings():
+    first, second = byte_level_tokenizer(), sentencepiece_tokenizer()
+    ids_first, ids_second = alignment.shared_vocabulary(first, second)
+    assert len(ids_first) > 256  # all single bytes, and words
+    for a, b in zip(ids_first.tolist(), ids_second.tolist(), strict=True):
+        if b > 300:  # beyond the byte fallbacks: decodes to visible text in both
+            assert first.decode([a]) == second.decode([b])
+    space_words = [first.convert_ids_to_tokens(i) for i in ids_first.tolist()]
+    assert any(token.startswith("Ġ") and len(token) > 2 for token in space_words)
+    special = {*first.all_special_ids}
+    assert not special & set(ids_first.tolist())
+    assert not {*second.all_special_ids} & set(ids_second.tolist())
+
+
+def test_build_picks_the_start(tiny_settings, tiny_lm):
+    same = build(tiny_settings("llama"), device="cpu")[0].alignment.weight
+    assert torch.equal(same, torch.eye(32))
+    other = build(tiny_settings("llama", backbone=str(tiny_lm("gemma3", 48))), device="cpu")[0]
+    assert other.alignment.weight.shape == (32, 48)
+    ids_a, ids_b = alignment.shared_vocabulary(other.prompter.tokenizer, other.tokenizer)
+    prompter_E = other.prompter.lm.get_input_embeddings()(ids_a)  # modules, so that gemma's scale is in
+    backbone_E = other.backbone.lm.get_input_embeddings()(ids_b)
+    residual = prompter_E @ other.alignment.weight - backbone_E
+    assert (prompter_E.T @ residual).abs().max() < 1e-3  # least squares: residual orthogonal to the columns
+    random = build(tiny_settings("llama", alignment_start="random"), device="cpu", seed=1)[0].alignment.weight
+    again = build(tiny_settings("llama", alignment_start="random"), device="cpu", seed=1)[0].alignment.weight
+    assert torch.equal(random, again)
+    assert not torch.equal(random, torch.eye(32))

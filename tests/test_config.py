@@ -1,0 +1,187 @@
+"""Settings: YAML round trip, overrides, and what every bad setting is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from promptembedder import ModelConfig, PromptEmbedderError, RunConfig
+from promptembedder.config import (
+    DataConfig,
+    DataFile,
+    EvaluationConfig,
+    TrainingConfig,
+    WarmStartConfig,
+    dump_yaml,
+    load_run,
+    parse,
+)
+
+OTHER_THAN_DEFAULT = RunConfig(
+    model=ModelConfig(layout="prefix", readout="mean", softmax_temperature=0.25, text_template="«{text}»: ü\n#"),
+    data=DataConfig(
+        root="/données",
+        files=(
+            DataFile(path="a.jsonl", weight=0.5, instruction="yes", asymmetric=True, max_rows=7),
+            DataFile(path="b"),
+        ),
+        max_negatives=0,
+    ),
+    training=TrainingConfig(
+        matryoshka_dims=(8, 16),
+        prompter_learning_rate=1e-7,
+        warm_start=WarmStartConfig(steps=0, cue='2024-01-01: "'),
+        early_stop_patience=3,
+        mask_false_negatives=True,
+    ),
+    evaluation=EvaluationConfig(dev="null", test="1e-4", every_steps=1),
+)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., RunConfig]:
+    """`read(yaml, *overrides)` through a file."""
+
+    def load(text: str, *overrides: str) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_run(path, overrides)
+
+    return load
+
+
+@pytest.mark.parametrize("config", [RunConfig(), OTHER_THAN_DEFAULT], ids=["defaults", "others"])
+def test_yaml_round_trip(read: Callable[..., RunConfig], config: RunConfig) -> None:
+    assert read(dump_yaml(config)) == config
+
+
+def test_an_empty_file_is_all_defaults(read: Callable[..., RunConfig]) -> None:
+    assert read("# nothing\n") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("training.max_steps=3", "training", "max_steps", 3),
+        ("training.prompter_learning_rate=1e-4", "training", "prompter_learning_rate", 1e-4),
+        ("training.temperature=0.1", "training", "temperature", 0.1),
+        ("training.matryoshka_dims=[8, 16]", "training", "matryoshka_dims", (8, 16)),
+        ("training.mask_false_negatives=true", "training", "mask_false_negatives", True),
+        ("training.warm_start.steps=0", "training", "warm_start", WarmStartConfig(steps=0)),
+        ("training.early_stop_patience=null", "training", "early_stop_patience", None),
+        ("evaluation.test=sts/test.jsonl.gz", "evaluation", "test", "sts/test.jsonl.gz"),
+        ("model.text_template=a = {text}", "model", "text_template", "a = {text}"),
+        ("data.files=[{path: a.jsonl, weight: 2}]", "data", "files", (DataFile(path="a.jsonl", weight=2.0),)),
+    ],
+)
+def test_override(read: Callable[..., RunConfig], override: str, section: str, name: str, value: object) -> None:
+    found = getattr(getattr(read("", override), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_replace_only_what_they_name_and_the_last_one_wins(read: Callable[..., RunConfig]) -> None:
+    text = "training: {max_steps: 7, batch_size: 5, warm_start: {steps: 9, cue: word}}\ndata: {files: [{path: a}]}"
+    config = read(text, "training.max_steps=1", "training.max_steps=2", "training.warm_start.steps=4")
+    assert config.training == TrainingConfig(max_steps=2, batch_size=5, warm_start=WarmStartConfig(steps=4, cue="word"))
+    assert config.data.files == (DataFile(path="a"),)
+
+
+BAD_SETTINGS = {
+    "unknown section": ("modell: {layout: prefix}", ["'modell'", "model, data, training, evaluation"]),
+    "unknown name": ("training: {max_step: 3}", ["'training.max_step'", "max_steps", "batch_size"]),
+    "unknown nested": ("training: {warm_start: {stesp: 3}}", ["'training.warm_start.stesp'", "steps, cue"]),
+    "unknown in list": ("data: {files: [{path: a, wieght: 3}]}", ["data.files.0.wieght", "path, weight"]),
+    "missing path": ("data: {files: [{weight: 3}]}", ["data.files.0.path", "required"]),
+    "wrong type": ("training: {max_steps: many}", ["training.max_steps = 'many':", "valid integer"]),
+    "fraction for int": ("training: {max_steps: 2.5}", ["training.max_steps = 2.5:", "valid integer"]),
+    "number for text": ("model: {prompter: 5}", ["model.prompter = 5:", "valid string"]),
+    "section is text": ("training: fast", ["training = 'fast':", "dictionary"]),
+    "section is empty": ("training:", ["training = None:", "dictionary"]),
+    "number for list": ("training: {matryoshka_dims: 8}", ["training.matryoshka_dims = 8:", "tuple"]),
+    "no soft tokens": ("model: {num_soft_tokens: 0}", ["model.num_soft_tokens = 0:", "greater than or equal to 1"]),
+    "temperature 0": ("model: {softmax_temperature: 0}", ["model.softmax_temperature = 0:", "greater than 0"]),
+    "temperature < 0": ("model: {softmax_temperature: -1}", ["model.softmax_temperature = -1:", "greater than 0"]),
+    "NaN": ("model: {softmax_temperature: .nan}", ["model.softmax_temperature = nan:", "finite number"]),
+    "infinity": ("training: {temperature: .inf}", ["training.temperature = inf:", "finite number"]),
+    "layout": ("model: {layout: infix}", ["model.layout = 'infix':", "'prefix' or 'suffix'"]),
+    "no text": ("model: {text_template: 'a word'}", ["text_template", "'a word'", "{text} exactly once"]),
+    "text twice": ("model: {text_template: '{text} {text}'}", ["text_template", "'{text} {text}'", "exactly once"]),
+    "batch of 1": ("training: {batch_size: 1}", ["training.batch_size = 1:", "greater than or equal to 2"]),
+    "warmup of all": ("training: {warmup: 1}", ["training.warmup = 1:", "less than 1"]),
+    "empty string": ("evaluation: {dev: ''}", ["evaluation.dev = '':", "at least 1 character"]),
+    "a date": ("training: {output: 2024-01-01}", ["training.output", "2024", "valid string"]),
+    "two at once": ("training: {loss: mse, batch_size: 0}", ["training.batch_size = 0:", "and 1 more"]),
+}
+
+
+@pytest.mark.parametrize(("text", "named"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+def test_bad_setting_is_told_by_name_value_and_what_is_valid(
+    read: Callable[..., RunConfig], tmp_path: Path, text: str, named: list[str]
+) -> None:
+    message = _refusal(read, text)
+    for part in [str(tmp_path / "run.yaml"), *named]:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("training.max_steps", ["'training.max_steps'", "section.name=value"]),
+        ("training.max_steps=0", ["training.max_steps = 0:", "greater than or equal to 1"]),
+        ("training.max_steps=", ["training.max_steps = None:", "valid integer"]),
+        ("training.warm_start.stesp=1", ["'training.warm_start.stesp'", "steps, cue"]),
+        ("training.max_steps.x=1", ["training.max_steps.x", "'max_steps' is not a section"]),
+        ("model.layout=[prefix", ["model.layout = '[prefix':", "'prefix' or 'suffix'"]),
+        ("layout=prefix", ["'layout'", "model, data, training, evaluation"]),
+        ("=5", ["'=5'"]),
+    ],
+)
+def test_bad_override(read: Callable[..., RunConfig], override: str, named: list[str]) -> None:
+    message = _refusal(read, "training: {max_steps: 3}", override)
+    for part in named:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a: b: c", ["not YAML", "line 1"]),
+        ("a: [1,\n  2", ["not YAML", "line 2"]),
+        ("model: !!python/object:os.system {}", ["not YAML", "os.system"]),
+        ("- model\n- data\n", ["mapping of sections", "list"]),
+        ("just text", ["mapping of sections", "str"]),
+    ],
+)
+def test_file_that_is_no_config(read: Callable[..., RunConfig], tmp_path: Path, text: str, named: list[str]) -> None:
+    message = _refusal(read, text)
+    for part in [str(tmp_path / "run.yaml"), *named]:
+        assert part in message
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"model: {backbone: caf\xe9}")
+    for path, reason in [(tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory"), (latin, "utf-8")]:
+        message = _refusal(load_run, path)
+        assert str(path) in message
+        assert reason in message
+
+
+def test_parse_names_where_it_was_asked_from() -> None:
+    assert _refusal(parse, ModelConfig, {"lora_rank": 0}, "saved.json").startswith("saved.json: lora_rank = 0")
+
+
+def test_settings_cannot_be_changed_in_place() -> None:
+    with pytest.raises(AttributeError):
+        RunConfig().training.max_steps = 3  # type: ignore[misc]
+
+
+def _refusal(function: Callable[..., object], *arguments: object) -> str:
+    with pytest.raises(PromptEmbedderError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

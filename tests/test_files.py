@@ -1,0 +1,287 @@
+"""Reading texts and writing embeddings: every format, bad input, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from promptembedder import PromptEmbedderError
+from promptembedder.files import embedding_writer, read_texts
+
+FLOAT32 = np.dtype(np.float32)
+
+
+def read(source: object, kind: Any = None, **fields: str) -> list[tuple[str, str]]:
+    return list(read_texts(str(source), kind, **fields))
+
+
+def refusal(source: object, kind: Any = None, **fields: str) -> str:
+    with pytest.raises(PromptEmbedderError) as caught:
+        read(source, kind, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def jsonl(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`stdin(data)`: what standard input will hold, decoded as Python does where the locale is C."""
+
+    def put(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape"))
+
+    return put
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+
+def test_lines(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("größe\r\n  two words \nlast".encode())
+    assert read(path) == [("0", "größe"), ("1", "  two words "), ("2", "last")]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
+def test_records_with_ids(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"texts.{ending}"
+    records = [{"id": "a", "text": "größe"}, {"id": "b", "text": "two\nlines"}]
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        data = jsonl(*records).encode()
+        path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    assert read(path) == [("a", "größe"), ("b", "two\nlines")]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_named_fields_and_numbers_for_missing_ids(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"texts.{ending}"
+    records = [{"key": 7, "body": "x", "text": "no"}, {"key": None, "body": "y", "text": "no"}]
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path.write_text(jsonl(*records))
+    assert read(path, text_field="body", id_field="key") == [("7", "x"), ("1", "y")]
+    assert read(path, text_field="body") == [("0", "x"), ("1", "y")]
+
+
+def test_format_given_beats_the_ending(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text(jsonl({"text": "x"}))
+    assert read(path, "jsonl") == [("0", "x")]
+    assert read(path) == [("0", '{"text": "x"}')]
+
+
+def test_parquet_of_more_rows_than_one_read(tmp_path: Path) -> None:
+    path = tmp_path / "texts.parquet"
+    rows = [(str(n), f"text {n}") for n in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [text for _, text in rows]}), path)
+    assert read(path) == rows
+
+
+def test_standard_input(stdin: Any) -> None:
+    stdin("größe\nlast".encode())
+    assert read("-") == [("0", "größe"), ("1", "last")]
+    stdin(jsonl({"id": "a", "text": "x"}).encode())
+    assert read("-", "jsonl") == [("a", "x")]
+    stdin(b"")
+    assert read("-") == []
+
+
+def test_blank_lines_of_jsonl_are_skipped_in_files_and_on_standard_input(tmp_path: Path, stdin: Any) -> None:
+    data = b'{"text": "x"}\n\n{"text": "y"}\n'
+    (tmp_path / "texts.jsonl").write_bytes(data)
+    stdin(data)
+    assert read(tmp_path / "texts.jsonl") == [("0", "x"), ("1", "y")]
+    assert read("-", "jsonl") == [("0", "x"), ("1", "y")]
+
+
+def test_texts_are_read_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("good\n\n")
+    texts = read_texts(str(path), None)
+    assert next(texts) == ("0", "good")
+    with pytest.raises(PromptEmbedderError):
+        next(texts)
+
+
+BAD_RECORDS = {
+    "empty": ([{"text": "x"}, {"text": " \n"}], "line 2: text is empty"),
+    "number": ([{"text": 5}], "line 1: text is int, expected a string"),
+    "null": ([{"text": None}], "line 1: text is NoneType, expected a string"),
+    "missing": ([{"txt": "x"}], "line 1: field 'text' is missing; --text-field names another"),
+    "no object": (["x"], "line 1: field 'text' is missing"),
+    "same id": ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], "line 2: id 'a' is used twice"),
+    "id is a number": ([{"id": 1, "text": "x"}, {"text": "y"}], "line 2: id '1' is used twice"),
+    "half a character": ([{"text": "\ud800"}], "line 1: text "),
+}
+
+
+@pytest.mark.parametrize(("records", "told"), BAD_RECORDS.values(), ids=BAD_RECORDS.keys())
+def test_bad_record_is_told_by_file_and_line(tmp_path: Path, stdin: Any, records: list[Any], told: str) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(jsonl(*records))
+    assert refusal(path).startswith(f"{path}, {told}")
+    stdin(path.read_bytes())
+    assert refusal("-", "jsonl").startswith(f"standard input, {told}")
+
+
+def test_empty_line(tmp_path: Path, stdin: Any) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("x\n\ny\n")
+    assert refusal(path) == f"{path}, line 2: text is empty"
+    stdin(path.read_bytes())
+    assert refusal("-") == "standard input, line 2: text is empty"
+
+
+def test_parquet_without_the_field_or_with_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "texts.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "text": [1]}), path)
+    assert refusal(path, text_field="txt") == f"{path} has no column 'txt', only body, text"
+    assert refusal(path) == f"{path}, row 1: text is int, expected a string"
+
+
+def test_not_json(tmp_path: Path, stdin: Any) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "x"}\n{"text": \n')
+    assert refusal(path).startswith(f"{path}, line 2: not JSON (")
+    stdin(path.read_bytes())
+    assert refusal("-", "jsonl").startswith("standard input, line 2: not JSON (")
+
+
+def test_not_utf8(tmp_path: Path, stdin: Any) -> None:
+    for name in ("texts.txt", "texts.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(b'{"text": "caf\xe9"}\n')
+        assert refusal(path).startswith(f"{path} is not UTF-8 text: ")
+    stdin(b"caf\xe9\n")
+    assert "standard input" in refusal("-")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    packed, table = tmp_path / "texts.jsonl.gz", tmp_path / "texts.parquet"
+    packed.write_bytes(gzip.compress(jsonl({"text": "x"}).encode())[:-5])
+    table.write_bytes(b"PAR1")
+    assert refusal(packed).startswith(f"{packed} is a damaged gzip file: ")
+    assert refusal(table).startswith(f"input {table} cannot be read as Parquet: ")
+
+
+@pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.jsonl.gz", "none.parquet"])
+def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (name, str(tmp_path / name)):
+        message = refusal(path)
+        assert path in message
+        assert "cannot be read" in message
+        assert "No such file" in message
+        assert "data.root" not in message  # a setting of training, no help here
+
+
+# -- writing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("sizes", [[3, 1, 4], [0, 2], [5000, 5000, 1], []], ids=str)
+def test_npy_is_what_numpy_saves(tmp_path: Path, dtype: str, sizes: list[int]) -> None:
+    batches = _batches(sizes, dtype)
+    path = tmp_path / "new folder" / "vectors.npy"
+    with embedding_writer(path, 16, np.dtype(dtype)) as writer:
+        for batch in batches:
+            writer.write([f"id {n}" for n in range(len(batch))], batch)
+    expected = io.BytesIO()
+    np.save(expected, np.concatenate([np.empty((0, 16), dtype), *batches]))
+    assert path.read_bytes() == expected.getvalue()
+    assert [p.name for p in path.parent.iterdir()] == ["vectors.npy"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("sizes", [[3, 1, 4], [5000, 5000, 1], []], ids=str)
+def test_parquet_keeps_ids_and_values(tmp_path: Path, dtype: str, sizes: list[int]) -> None:
+    batches = _batches(sizes, dtype)
+    path = tmp_path / "vectors.parquet"
+    with embedding_writer(path, 16, np.dtype(dtype)) as writer:
+        for number, batch in enumerate(batches):
+            writer.write([f"{number}-{n}" for n in range(len(batch))], batch)
+    table = pyarrow.parquet.read_table(path)
+    assert table.schema.names == ["id", "embedding"]
+    assert table.schema.field("embedding").type == pyarrow.list_(pyarrow.from_numpy_dtype(dtype), 16)
+    assert table["id"].to_pylist() == [f"{number}-{n}" for number, size in enumerate(sizes) for n in range(size)]
+    values = np.array(table["embedding"].combine_chunks().flatten()).reshape(-1, 16)
+    np.testing.assert_array_equal(values, np.concatenate([np.empty((0, 16), dtype), *batches]))
+    assert [p.name for p in tmp_path.iterdir()] == ["vectors.parquet"]
+
+
+def test_values_are_stored_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.npy"
+    with embedding_writer(path, 2, np.dtype(np.float16)) as writer:
+        writer.write(["a"], np.array([[0.1, 0.2]], dtype=np.float64))
+    stored = np.load(path)
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, np.array([[0.1, 0.2]], dtype=np.float16))
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, PromptEmbedderError])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, ending: str, error: type[BaseException]) -> None:
+    path = tmp_path / f"vectors.{ending}"
+    for old in (None, b"old"):
+        if old is not None:
+            path.write_bytes(old)
+        with pytest.raises(error):
+            _write_and_stop(path, error)
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if old is None else [old])
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"vectors.{ending}"
+    path.write_bytes(b"old")
+    with embedding_writer(path, 4, FLOAT32) as writer:
+        writer.write(["a"], np.ones((1, 4), np.float32))
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() != b"old"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("vectors.csv", "unknown ending '.csv', expected .npy or .parquet"),
+        ("vectors", "unknown ending '', expected .npy or .parquet"),
+        ("folder.npy", "is a folder"),
+        ("file/vectors.npy", "cannot be written: "),
+        ("file/deeper/vectors.parquet", "cannot be written: "),
+    ],
+)
+def test_output_that_cannot_be(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "file").write_text("regular")
+    with pytest.raises(PromptEmbedderError) as caught, embedding_writer(tmp_path / name, 4, FLOAT32):
+        pytest.fail("opened")
+    assert str(tmp_path / name) in str(caught.value)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder.npy"]
+
+
+def _batches(sizes: list[int], dtype: str) -> list[np.ndarray]:
+    drawn = np.random.default_rng(0)
+    return [(100 * drawn.random((size, 16))).astype(dtype) for size in sizes]
+
+
+def _write_and_stop(path: Path, error: type[BaseException]) -> None:
+    with embedding_writer(path, 4, FLOAT32) as writer:
+        writer.write(["a"], np.ones((1, 4), np.float32))
+        raise error("stop")

@@ -1,0 +1,258 @@
+"""The model a user holds: encode, save, load, describe, explain."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import promptembedder
+from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from promptembedder import PromptEmbedderError
+from promptembedder.explain import explain
+from promptembedder.model import describe
+
+
+def test_encode_is_plain_sentence_transformers(tiny_model):
+    model = tiny_model()
+    by_prompt = model.encode(TEXTS, prompt=INSTRUCTION)
+    assert by_prompt.shape == (len(TEXTS), 32)
+    assert np.allclose(np.linalg.norm(by_prompt, axis=1), 1, atol=1e-5)
+    model.prompts["same"] = INSTRUCTION
+    assert np.array_equal(by_prompt, model.encode(TEXTS, prompt_name="same"))
+    assert not np.allclose(by_prompt, model.encode(TEXTS, prompt="Find the topic."), atol=1e-3)
+    # Order is kept although batches are sorted by length, and batch size does not matter.
+    assert np.allclose(by_prompt, model.encode(TEXTS, prompt=INSTRUCTION, batch_size=2), atol=1e-5)
+    assert np.allclose(by_prompt[::-1], model.encode(TEXTS[::-1], prompt=INSTRUCTION), atol=1e-5)
+
+
+def test_encode_truncated_and_quantised(tiny_model):
+    model = tiny_model()
+    whole = model.encode(TEXTS, prompt=INSTRUCTION)
+    assert np.array_equal(model.encode(TEXTS, prompt=INSTRUCTION, truncate_dim=8), whole[:, :8])
+    small = model.encode(TEXTS, prompt=INSTRUCTION, precision="int8")
+    assert small.dtype == np.int8
+    assert small.shape == whole.shape
+
+
+def test_defaults_for_queries_and_documents(tiny_model):
+    model = tiny_model(default_instruction="Find answers.", document_instruction="Be found.")
+    assert np.array_equal(model.encode(TEXTS), model.encode(TEXTS, prompt="Find answers."))
+    assert np.array_equal(model.encode_query(TEXTS), model.encode(TEXTS, prompt="Find answers."))
+    assert np.array_equal(model.encode_document(TEXTS), model.encode(TEXTS, prompt="Be found."))
+    given = model.encode_document(TEXTS, prompt=INSTRUCTION)
+    assert np.array_equal(given, model.encode(TEXTS, prompt=INSTRUCTION))
+
+
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+@pytest.mark.parametrize("condition_on", ["instruction", "instruction_and_text"])
+def test_several_instructions_at_once(tiny_model, layout, condition_on):
+    model = tiny_model(layout=layout, condition_on=condition_on)
+    instructions = [INSTRUCTION, "Find the topic."]
+    several = promptembedder.encode(model, TEXTS, instructions, batch_size=2)
+    assert several.shape == (2, len(TEXTS), 32)
+    for n, instruction in enumerate(instructions):
+        assert np.allclose(several[n], model.encode(TEXTS, prompt=instruction), atol=1e-5)
+    assert np.allclose(promptembedder.encode(model, TEXTS, INSTRUCTION), several[0], atol=1e-5)
+
+
+def test_empty_list_keeps_the_width(tiny_model):
+    model = tiny_model()
+    assert promptembedder.encode(model, []).shape == (0, 32)
+    assert promptembedder.encode(model, [], [INSTRUCTION, "x"]).shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([""], "text 0 is empty"), ([" \n"], "text 0 is empty"), ([3], "text 0 is int, expected a string")],
+)
+def test_bad_texts(tiny_model, texts, message):
+    with pytest.raises(PromptEmbedderError, match=message):
+        promptembedder.encode(tiny_model(), texts)
+
+
+def test_unknown_argument_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="instructon"):
+        tiny_model().encode(TEXTS, instructon="misspelt")
+
+
+def test_long_text_is_cut_and_said_once(tiny_model, caplog):
+    model = tiny_model(max_text_tokens=6, text_template="{text}")
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    first = model.encode([long])
+    again = model.encode([long + " thirteen"])
+    assert np.allclose(first, again, atol=1e-6)
+    assert len([r for r in caplog.records if "cut to max_text_tokens = 6" in r.message]) == 1
+
+
+def test_multi_process_encoding(tiny_model):
+    model = tiny_model()
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        spread = model.encode(TEXTS * 4, prompt=INSTRUCTION, pool=pool, chunk_size=5)
+    finally:
+        model.stop_multi_process_pool(pool)
+    assert np.allclose(spread, model.encode(TEXTS * 4, prompt=INSTRUCTION), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("changes", [{}, {"prompter_training": "full"}, {"layout": "prefix", "readout": "mean"}])
+def test_saved_and_loaded_is_identical(tiny_model, tmp_path, architecture, changes):
+    model = tiny_model(architecture, **changes)
+    model[0].alignment.weight.data.add_(0.01)
+    model.prompts["same"] = INSTRUCTION
+    promptembedder.save(model, tmp_path / "saved")
+    loaded = promptembedder.load(tmp_path / "saved", device="cpu")
+    assert np.array_equal(model.encode(TEXTS, prompt=INSTRUCTION), loaded.encode(TEXTS, prompt_name="same"))
+    assert loaded[0].settings == model[0].settings
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert not list(tmp_path.glob(".saved*"))
+    assert {p.suffix for p in (tmp_path / "saved").rglob("*") if p.is_file()} <= {".json", ".safetensors", ".md"}
+
+
+def test_different_prompter_and_backbone(tiny_model, tiny_lm, tmp_path):
+    model = tiny_model("llama", backbone=str(tiny_lm("gemma3", 48)))
+    embeddings = model.encode(TEXTS, prompt=INSTRUCTION)
+    assert embeddings.shape == (len(TEXTS), 48)
+    promptembedder.save(model, tmp_path / "saved")
+    loaded = promptembedder.load(tmp_path / "saved", device="cpu")
+    assert np.array_equal(embeddings, loaded.encode(TEXTS, prompt=INSTRUCTION))
+
+
+def test_prompter_and_backbone_share_weights_until_trained(tiny_model):
+    module = tiny_model()[0]
+    backbone = {p.data_ptr() for p in module.backbone.parameters()}
+    frozen = {p.data_ptr() for n, p in module.prompter.named_parameters() if "lora_" not in n}
+    assert frozen <= backbone | {module.prompter.lm.get_output_embeddings().weight.data_ptr()}
+    assert not any("lora_" in n for n, _ in module.backbone.named_parameters())
+
+
+def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatch):
+    model = tiny_model()
+    module, calls = model[0], []
+    original = module.soft_tokens
+    monkeypatch.setattr(module, "soft_tokens", lambda instruction: calls.append(instruction) or original(instruction))
+    before = model.encode(TEXTS, prompt=INSTRUCTION)
+    model.encode(TEXTS, prompt=INSTRUCTION)
+    assert calls == [INSTRUCTION]
+    lora = next(p for n, p in module.named_parameters() if "lora_B" in n)
+    with torch.no_grad():
+        lora.add_(0.5)
+    after = model.encode(TEXTS, prompt=INSTRUCTION)
+    assert calls == [INSTRUCTION] * 2
+    assert not np.allclose(before, after, atol=1e-4)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    model.encode(TEXTS, prompt=INSTRUCTION)
+    assert len(calls) == 3
+
+
+def test_save_refuses_a_folder_that_is_no_model_and_replaces_one_that_is(tiny_model, tmp_path):
+    model = tiny_model()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(PromptEmbedderError, match="exists and is not a saved model"):
+        promptembedder.save(model, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    promptembedder.save(model, tmp_path / "saved")
+    promptembedder.save(model, tmp_path / "saved")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PromptEmbedderError, match="cannot write a model"):
+        promptembedder.save(model, tmp_path / "file" / "below")
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    promptembedder.save(tiny_model(), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["promptembedder.json", "alignment.safetensors", "prompter/adapter_model.safetensors", "modules.json"],
+)
+def test_missing_file(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(PromptEmbedderError, match=f"has no {name}"):
+        promptembedder.load(saved)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(PromptEmbedderError, match="no model at"):
+        promptembedder.load(tmp_path / "nowhere")
+
+
+def test_newer_format(saved):
+    settings = json.loads((saved / "promptembedder.json").read_text())
+    (saved / "promptembedder.json").write_text(json.dumps({**settings, "format_version": 99}))
+    with pytest.raises(PromptEmbedderError, match="format version 99, this promptembedder reads up to 1"):
+        promptembedder.load(saved)
+
+
+def test_damaged_weights(saved):
+    path = saved / "alignment.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(PromptEmbedderError, match="damaged safetensors"):
+        promptembedder.load(saved)
+
+
+def test_backbone_of_other_width_or_weights(saved, tiny_lm):
+    path = saved / "promptembedder.json"
+    settings = json.loads(path.read_text())
+
+    def load_with(backbone):
+        bases = {**settings["base_models"], "backbone": str(backbone)}
+        path.write_text(json.dumps({**settings, "base_models": bases}))
+        promptembedder.load(saved)
+
+    with pytest.raises(PromptEmbedderError, match=r"alignment is \(32, 32\), but .* need \(32, 48\)"):
+        load_with(tiny_lm("llama", 48))
+    with pytest.raises(PromptEmbedderError, match="has other weights"):
+        load_with(tiny_lm("llama", 32, seed=7))
+
+
+def test_prompter_weights_that_do_not_fit(saved, tiny_model, tmp_path):
+    promptembedder.save(tiny_model(lora_rank=8), tmp_path / "other")
+    name = "prompter/adapter_model.safetensors"
+    shutil.copy(tmp_path / "other" / name, saved / name)
+    with pytest.raises(PromptEmbedderError, match="weights do not fit the prompter"):
+        promptembedder.load(saved)
+
+
+def test_prompter_opens_with_peft(saved, tiny_lm):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm("llama")), saved / "prompter")
+    ours = promptembedder.load(saved, device="cpu")[0].prompter.lm
+    theirs = {n: p for n, p in lm.named_parameters() if "lora_" in n}
+    assert theirs
+    for name, parameter in ours.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(parameter, theirs[name])
+
+
+def test_describe_reads_files_only(saved, monkeypatch):
+    monkeypatch.setattr("promptembedder.base_models.locate", None)
+    facts = describe(saved)
+    assert facts["layout"] == "suffix"
+    assert facts["alignment"] == "32 x 32"
+    assert facts["dimensions"] == 32
+    assert "llama" in facts["prompter"]
+
+
+def test_explain_reads_the_mixture(tiny_model):
+    model = tiny_model(num_soft_tokens=3)
+    readings = explain(model, INSTRUCTION, top=4)
+    logits = model[0].soft_tokens(INSTRUCTION).logits_NKV[0]
+    assert len(readings) == 3
+    for reading, row in zip(readings, logits.softmax(-1).tolist(), strict=True):
+        assert [w for _, w in reading.words] == pytest.approx(sorted(row, reverse=True)[:4])
+        assert reading.entropy == pytest.approx(-sum(p * math.log(p) for p in row if p > 0), rel=1e-4)
+    with pytest.raises(PromptEmbedderError, match="instruction is empty"):
+        explain(model, " ")

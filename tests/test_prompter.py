@@ -1,0 +1,124 @@
+"""Differentiable generation against a naive second way and against finite differences."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from conftest import ARCHITECTURES, INSTRUCTION
+
+
+def naive_generation(lm, ids, K, temperature):
+    """No cache, no padding, one request: the whole sequence again for every soft token."""
+    table = lm.get_input_embeddings()
+    embeddings = table(torch.arange(table.weight.shape[0]))  # what the LLM feeds itself, any scaling included
+    sequence = table(ids)[None]
+    for _ in range(K):
+        logits = lm(inputs_embeds=sequence, use_cache=False).logits[0, -1]
+        token = torch.softmax(logits / temperature, dim=-1) @ embeddings
+        sequence = torch.cat([sequence, token[None, None]], dim=1)
+    return sequence[0, -K:]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_equals_the_naive_way(tiny_model, architecture):
+    module = tiny_model(architecture, num_soft_tokens=4, softmax_temperature=0.7)[0]
+    ids, mask = module.prompter.tokenize([INSTRUCTION])
+    generated = module.prompter(ids, mask).tokens_NKP[0]
+    naive = naive_generation(module.prompter.lm, ids[0], 4, 0.7)
+    assert torch.allclose(generated, naive, atol=1e-5)
+    assert generated.norm(dim=-1).min() > 0.1  # not all-zero embeddings that agree by accident
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_requests_do_not_depend_on_their_batch(tiny_model, architecture):
+    prompter = tiny_model(architecture)[0].prompter
+    requests = [INSTRUCTION, "Short.", "Given a question, retrieve questions that ask the same thing, in any words."]
+    together = prompter(*prompter.tokenize(requests)).tokens_NKP
+    for n, request in enumerate(requests):
+        alone = prompter(*prompter.tokenize([request])).tokens_NKP[0]
+        assert torch.allclose(together[n], alone, atol=1e-5)
+
+
+def test_different_instructions_give_different_soft_tokens(tiny_model):
+    prompter = tiny_model()[0].prompter
+    first, second = prompter(*prompter.tokenize([INSTRUCTION, "Find the topic."])).tokens_NKP
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_low_temperature_gives_single_embeddings(tiny_model):
+    module = tiny_model(softmax_temperature=1e-6)[0]
+    tokens, logits = module.prompter(*module.prompter.tokenize([INSTRUCTION]))
+    expected = module.prompter.lm.get_input_embeddings()(logits[0].argmax(-1))
+    assert torch.allclose(tokens[0], expected, atol=1e-5)
+
+
+def test_chat_template_is_used_when_there_is_one(tiny_model):
+    with_template, without = tiny_model("llama")[0].prompter, tiny_model("gemma3")[0].prompter
+    decoded = with_template.tokenizer.decode(with_template.tokenize([INSTRUCTION])[0][0])
+    assert decoded.startswith("<|start|>user\n" + INSTRUCTION)
+    assert decoded.endswith("<|start|>assistant\n")
+    assert INSTRUCTION in without.tokenizer.decode(without.tokenize([INSTRUCTION])[0][0])
+
+
+def test_long_requests_are_cut(tiny_model):
+    prompter = tiny_model(max_instruction_tokens=5)[0].prompter
+    long, longer = prompter.tokenize(["word " * 50])[0], prompter.tokenize(["word " * 500])[0]
+    assert torch.equal(long, longer)
+
+
+def float64_norm(norm, x):
+    """Transformers computes its norms in float32 whatever the dtype, too coarse for finite differences."""
+    gemma = type(norm).__name__.startswith("Gemma")
+    scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + (norm.eps if gemma else norm.variance_epsilon))
+    return scaled * (1 + norm.weight if gemma else norm.weight)
+
+
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_through_all_steps_against_finite_differences(tiny_model, architecture, layout):
+    """Float64, central differences along random directions, through K steps, alignment and backbone."""
+    module = tiny_model(architecture, layout=layout, num_soft_tokens=3, softmax_temperature=2.0)[0].double()
+    for part in module.modules():
+        if type(part).__name__.endswith("RMSNorm"):
+            part.forward = functools.partial(float64_norm, part)
+    features = module.preprocess(["A man plays.", "Rain on the town"], prompt=INSTRUCTION)
+    direction_E = torch.randn(module.get_embedding_dimension(), generator=torch.Generator().manual_seed(3)).double()
+
+    def objective():
+        return (module(features)["sentence_embedding"] @ direction_E).sum()
+
+    objective().backward()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    assert {n.split(".")[0] for n in trained} == {"prompter", "alignment"}
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+    for part in ("prompter", "alignment"):
+        step = {n: torch.randn_like(p) for n, p in trained.items() if n.startswith(part)}
+        analytic = sum((trained[n].grad * d).sum() for n, d in step.items())
+        epsilon, values = 1e-6, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for n, d in step.items():
+                    trained[n].add_(sign * epsilon * d)
+                values.append(objective())
+                for n, d in step.items():
+                    trained[n].sub_(sign * epsilon * d)
+        numeric = (values[0] - values[1]) / (2 * epsilon)
+        assert abs(analytic) > 1e-6
+        assert torch.isclose(analytic, numeric, rtol=1e-5), (part, analytic, numeric)
+
+
+def test_gradient_reaches_every_soft_token(tiny_model):
+    """The prompter's gradient has a share from each of the K steps."""
+    module = tiny_model(num_soft_tokens=4)[0]
+    weight = module.prompter.lm.get_input_embeddings().weight.requires_grad_()
+    shares = []
+    for k in range(4):
+        tokens = module.soft_tokens(INSTRUCTION).tokens_NKP
+        (grad,) = torch.autograd.grad(tokens[0, k].sum(), weight)
+        shares.append(grad.norm())
+    assert min(shares) > 0
+    assert len({round(float(s), 6) for s in shares}) == 4

@@ -1,0 +1,264 @@
+"""Training on tiny LLMs: what moves, what must not, and that resuming and leaves change nothing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import promptembedder
+from conftest import INSTRUCTION, TEXTS
+from promptembedder import PromptEmbedderError, RunConfig, build
+from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, WarmStartConfig
+from promptembedder.module import SoftPromptLeaves
+from promptembedder.training import make_loss, train, warm_start
+
+SECOND = "Given a question, retrieve questions that ask the same thing."
+
+
+@pytest.fixture
+def run_config(tiny_settings, tmp_path):
+    """`run_config(max_steps=..., model={...}, warm_start=...)`: a whole run on tiny LLMs and 40 rows."""
+    rows = [
+        {
+            "query": f"{TEXTS[n % 5]} {n}",
+            "pos": [f"{n} {TEXTS[n % 5]}"],
+            "neg": [f"{TEXTS[(n + 1) % 5]} {n}"] if n % 2 else [],
+            "instruction": INSTRUCTION if n % 4 < 2 else SECOND,
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = [{"sentence1": a, "sentence2": b, "score": i * j} for i, a in enumerate(TEXTS) for j, b in enumerate(TEXTS)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
+
+    def make(name="run", *, model=None, evaluation=None, warm_steps=0, **training):
+        defaults = {"output": str(tmp_path / name), "max_steps": 4, "batch_size": 4, "logging_steps": 1}
+        return RunConfig(
+            model=tiny_settings(**(model or {})),
+            data=DataConfig(root=str(tmp_path), files=(DataFile(path="rows.jsonl"),)),
+            training=TrainingConfig(**{**defaults, **training}, warm_start=WarmStartConfig(steps=warm_steps)),
+            evaluation=EvaluationConfig(**{"test": "pairs.jsonl", "every_steps": 2, **(evaluation or {})}),
+        )
+
+    return make
+
+
+def state_of(model, kind):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad == (kind == "trained")}
+
+
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+def test_training_moves_prompter_and_alignment_and_nothing_else(run_config, layout):
+    config = run_config(model={"layout": layout})
+    model = build(config.model, device="cpu")
+    frozen, trained = state_of(model, "frozen"), state_of(model, "trained")
+    result = train(config, model=model)
+    assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+    moved = {n.split(".")[1] for n, p in model.named_parameters() if n in trained and not torch.equal(trained[n], p)}
+    assert moved == {"prompter", "alignment"}
+    assert not model[0].backbone.lm.training
+    assert result.steps == 4
+    assert set(result.scores) == {"test"}
+    loaded = promptembedder.load(result.folder, device="cpu")
+    assert np.array_equal(loaded.encode(TEXTS, prompt=INSTRUCTION), model.encode(TEXTS, prompt=INSTRUCTION))
+
+
+def test_alignment_alone(run_config):
+    config = run_config(train_prompter=False)
+    model = build(config.model, device="cpu")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(config, model=model)
+    moved = [n for n, p in model.named_parameters() if not torch.equal(before[n], p)]
+    assert moved == ["0.alignment.weight"]
+
+
+def test_full_prompter_leaves_the_backbone_alone(run_config):
+    config = run_config(model={"prompter_training": "full"})
+    model = build(config.model, device="cpu")
+    before = {n: p.detach().clone() for n, p in model[0].backbone.named_parameters()}
+    prompter = {n: p.detach().clone() for n, p in model[0].prompter.named_parameters()}
+    train(config, model=model)
+    assert all(torch.equal(before[n], p) for n, p in model[0].backbone.named_parameters())
+    assert any(not torch.equal(prompter[n], p) for n, p in model[0].prompter.named_parameters())
+
+
+def test_training_lowers_the_loss(run_config):
+    config = run_config(max_steps=25, alignment_learning_rate=1e-2, save_every_steps=25)
+    model = build(config.model, device="cpu")
+    columns = [[f"{text} {n}" for n, text in enumerate(TEXTS)], [f"{n} {text}" for n, text in enumerate(TEXTS)]]
+
+    def loss():
+        features = [model.preprocess(column, prompt=INSTRUCTION) for column in columns]
+        with torch.no_grad():
+            return float(make_loss(model, config.training)(features, None))
+
+    before = loss()
+    history = train(config, model=model).history
+    assert loss() < 0.9 * before
+    assert all(line["grad_norm"] > 0 for line in history if "grad_norm" in line)
+
+
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+def test_resumed_equals_uninterrupted(run_config, layout):
+    model = {"layout": layout}
+    whole = train(run_config("whole", model=model, max_steps=4, save_every_steps=2)).model
+    # The same run, stopped after two steps: its schedule must be that of four.
+    config = run_config("parts", model=model, max_steps=4, save_every_steps=2)
+    from promptembedder import training
+
+    class Stop(training.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+            return control
+
+    made = training._trainer
+
+    def stopping(*arguments):
+        trainer = made(*arguments)
+        trainer.add_callback(Stop())
+        return trainer
+
+    training._trainer = stopping
+    try:
+        halfway = train(config)
+    finally:
+        training._trainer = made
+    assert halfway.steps == 2
+    resumed = train(config, resume=True)
+    assert resumed.steps == 4
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
+
+
+def test_checkpoints_hold_trained_parts_only(run_config, tmp_path):
+    train(run_config(save_every_steps=2))
+    weights = sorted(p.name for p in (tmp_path / "run" / "checkpoint-2").rglob("*.safetensors"))
+    assert weights == ["adapter_model.safetensors", "alignment.safetensors"]
+
+
+def test_best_on_dev_is_kept_and_early_stop_stops(run_config):
+    evaluation = {"dev": "pairs.jsonl", "every_steps": 1}
+    config = run_config(max_steps=12, evaluation=evaluation, early_stop_patience=2, prompter_learning_rate=1e-2)
+    result = train(config)
+    dev = [line["eval_dev_spearman_cosine"] for line in result.history if "eval_dev_spearman_cosine" in line]
+    assert result.scores["dev"] == pytest.approx(100 * max(dev))
+    assert result.scores["test"] == pytest.approx(100 * max(dev))  # same file: the best model was loaded back
+    assert result.steps < 12
+
+
+@pytest.mark.parametrize("kind", ["plain", "cached", "accumulated"])
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+def test_leaf_gives_the_same_gradients(tiny_model, kind, layout):
+    """One backward through the prompter per step equals one per forward."""
+    model = tiny_model(layout=layout)
+    module = model[0]
+    loss = make_loss(model, TrainingConfig(loss="cached_infonce" if kind == "cached" else "infonce", mini_batch_size=2))
+    batches = [(TEXTS[:4], INSTRUCTION), (TEXTS[1:], SECOND if kind == "accumulated" else INSTRUCTION)]
+    found = []
+    for leaves in (None, SoftPromptLeaves()):
+        model.zero_grad()
+        module.leaves = leaves
+        for texts, instruction in batches:
+            columns = [model.preprocess(t, prompt=instruction) for t in (texts, texts[::-1], texts[1:] + texts[:1])]
+            loss(columns, None).backward()
+        if leaves is not None:
+            assert all(p.grad is None for p in module.prompter.parameters())
+            leaves.backward()
+        found.append({n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad})
+    module.leaves = None
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-5, rtol=1e-4), name
+    assert max(float(g.abs().max()) for g in found[0].values()) > 1e-3
+
+
+def test_prompter_runs_once_per_instruction_and_step(run_config, monkeypatch):
+    from promptembedder.module import SoftPromptTransformer
+
+    calls, original = [], SoftPromptTransformer.soft_tokens
+
+    def counted(self, instruction):
+        if torch.is_grad_enabled():
+            calls.append(instruction)
+        return original(self, instruction)
+
+    monkeypatch.setattr(SoftPromptTransformer, "soft_tokens", counted)
+    train(run_config(max_steps=4))
+    assert len(calls) == 4  # one instruction per batch, whatever the number of columns
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "cached_infonce", "mini_batch_size": 2},
+        {"matryoshka_dims": (8, 16)},
+        {"mask_false_negatives": True},
+        {"mask_false_negatives": True, "loss": "cached_infonce", "mini_batch_size": 2},
+        {"gradient_accumulation": 2},
+    ],
+)
+def test_variants_run(run_config, changes):
+    result = train(run_config(max_steps=2, **changes))
+    assert all(np.isfinite(line["loss"]) for line in result.history if "loss" in line)
+
+
+def test_conditioned_on_text_trains(run_config):
+    for layout in ("prefix", "suffix"):
+        model = {"condition_on": "instruction_and_text", "layout": layout}
+        result = train(run_config(layout, model=model, max_steps=2, loss="cached_infonce", mini_batch_size=2))
+        assert result.steps == 2
+
+
+def test_matryoshka_wider_than_the_embedding(tiny_model):
+    with pytest.raises(PromptEmbedderError, match="holds 64, the embedding has 32"):
+        make_loss(tiny_model(), TrainingConfig(matryoshka_dims=(64,)))
+
+
+@pytest.mark.parametrize("kind", ["infonce", "cached_infonce"])
+def test_masked_false_negatives_do_not_count(tiny_model, kind):
+    """Negatives that the model finds closer than the positive: the loss is as without them."""
+    model = tiny_model()
+    anchors, positives = TEXTS[:2], TEXTS[2:4]
+    pairs = [model.preprocess(texts, prompt=INSTRUCTION) for texts in (anchors, positives)]
+    false_negatives = model.preprocess(anchors, prompt=INSTRUCTION)
+    masked = make_loss(model, TrainingConfig(mask_false_negatives=True, loss=kind))
+    plain = make_loss(model, TrainingConfig(loss=kind))
+    with torch.no_grad():
+        own = masked([*pairs, false_negatives], None)
+        assert own < 0.5 * plain([*pairs, false_negatives], None)
+
+
+def test_warm_start_writes_the_cue(tiny_model):
+    module = tiny_model(prompter_training="full")[0]
+    config = WarmStartConfig(steps=150, learning_rate=1e-2, target_probability=0.9)
+    reached = warm_start(module, [INSTRUCTION, SECOND], config, seed=0)
+    assert reached >= 0.9
+    cue = module.prompter.tokenizer(" " + config.cue, add_special_tokens=False)["input_ids"][-5:]
+    with torch.no_grad():
+        soft = module.soft_tokens(INSTRUCTION).tokens_NKP[0]
+        hard = module.prompter.lm.get_input_embeddings()(torch.tensor(cue))
+    assert torch.nn.functional.cosine_similarity(soft, hard).min() > 0.9
+
+
+def test_warm_start_needs_a_cue_of_k_tokens(tiny_model):
+    module = tiny_model(num_soft_tokens=20)[0]
+    with pytest.raises(PromptEmbedderError, match=r"warm_start.cue has \d+ tokens for 20 soft tokens"):
+        warm_start(module, [INSTRUCTION], WarmStartConfig(cue="one"), seed=0)
+
+
+def test_nothing_to_resume(run_config):
+    with pytest.raises(PromptEmbedderError, match="nothing to resume"):
+        train(run_config(), resume=True)
+
+
+def test_output_not_writable(run_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PromptEmbedderError, match="cannot be written"):
+        train(run_config("file/below"))
+
+
+def test_early_stop_needs_dev(run_config):
+    with pytest.raises(PromptEmbedderError, match=r"needs evaluation\.dev"):
+        train(run_config(early_stop_patience=2))
