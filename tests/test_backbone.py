@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from promptembedder import PromptEmbedderError, build
 from promptembedder import backbone as backbone_module
 from promptembedder.backbone import pad_side
 
@@ -103,6 +105,19 @@ def test_one_soft_prompt_per_text(tiny_model, layout):
         for n, text in enumerate(TEXTS):
             alone = module(module.preprocess([text], prompt=INSTRUCTION))["sentence_embedding"][0]
             assert torch.allclose(together[n], alone, atol=1e-5)
+
+
+def test_int8_text_pass_is_close_and_no_part_of_the_model(tiny_model, tiny_settings):
+    exact, quick = tiny_model(), tiny_model(text_pass="int8")
+    expected, found = (m.encode(TEXTS, prompt=INSTRUCTION) for m in (exact, quick))
+    assert not (expected == found).all()
+    assert (expected * found).sum(-1).min() > 0.99
+    assert quick.state_dict().keys() == exact.state_dict().keys()
+    copied = pickle.loads(pickle.dumps(quick))  # noqa: S301
+    assert (copied.encode(TEXTS, prompt=INSTRUCTION) == found).all()
+    for changes in ({"layout": "prefix"}, {"dtype": "bfloat16"}):
+        with pytest.raises(PromptEmbedderError, match="text_pass 'int8' needs layout 'suffix' and dtype float32"):
+            build(tiny_settings(text_pass="int8", **changes), device="cpu")
 
 
 def test_pad_side_keeps_order():

@@ -147,11 +147,13 @@ def test_empty_line(tmp_path: Path, stdin: Any) -> None:
     assert refusal("-") == "standard input, line 2: text is empty"
 
 
-def test_parquet_without_the_field_or_with_numbers(tmp_path: Path) -> None:
+def test_bad_parquet_is_told_by_column_or_row(tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "text": [1]}), path)
     assert refusal(path, text_field="txt") == f"{path} has no column 'txt', only body, text"
     assert refusal(path) == f"{path}, row 1: text is int, expected a string"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", " "]}), path)
+    assert refusal(path) == f"{path}, row 2: text is empty"
 
 
 def test_not_json(tmp_path: Path, stdin: Any) -> None:

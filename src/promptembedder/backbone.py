@@ -12,6 +12,7 @@ N soft prompts (1, shared by the batch, or B), L tokens of the segment at hand.
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from promptembedder.errors import PromptEmbedderError
+
 Layout = Literal["prefix", "suffix"]
 Readout = Literal["last", "mean"]
+TextPass = Literal["same", "int8"]
 
 # Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower.
 _CHUNK_TOKENS_CPU = 512
@@ -64,13 +68,29 @@ class Backbone(nn.Module):
         layout: where the soft prompt stands, see the module's docstring.
         readout: `suffix`: the last soft token or the mean over the K soft tokens; `prefix`: the last text token
             or the mean over the text tokens.
+        text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
+            int8 (float32 models on the CPU); the soft prompt is read in full precision all the same.
+
+    Raises:
+        PromptEmbedderError: int8 with layout `prefix` or with a model that is not float32.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, layout: Layout, readout: Readout) -> None:
+    def __init__(self, lm: PreTrainedModel, *, layout: Layout, readout: Readout, text_pass: TextPass = "same") -> None:
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
         self.layout = layout
         self.readout = readout
+        self.text_pass = text_pass
+        # In a list, so that the int8 copy is no part of the module tree: not saved, not moved, not counted.
+        self._int8_lm: list[nn.Module] = []
+        if text_pass == "int8" and (layout != "suffix" or lm.dtype != torch.float32):
+            raise PromptEmbedderError(
+                f"text_pass 'int8' needs layout 'suffix' and dtype float32, found {layout!r} and {lm.dtype}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the int8 copy out of pickles for worker processes; they make their own."""
+        return {**super().__getstate__(), "_int8_lm": []}
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen means frozen."""
@@ -105,7 +125,7 @@ class Backbone(nn.Module):
             states = head.expanded(len(rows)) if len(soft_NKD) == 1 else head.picked(rows)
             mask_bT = mask_BT[rows, :length]
             hidden_bTD, _ = self._continue(states, self._embed(ids_BT[rows, :length]), mask_bT)
-            pooled.append(self._pool(hidden_bTD, mask_bT))
+            pooled.append(pool(hidden_bTD, mask_bT, self.readout))
             order.append(rows)
         return torch.cat(pooled)[torch.cat(order).argsort()]
 
@@ -121,7 +141,7 @@ class Backbone(nn.Module):
             for rows, length in self._chunks(mask_BT):
                 mask_bT = mask_BT[rows, mask_BT.shape[1] - length :]
                 ids_bT = ids_BT[rows, mask_BT.shape[1] - length :]
-                parts.append((rows, self._continue(None, self._embed(ids_bT), mask_bT)[1]))
+                parts.append((rows, self._continue(None, self._embed(ids_bT), mask_bT, self._text_lm())[1]))
         return _merged(parts)
 
     def read_soft_prompt(self, states: States, soft_NKD: Tensor) -> Tensor:
@@ -130,7 +150,7 @@ class Backbone(nn.Module):
         soft_BKD = soft_NKD.to(self.lm.dtype).expand(batch, -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
         hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK)
-        return self._pool(hidden_BKD, mask_BK)
+        return pool(hidden_BKD, mask_BK, self.readout)
 
     def _read_head(self, instruction_ids_I: Tensor, soft_NKD: Tensor) -> States:
         """Layout `prefix`, first segment: instruction and soft prompt, once for all texts that share them."""
@@ -139,12 +159,24 @@ class Backbone(nn.Module):
         _, states = self._continue(None, head_NLD, instruction_ids_I.new_ones(head_NLD.shape[:2]))
         return states
 
-    def _continue(self, before: States | None, inputs_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, States]:
+    def _text_lm(self) -> nn.Module:
+        """The LLM that reads texts in layout `suffix`: itself, or its int8 copy, made on first use."""
+        if self.text_pass == "same":
+            return self.lm
+        if self.lm.device.type != "cpu":
+            raise PromptEmbedderError(f"text_pass 'int8' runs on the CPU only, the model is on {self.lm.device}")
+        if not self._int8_lm:
+            self._int8_lm.append(_int8_copy(self.lm))
+        return self._int8_lm[0]
+
+    def _continue(
+        self, before: States | None, inputs_BLD: Tensor, mask_BL: Tensor, lm: nn.Module | None = None
+    ) -> tuple[Tensor, States]:
         """Run one segment after another. The one place where anything enters the LLM."""
         cache: Any = DynamicCache(config=self.lm.config) if before is None else _shallow_copy(before.cache)
         mask_all = mask_BL if before is None else torch.cat([before.mask_BL, mask_BL], dim=1)
         positions_BL = (mask_all.cumsum(-1) - 1).clamp(min=0)[:, -mask_BL.shape[1] :]
-        output = self.lm(
+        output = (lm or self.lm)(
             inputs_embeds=inputs_BLD,
             attention_mask=mask_all,
             position_ids=positions_BL,
@@ -171,13 +203,15 @@ class Backbone(nn.Module):
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids_BT)  # type: ignore[no-any-return]
 
-    def _pool(self, hidden_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        hidden_BLD = hidden_BLD.to(torch.promote_types(hidden_BLD.dtype, torch.float32))
-        if self.readout == "mean":
-            weights_BL = mask_BL / mask_BL.sum(-1, keepdim=True)
-            return (hidden_BLD * weights_BL[..., None]).sum(1)
-        last_B = mask_BL.shape[1] - 1 - mask_BL.flip(-1).argmax(-1)
-        return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
+
+def pool(hidden_BLD: Tensor, mask_BL: Tensor, readout: Readout) -> Tensor:
+    """Embeddings (B, D), at least float32, from last hidden states: the last token's, or the mean over tokens."""
+    hidden_BLD = hidden_BLD.to(torch.promote_types(hidden_BLD.dtype, torch.float32))
+    if readout == "mean":
+        weights_BL = mask_BL / mask_BL.sum(-1, keepdim=True)
+        return (hidden_BLD * weights_BL[..., None]).sum(1)
+    last_B = mask_BL.shape[1] - 1 - mask_BL.flip(-1).argmax(-1)
+    return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), last_B]
 
 
 def pad_side(ids_BT: Tensor, mask_BT: Tensor, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
@@ -213,3 +247,13 @@ def _merged(parts: list[tuple[Tensor, States]]) -> States:
                 whole[rows, :, whole.shape[2] - tensor.shape[2] :] = tensor
             setattr(layer, name, whole)
     return States(cache, mask_BL)
+
+
+def _int8_copy(lm: nn.Module) -> nn.Module:
+    """The LLM with its linear layers in dynamic int8; everything else is shared with the original."""
+    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the eager quantisation API is announced to move to another package
+        return torch.ao.quantization.quantize_dynamic(  # type: ignore[no-any-return, no-untyped-call]
+            copy.deepcopy(lm, shared), {nn.Linear}, dtype=torch.qint8, inplace=True
+        )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from promptembedder.backbone import Backbone
+from promptembedder.backbone import Backbone, pool
 from promptembedder.module import SoftPromptTransformer
 
 # The ending of PromptEOL (arXiv 2307.16645); its beginning is the default `text_template`.
@@ -23,14 +23,13 @@ HARD_CUE = ' means in one word:"'
 def mean_pooling(module: SoftPromptTransformer, texts: Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
     """Mean of the last hidden states over the bare text: (N, E), unit length."""
     lm = module.backbone.lm
-    plain = Backbone(lm, layout="prefix", readout="mean")
 
     def embed(batch: list[str]) -> Tensor:
         encoded = module.tokenizer(
             batch, padding=True, truncation=True, max_length=module.settings.max_text_tokens, return_tensors="pt"
         ).to(lm.device)
         hidden_BTD = lm(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).last_hidden_state
-        return plain._pool(hidden_BTD, encoded["attention_mask"])
+        return pool(hidden_BTD, encoded["attention_mask"], "mean")
 
     return _embedded(embed, texts, batch_size)
 

@@ -52,12 +52,13 @@ class Article:
     topic: str
 
 
-def run_demo(output: Path, *, steps: int = 40) -> str:
+def run_demo(output: Path, *, steps: int = 30, llm: str = "smollm2-135m-instruct") -> str:
     """Train, compare, and write `report.md`, `results.json`, `picture.png` and `model/` into a folder.
 
     Args:
         output: the folder; what an earlier demo left there is replaced.
         steps: optimizer steps.
+        llm: prompter and backbone.
 
     Returns:
         The report's table and the two commands to try next, as text.
@@ -69,10 +70,11 @@ def run_demo(output: Path, *, steps: int = 40) -> str:
     _check_plotting()
     train_articles, test_articles = split(read_articles())
     _clear(output)
-    config = _config(output, steps)
+    config = _config(output, steps, llm)
     _write_rows(output / "data", train_articles)
     _say(f"{len(train_articles)} articles to train on, {len(test_articles)} to test on")
     result = train(config)
+    result.folder.rename(output / "model")
     _say("comparing with the untrained LLM on the test articles")
     embedded = _embed(result, test_articles)
     results: dict[str, Any] = {
@@ -87,7 +89,6 @@ def run_demo(output: Path, *, steps: int = 40) -> str:
     sample.write_text("".join(f"{a.headline}\n" for a in test_articles[:20]), encoding="utf-8")
     report = _report(results, result, len(train_articles), len(test_articles))
     (output / "report.md").write_text(report, encoding="utf-8")
-    shutil.rmtree(output / "data")
     return f"{_table(results)}\n\n{_next_steps(output)}"
 
 
@@ -127,11 +128,11 @@ def split(articles: list[Article]) -> tuple[list[Article], list[Article]]:
     return [a for a in articles if a.headline not in held_out], test
 
 
-def _config(output: Path, steps: int) -> RunConfig:
+def _config(output: Path, steps: int, llm: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(
-            prompter="smollm2-135m-instruct",
-            backbone="smollm2-135m-instruct",
+            prompter=llm,
+            backbone=llm,
             max_text_tokens=64,
             default_instruction=HEADLINE,
             document_instruction=ARTICLE,
@@ -210,7 +211,9 @@ def _draw(
     left, middle, right = figure.subplots(1, 3)
     topics = sorted({a.topic for a in articles})
     for axes, name, title in ((left, "articles", ARTICLE), (middle, "topics", TOPIC.split(":")[0] + ".")):
-        points_N2 = TSNE(metric="cosine", init="pca", random_state=_SEED).fit_transform(trained[name])
+        points_N2 = TSNE(
+            metric="cosine", init="pca", perplexity=min(30, len(articles) / 4), random_state=_SEED
+        ).fit_transform(trained[name])
         for topic in topics:
             picked = np.array([a.topic == topic for a in articles])
             axes.scatter(*points_N2[picked].T, s=14, label=topic)

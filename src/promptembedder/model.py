@@ -37,12 +37,10 @@ from promptembedder.module import (
     CONFIG_FILE,
     FORMAT_VERSION,
     PROMPTER_FOLDER,
-    PROMPTER_WEIGHTS,
     BaseModels,
     SoftPromptTransformer,
-    load_trained_state,
 )
-from promptembedder.prompter import Prompter
+from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state
 
 _LORA_TARGETS = "all-linear"
 
@@ -223,6 +221,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "default_instruction": settings["default_instruction"],
         "document_instruction": settings["document_instruction"],
         "dtype": settings["dtype"],
+        "text_pass": settings.get("text_pass"),
         "format_version": saved["format_version"],
         "size_mb": round(sum(sizes.values()) / 1e6, 1),
     }
@@ -320,7 +319,9 @@ def _build_module(
         temperature=config.softmax_temperature,
         max_request_tokens=config.max_instruction_tokens,
     )
-    backbone = Backbone(backbone_lm.base_model, layout=config.layout, readout=config.readout)
+    backbone = Backbone(
+        backbone_lm.base_model, layout=config.layout, readout=config.readout, text_pass=config.text_pass
+    )
     return SoftPromptTransformer(prompter, Alignment(start), backbone, tokenizer, config, identity)
 
 

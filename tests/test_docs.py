@@ -1,0 +1,40 @@
+"""Documents that are made from code are up to date, and what the README shows exists."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from promptembedder.config import load_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_command_reference_is_up_to_date():
+    made = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["reference"]()
+    assert (ROOT / "docs" / "cli.md").read_text() == made, "run: python docs/make_cli.py > docs/cli.md"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_valid(recipe):
+    config = load_run(recipe)
+    assert config.data.files
+    assert config.training.max_steps * config.training.batch_size <= 300 * 48
+
+
+def test_readme_links_and_targets_exist():
+    readme = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", readme):
+        assert (ROOT / link).exists(), link
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"^make ([a-z]+)", readme, re.M)) <= targets
+
+
+def test_import_needs_no_extra():
+    """Only the demo and the benchmarks may import what an extra brings."""
+    for path in (ROOT / "src").rglob("*.py"):
+        if path.name != "demo.py":
+            assert "matplotlib" not in path.read_text(), path
