@@ -99,7 +99,6 @@ BAD_SETTINGS = {
     "fraction for int": ("training: {max_steps: 2.5}", ["training.max_steps = 2.5:", "valid integer"]),
     "number for text": ("model: {prompter: 5}", ["model.prompter = 5:", "valid string"]),
     "section is text": ("training: fast", ["training = 'fast':", "dictionary"]),
-    "section is empty": ("training:", ["training = None:", "dictionary"]),
     "number for list": ("training: {matryoshka_dims: 8}", ["training.matryoshka_dims = 8:", "tuple"]),
     "no soft tokens": ("model: {num_soft_tokens: 0}", ["model.num_soft_tokens = 0:", "greater than or equal to 1"]),
     "temperature 0": ("model: {softmax_temperature: 0}", ["model.softmax_temperature = 0:", "greater than 0"]),
@@ -185,3 +184,14 @@ def _refusal(function: Callable[..., object], *arguments: object) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_empty_section_means_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("training:\nmodel: {num_soft_tokens: 2}\n")
+    assert load_run(tmp_path / "run.yaml").training == RunConfig().training
+
+
+def test_root_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: {root: other, max_negatives: 2}\n")
+    config = load_run(tmp_path / "run.yaml", root="2024 #1")
+    assert (config.data.root, config.data.max_negatives) == ("2024 #1", 2)

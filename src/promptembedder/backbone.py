@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the int8 copy out of pickles for worker processes; they make their own."""
-        return {**super().__getstate__(), "_int8_lm": []}
+        return {**self.__dict__, "_int8_lm": []}
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen means frozen."""
@@ -162,7 +162,7 @@ class Backbone(nn.Module):
     def _text_lm(self) -> nn.Module:
         """The LLM that reads texts in layout `suffix`: itself, or its int8 copy, made on first use."""
         if self.text_pass == "same":
-            return self.lm
+            return self.lm  # type: ignore[no-any-return]
         if self.lm.device.type != "cpu":
             raise PromptEmbedderError(f"text_pass 'int8' runs on the CPU only, the model is on {self.lm.device}")
         if not self._int8_lm:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
@@ -143,7 +144,8 @@ def load_config(located: LocatedModel) -> Any:
         PromptEmbedderError: not a causal decoder that takes `inputs_embeds`, `position_ids` and
             `past_key_values`.
     """
-    config = AutoConfig.from_pretrained(located.folder, trust_remote_code=False)
+    with _opening(located, "config"):
+        config = AutoConfig.from_pretrained(located.folder, trust_remote_code=False)
     where = f"{located.name} ({config.model_type})"
     try:
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -168,7 +170,7 @@ def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel
         PromptEmbedderError: see `load_config`.
     """
     load_config(located)
-    with _quiet_transformers():
+    with _quiet_transformers(), _opening(located, "weights"):
         lm = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
     lm.eval()
     lm.requires_grad_(False)
@@ -177,7 +179,7 @@ def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel
 
 def load_tokenizer(located: LocatedModel) -> PreTrainedTokenizerBase:
     """Open a base LLM's tokenizer; a missing pad token becomes the end-of-text token (it is masked anyway)."""
-    with _quiet_transformers():
+    with _quiet_transformers(), _opening(located, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(located.folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -198,6 +200,21 @@ def fingerprint(lm: torch.nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Refuse a device that this machine or this build of torch does not have.
+
+    Raises:
+        PromptEmbedderError: the device cannot be used.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PromptEmbedderError(f"device {str(device)!r} cannot be used here: {reason}") from error
 
 
 def resolve_dtype(setting: str, device: torch.device | str | None = None) -> torch.dtype:
@@ -322,6 +339,15 @@ def _convert_gguf(gguf: Path, output: Path) -> None:
             del lm.config.quantization_config
         lm.save_pretrained(output)
         tokenizer.save_pretrained(output)
+
+
+@contextmanager
+def _opening(located: LocatedModel, part: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PromptEmbedderError(f"base model {located.name}: {part} cannot be opened: {first}") from error
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def train(
     from promptembedder.config import load_run
     from promptembedder.training import train as run
 
-    settings = load_run(config, [*(overrides or []), *([f"data.root={data}"] if data else [])])
+    settings = load_run(config, overrides or [], root=str(data) if data else None)
     result = run(settings, resume=resume)
     _say(f"saved {result.folder}")
     line = {f"{name}_spearman": round(score, 2) for name, score in result.scores.items()}
@@ -87,7 +87,7 @@ def encode(
 
     if instruction is not None and (document or not instruction.strip()):
         raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
-    rows = read_texts(texts, kind.value if kind else None, text_field, id_field)
+    chunks = _chunked(read_texts(texts, kind.value if kind else None, text_field, id_field), 32 * batch_size)
     width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
     binary = precision is Precision.ubinary
     dtype = np.dtype(np.uint8 if binary else precision.value)
@@ -96,8 +96,10 @@ def encode(
     options |= {"task": "document"} if document else {}
     # The writer comes first: an output that cannot be written is said before the model opens.
     with embedding_writer(output, (width + 7) // 8 if binary else width, dtype) as writer:
-        embedder, count = load(model, device=device), 0
-        for chunk in _progress(_chunked(rows, 32 * batch_size)):
+        # So does the first chunk: an input that cannot be read is said before the model opens too.
+        first, count = list(itertools.islice(chunks, 1)), 0
+        embedder = load(model, device=device)
+        for chunk in _progress(itertools.chain(first, chunks)):
             ids, batch = zip(*chunk, strict=True)
             writer.write(list(ids), embedder.encode(list(batch), show_progress_bar=False, **options))
             count += len(ids)

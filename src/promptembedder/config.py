@@ -5,6 +5,7 @@ Every default lives here and nowhere else. `None` means unset.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, is_dataclass
@@ -231,8 +232,8 @@ def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
         raise PromptEmbedderError(f"{where}: {_one_line(error, kind)}") from None
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file and apply `section.name=value` overrides.
+def load_run(path: Path, overrides: Sequence[str] = (), root: str | None = None) -> RunConfig:
+    """Read a YAML file and apply `section.name=value` overrides; `root` replaces `data.root`, taken as it is.
 
     Raises:
         PromptEmbedderError: file missing or not YAML, unknown or invalid setting.
@@ -249,7 +250,12 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise PromptEmbedderError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise PromptEmbedderError(f"config {path} must be a mapping of sections, found {type(settings).__name__}")
-    return parse(RunConfig, _overridden(settings, overrides), where=str(path))
+    # A section with nothing in it is a section of defaults.
+    settings = {name: {} if value is None else value for name, value in settings.items()}
+    settings = _overridden(settings, overrides)
+    if root is not None:
+        settings["data"] = {**settings.get("data", {}), "root": root}
+    return parse(RunConfig, settings, where=str(path))
 
 
 def dump_yaml(config: Any) -> str:
@@ -258,10 +264,10 @@ def dump_yaml(config: Any) -> str:
 
 
 def _overridden(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(json.dumps(settings))
+    result: dict[str, Any] = copy.deepcopy(dict(settings))
     for override in overrides:
         name, equals, value = override.partition("=")
-        if not equals:
+        if not equals or not name:
             raise PromptEmbedderError(f"override {override!r} must look like section.name=value")
         *sections, last = name.split(".")
         place = result

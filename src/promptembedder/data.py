@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from promptembedder.config import DataConfig, DataFile
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.text import is_unicode
 
 DATA_ENV = "PROMPTEMBEDDER_DATA"
 _HUB_MARK = "hub:"
@@ -64,14 +66,14 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
     """
     if not config.files:
         raise PromptEmbedderError("data.files is empty; name at least one file of training rows")
-    columns: dict[str, dict[str, list[str]]] = {}
-    prompts: dict[str, dict[str, str]] = {}
+    columns: dict[tuple[str, str, int], dict[str, list[str]]] = {}
+    prompts: dict[tuple[str, str, int], dict[str, str]] = {}
     for source in config.files:
         drawn = random.Random(f"{seed} {source.path}")
         for row in _weighted(list(read_rows(source, config.root)), source.weight, drawn):
             negatives = _negatives(row, config.max_negatives)
             side = document_instruction if source.asymmetric else row.instruction
-            key = f"{row.instruction}|{side}|{len(negatives)}"
+            key = (row.instruction, side, len(negatives))
             table = columns.setdefault(key, defaultdict(list))
             prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
                 ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side
@@ -81,6 +83,8 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
                 table["positive"].append(positive)
                 for n, negative in enumerate(negatives):
                     table[f"negative_{n + 1}"].append(negative)
+    if not columns:
+        raise PromptEmbedderError(f"no rows to train on in {', '.join(str(f.path) for f in config.files)}")
     # Short names: sentence-transformers prints them, and a dataset name may not hold every character.
     names = {key: f"task_{n + 1}" for n, key in enumerate(columns)}
     return TrainingData(
@@ -95,9 +99,7 @@ def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:
     Raises:
         PromptEmbedderError: as in `load_training_data`.
     """
-    for n, (where, record) in enumerate(_records(source.path, root)):
-        if source.max_rows is not None and n >= source.max_rows:
-            return
+    for where, record in itertools.islice(_records(source.path, root), source.max_rows):
         yield Row(
             query=_text(record, "query", where),
             pos=_texts(record, "pos", where, at_least=1),
@@ -117,13 +119,17 @@ def read_scored_pairs(path: str, root: str | None) -> tuple[list[str], list[str]
     first, second, scores = [], [], []
     for where, record in _records(path, root):
         score = record.get("score")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or score != score:
-            raise PromptEmbedderError(f"{where}: field 'score' is {score!r}, expected a number")
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 1e300:
+            raise PromptEmbedderError(f"{where}: field 'score' is {repr(score)[:40]}, expected a number")
         first.append(_text(record, "sentence1", where))
         second.append(_text(record, "sentence2", where))
         scores.append(float(score))
     if not scores:
         raise PromptEmbedderError(f"{path} holds no pairs")
+    if len(set(scores)) < 2:
+        raise PromptEmbedderError(
+            f"{path} holds one score only ({scores[0]}); a rank correlation needs two that differ"
+        )
     return first, second, scores
 
 
@@ -146,17 +152,27 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 where = f"{path}, line {number}"
-                try:
-                    yield where, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise PromptEmbedderError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+                yield where, parse_json(line, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PromptEmbedderError(f"{path} is a damaged gzip file: {error}") from None
     except UnicodeDecodeError as error:
         raise PromptEmbedderError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
-        hint = "" if path.is_absolute() or os.environ.get(DATA_ENV) else f"; set data.root or {DATA_ENV}"
-        raise PromptEmbedderError(f"data file {path} cannot be read: {error.strerror or error}{hint}") from None
+        raise PromptEmbedderError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def parse_json(line: str, where: str) -> Any:
+    """Read one JSON value.
+
+    Raises:
+        PromptEmbedderError: not JSON, or nested or numbered beyond what Python reads.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptEmbedderError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise PromptEmbedderError(f"{where}: JSON that cannot be read ({error})") from None
 
 
 def _records(path: str, root: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -169,6 +185,8 @@ def _records(path: str, root: str | None) -> Iterator[tuple[str, dict[str, Any]]
 def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
     if path.startswith(_HUB_MARK):
         name = path.removeprefix(_HUB_MARK)
+        if not name:
+            raise PromptEmbedderError(f"data file {path!r} names no dataset, expected hub:owner/name")
         try:
             table = load_dataset(name, split="train")
         except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
@@ -176,6 +194,9 @@ def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, row {n + 1}", row) for n, row in enumerate(table))
         return
     file = data_path(path, root)
+    if not file.is_file():
+        hint = f"; set data.root or {DATA_ENV}" if not (root or os.environ.get(DATA_ENV) or file.is_absolute()) else ""
+        raise PromptEmbedderError(f"data file {file} cannot be read: No such file{hint}")
     if file.suffix == ".parquet":
         yield from _parquet(file)
     elif file.name.endswith((".jsonl", ".jsonl.gz")):
@@ -191,7 +212,9 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
-        raise PromptEmbedderError(f"data file {file} cannot be read as Parquet: {error}") from error
+        raise PromptEmbedderError(
+            f"data file {file} cannot be read as Parquet: {getattr(error, 'strerror', None) or error}"
+        ) from error
     yield from ((f"{file}, row {n + 1}", row) for n, row in enumerate(table.to_pylist()))
 
 
@@ -209,7 +232,7 @@ def _text(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record or record[field] is None:
         raise PromptEmbedderError(f"{where}: field {field!r} is missing")
     value = record[field]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
         raise PromptEmbedderError(f"{where}: field {field!r} is {value!r}, expected a non-empty string")
     return value
 
@@ -218,7 +241,7 @@ def _texts(record: dict[str, Any], field: str, where: str, at_least: int) -> tup
     values = record.get(field)
     if values is None:
         values = []
-    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() and is_unicode(v) for v in values):
         raise PromptEmbedderError(f"{where}: field {field!r} must be a list of non-empty strings")
     if len(values) < at_least:
         raise PromptEmbedderError(f"{where}: field {field!r} is empty, expected at least {at_least} text")

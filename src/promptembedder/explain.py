@@ -33,7 +33,8 @@ def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[
         top: words listed per soft token.
 
     Raises:
-        PromptEmbedderError: the instruction is empty; the soft prompt depends on the text too.
+        PromptEmbedderError: the instruction is empty; `top` is larger than the vocabulary; the soft prompt depends
+            on the text too.
     """
     module = soft_prompt_module(model)
     if not instruction.strip():
@@ -43,6 +44,8 @@ def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[
     with torch.inference_mode():
         logits_KV = module.soft_tokens(instruction).logits_NKV[0]
         weights_KV = torch.softmax(logits_KV / module.settings.softmax_temperature, dim=-1)
+        if not 1 <= top <= weights_KV.shape[-1]:
+            raise PromptEmbedderError(f"top = {top}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
         entropy_K = torch.special.entr(weights_KV).sum(-1)
         heaviest = weights_KV.topk(top, dim=-1)
     tokenizer = module.prompter.tokenizer

@@ -5,7 +5,6 @@ Shapes: B texts of a batch, N texts in all, E embedding width.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -18,8 +17,9 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from promptembedder.data import read_jsonl
+from promptembedder.data import parse_json, read_jsonl
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.text import is_unicode
 
 TextFormat = Literal["lines", "jsonl", "parquet"]
 
@@ -43,6 +43,8 @@ def read_texts(
         if not isinstance(text, str) or not text.strip():
             found = "empty" if isinstance(text, str) else f"{type(text).__name__}, expected a string"
             raise PromptEmbedderError(f"{where}: text is {found}")
+        if not is_unicode(text):
+            raise PromptEmbedderError(f"{where}: text is not valid UTF-8")
         name = str(n if identity is None else identity)
         if name in seen:
             raise PromptEmbedderError(f"{where}: id {name!r} is used twice")
@@ -84,14 +86,36 @@ def embedding_writer(path: Path, width: int, dtype: np.dtype[Any]) -> Iterator[E
         raise PromptEmbedderError(f"output {path} cannot be written: {error.strerror or error}") from error
     try:
         writer = makers[path.suffix](Path(scratch), width, dtype)
-        yield writer
-        writer.close()
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise PromptEmbedderError(f"output {path} cannot be written: {error.strerror or error}") from error
+        # Errors of the block are the caller's: only what the writer does is told as a failure of the output.
+        yield _Checked(writer, path, width)
+        with _told(path):
+            writer.close()
+            os.chmod(scratch, 0o644)
+            os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PromptEmbedderError(f"output {path} cannot be written: {error.strerror or error}") from error
+
+
+class _Checked:
+    """A writer whose errors name the output, and which refuses embeddings of another width."""
+
+    def __init__(self, writer: EmbeddingWriter, path: Path, width: int) -> None:
+        self._writer, self._path, self._width = writer, path, width
+
+    def write(self, ids: list[str], embeddings_BE: NDArray[Any]) -> None:
+        """Append a batch."""
+        if embeddings_BE.shape != (len(ids), self._width):
+            raise ValueError(f"embeddings are {embeddings_BE.shape}, expected {(len(ids), self._width)}")
+        with _told(self._path):
+            self._writer.write(ids, embeddings_BE)
 
 
 class _NpyWriter:
@@ -149,6 +173,8 @@ def _kind_of(source: str) -> TextFormat:
 
 def _rows(source: str, kind: TextFormat, text_field: str, id_field: str) -> Iterator[tuple[str, Any, Any]]:
     if kind == "parquet":
+        if source == "-":
+            raise PromptEmbedderError("Parquet cannot be read from standard input; give a file")
         yield from _parquet_rows(source, text_field, id_field)
         return
     if kind == "lines":
@@ -166,11 +192,9 @@ def _jsonl_rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from read_jsonl(Path(source))
         return
     for number, line in enumerate(_lines(source), 1):
-        where = f"standard input, line {number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptEmbedderError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        if line.strip():
+            where = f"standard input, line {number}"
+            yield where, parse_json(line, where)
 
 
 def _lines(source: str) -> Iterator[str]:
@@ -202,7 +226,9 @@ def _parquet_rows(source: str, text_field: str, id_field: str) -> Iterator[tuple
                     n += 1
                     yield f"{source}, row {n}", row.get(id_field), row[text_field]
     except (OSError, pyarrow.ArrowException) as error:
-        raise PromptEmbedderError(f"input {source} cannot be read as Parquet: {error}") from None
+        raise PromptEmbedderError(
+            f"input {source} cannot be read as Parquet: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _name(source: str) -> str:

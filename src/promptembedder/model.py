@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,7 @@ def save(model: SentenceTransformer, path: str | Path, *, card: str | None = Non
         PromptEmbedderError: the folder cannot be written, or holds something that is not a model.
     """
     target = Path(path)
-    if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise PromptEmbedderError(f"{target} exists and is not a saved model; choose another folder")
+    refuse_foreign(target)
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +120,16 @@ def save(model: SentenceTransformer, path: str | Path, *, card: str | None = Non
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_foreign(target: Path) -> None:
+    """Refuse to write a model over anything but a model or an empty folder.
+
+    Raises:
+        PromptEmbedderError: something else is there.
+    """
+    if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise PromptEmbedderError(f"{target} exists and is not a saved model; choose another folder")
 
 
 def soft_prompt_module(model: SentenceTransformer) -> SoftPromptTransformer:
@@ -202,7 +211,11 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     saved = _read_saved(folder)
-    settings, bases = saved["model"], saved["base_models"]
+    where = str(folder / CONFIG_FILE)
+    settings = asdict(parse(ModelConfig, saved["model"], where=where))
+    bases = asdict(parse(BaseModels, saved["base_models"], where=where))
+    truncate_dim = _read_json(folder / "config_sentence_transformers.json").get("truncate_dim")
+    width = saved["embedding_dimension"]
     sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
         "prompter": _origin(bases, "prompter"),
@@ -210,7 +223,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "layout": settings["layout"],
         "readout": settings["readout"],
         "soft_tokens": settings["num_soft_tokens"],
-        "dimensions": saved["embedding_dimension"],
+        "dimensions": min(width, truncate_dim or width),
         "alignment": f"{saved['prompter_dimension']} x {saved['embedding_dimension']}",
         "conditioned_on": settings["condition_on"],
         "prompter_training": settings["prompter_training"]
@@ -221,7 +234,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "default_instruction": settings["default_instruction"],
         "document_instruction": settings["document_instruction"],
         "dtype": settings["dtype"],
-        "text_pass": settings.get("text_pass"),
+        "text_pass": settings["text_pass"],
         "format_version": saved["format_version"],
         "size_mb": round(sum(sizes.values()) / 1e6, 1),
     }
@@ -235,14 +248,16 @@ def _origin(bases: dict[str, Any], role: str) -> str:
 def _read_saved(folder: Path) -> dict[str, Any]:
     """The settings file of a saved model, its format version checked."""
     saved: dict[str, Any] = _read_json(folder / CONFIG_FILE)
+    if not isinstance(saved, dict):
+        raise PromptEmbedderError(f"{folder / CONFIG_FILE} is not a settings file: expected an object")
     version = saved.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PromptEmbedderError(
             f"{folder}: format version {version!r}, this promptembedder reads up to {FORMAT_VERSION}; upgrade it"
         )
     for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
-        if name not in saved:
-            raise PromptEmbedderError(f"{folder / CONFIG_FILE} lacks {name!r}")
+        if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
+            raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {name!r} is missing or not what it should be")
     return saved
 
 
@@ -255,10 +270,15 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
     for needed in (weights_at, prompter_weights_at):
         if not needed.is_file():
             raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
+    if dtype not in (None, "bfloat16", "float32"):
+        raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected 'bfloat16' or 'float32'")
     if dtype is not None:
         config = replace(config, dtype=dtype)  # type: ignore[arg-type]
     try:
-        weight_PD = load_file(weights_at)["weight"]
+        stored = load_file(weights_at)
+        if list(stored) != ["weight"]:
+            raise PromptEmbedderError(f"{weights_at} holds {sorted(stored)}, expected one tensor 'weight'")
+        weight_PD = stored["weight"]
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
         module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
@@ -284,6 +304,7 @@ def _build_module(
     seed: int,
     weight_PD: Tensor | None = None,
 ) -> SoftPromptTransformer:
+    base_models.check_device(device)
     dtype = base_models.resolve_dtype(config.dtype, device)
     backbone_lm = base_models.load_causal_lm(backbone_at, dtype)
     same = prompter_at.folder == backbone_at.folder

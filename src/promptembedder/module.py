@@ -26,6 +26,7 @@ from promptembedder.backbone import Backbone
 from promptembedder.config import ModelConfig
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, SoftTokens, trained_state
+from promptembedder.text import is_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,8 @@ class SoftPromptTransformer(InputModule):
             raise PromptEmbedderError(f"text {n} is {type(text).__name__}, expected a string")
         if not text.strip():
             raise PromptEmbedderError(f"text {n} is empty, expected at least one word")
+        if not is_unicode(text):
+            raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")
         limit = self.settings.max_text_tokens
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > limit and not self._said_truncated:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from promptembedder.config import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig, dump_yaml
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import build, save, soft_prompt_module
+from promptembedder.model import build, refuse_foreign, save, soft_prompt_module
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,9 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     if resume and checkpoint is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
+    if settings.early_stop_patience is not None and config.evaluation.dev is None:
+        raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
+    refuse_foreign(output / "model")
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     evaluation, root = config.evaluation, config.data.root
     dev = _evaluator(evaluation, evaluation.dev, root, "dev", at_most=evaluation.dev_pairs)
@@ -115,6 +118,7 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
     if model is None:
         model = build(config.model, seed=settings.seed)
     module = soft_prompt_module(model)
+    loss = make_loss(model, settings)
     module.prompter.lm.requires_grad_(settings.train_prompter and config.model.prompter_training == "full")
     if settings.train_prompter and config.model.prompter_training == "lora":
         for name, parameter in module.prompter.lm.named_parameters():
@@ -122,7 +126,7 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
     if settings.train_prompter and settings.warm_start.steps and checkpoint is None:
         known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
         warm_start(module, sorted(known), settings.warm_start, settings.seed)
-    trainer = _trainer(model, module, config, data, dev, output)
+    trainer = _trainer(model, module, config, data, loss, dev, output)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     folder = output / "model"
     save(model, folder)
@@ -223,6 +227,7 @@ def _trainer(
     module: SoftPromptTransformer,
     config: RunConfig,
     data: TrainingData,
+    loss: nn.Module,
     dev: EmbeddingSimilarityEvaluator | None,
     output: Path,
 ) -> SentenceTransformerTrainer:
@@ -230,8 +235,6 @@ def _trainer(
     every = config.evaluation.every_steps
     callbacks: list[TrainerCallback] = [SoftPromptLeafCallback(module, settings.max_grad_norm)]
     if settings.early_stop_patience is not None:
-        if dev is None:
-            raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
         callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
     # Widget examples for a hub page would cost a forward pass before every training.
     model.model_card_data.generate_widget_examples = False
@@ -267,7 +270,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=data.datasets,
-        loss=make_loss(model, settings),
+        loss=loss,
         evaluator=dev,
         callbacks=callbacks,
     )
