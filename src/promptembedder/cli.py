@@ -150,7 +150,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of report, picture and model.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 20,
 ) -> None:
     """Train on BBC news with SmolLM2-135M and compare with the untrained LLM (minutes on two CPU cores)."""
     from promptembedder.demo import run_demo

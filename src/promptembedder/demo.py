@@ -52,7 +52,7 @@ class Article:
     topic: str
 
 
-def run_demo(output: Path, *, steps: int = 30, llm: str = "smollm2-135m-instruct") -> str:
+def run_demo(output: Path, *, steps: int = 20, llm: str = "smollm2-135m-instruct") -> str:
     """Train, compare, and write `report.md`, `results.json`, `picture.png` and `model/` into a folder.
 
     Args:
@@ -133,7 +133,7 @@ def _config(output: Path, steps: int, llm: str) -> RunConfig:
         model=ModelConfig(
             prompter=llm,
             backbone=llm,
-            max_text_tokens=64,
+            max_text_tokens=48,
             default_instruction=HEADLINE,
             document_instruction=ARTICLE,
         ),
