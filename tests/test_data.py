@@ -102,8 +102,15 @@ def test_paths_start_from_root_else_environment_else_current_folder(
     assert queries(load(relative)) == ["environment"]
     assert queries(load(relative, root=str(tmp_path / "root"))) == ["root"]
     assert queries(load(tmp_path / "here" / "rows.jsonl", root=str(tmp_path / "root"))) == ["here"]
-    write(tmp_path / "root" / "pairs.jsonl", [PAIR])
-    assert read_scored_pairs("pairs.jsonl", str(tmp_path / "root")) == (["one"], ["two"], [2.5])
+    write(tmp_path / "root" / "pairs.jsonl", [PAIR, {**PAIR, "score": 1}])
+    assert read_scored_pairs("pairs.jsonl", str(tmp_path / "root")) == (["one"] * 2, ["two"] * 2, [2.5, 1.0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_pairs_of_one_score_have_no_rank_correlation(tmp_path: Path, count: int) -> None:
+    path = write(tmp_path / "pairs.jsonl", [PAIR] * count)
+    with pytest.raises(PromptEmbedderError, match=r"holds one score only \(2\.5\)"):
+        read_scored_pairs(str(path), None)
 
 
 # -- rows to datasets -------------------------------------------------------------------------------------------

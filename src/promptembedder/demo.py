@@ -141,7 +141,9 @@ def _config(output: Path, steps: int, llm: str) -> RunConfig:
             root=str(output / "data"),
             files=(DataFile(path="headlines.jsonl", asymmetric=True), DataFile(path="topics.jsonl")),
         ),
-        training=TrainingConfig(output=str(output / "training"), max_steps=steps, batch_size=24, seed=_SEED),
+        training=TrainingConfig(
+            output=str(output / "training"), max_steps=steps, batch_size=24, logging_steps=1, seed=_SEED
+        ),
         evaluation=EvaluationConfig(instruction=TOPIC, every_steps=max(1, steps)),
     )
 
@@ -261,7 +263,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _next_steps(output: Path) -> str:
-    command = Path(sys.argv[0])
+    command = Path(sys.argv[0]).absolute()
     program = str(command.relative_to(Path.cwd())) if command.is_relative_to(Path.cwd()) else command.name
     return (
         f"Report, picture and model are in {output}. Two commands to try next:\n\n"
