@@ -221,7 +221,7 @@ def resolve_dtype(setting: str, device: torch.device | str | None = None) -> tor
     """The dtype the frozen backbone runs in.
 
     `auto` is bfloat16 on accelerators and on CPUs with bfloat16 instructions, else float32: without the
-    instructions bfloat16 matrix products are emulated, 2.5 times slower than float32 (`docs/performance.md`).
+    instructions bfloat16 matrix products are emulated, 2.5 times slower than float32 (`benchmarks/cpu_precision.py`).
     """
     if setting != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
