@@ -1,12 +1,13 @@
-"""Cost of a training step against sentence-transformers with peft LoRA: time, memory, trained parameters.
+"""Cost of a training step against sentence-transformers with peft LoRA: time, memory, bytes between workers.
 
     python benchmarks/train_cost.py --quick                                  # minutes on two CPU cores
-    python benchmarks/train_cost.py --lengths 32 128 512 --rounds 3
-    python benchmarks/train_cost.py --device cuda --shape qwen3-4b --dtype bfloat16 --batch 64
+    python benchmarks/train_cost.py --lengths 32 128 512 --batch 8 --rounds 3 --output benchmarks/results/cpu
+    python benchmarks/train_cost.py --device cuda --shape qwen3-4b --dtype bfloat16 --batch 64 --lengths 128 512
 
 Every variant runs in a process of its own, variants take turns over several rounds, ratios are of medians. The peer is
 what a user would do instead: the same LLM, LoRA of rank 16 in all linear layers, last-token pooling, the instruction
-as text in front; same loss, batch and text lengths. The last line is one JSON object at the middle length.
+as text in front; same loss, batch and text lengths. `suffix_cached` is a step of a later epoch, its texts' states in
+memory (they count); `suffix_int8` reads texts in dynamic int8. The last line is one JSON object, at 128 text tokens.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from torch import Tensor
 
 from promptembedder import ModelConfig, base_models, build
 from promptembedder.module import SoftPromptLeaves
+from promptembedder.text_cache import open_text_cache
 
 INSTRUCTION = "Retrieve sentences that mean the same as the given sentence."
-VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_int8")
+VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_int8", "suffix_cached")
+WARM_UP_PAIRS = 2
 SHAPES = {  # published widths; weights are random, so nothing is downloaded
     "qwen3-0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16},
     "qwen3-4b": {"hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728, "num_attention_heads": 32},
@@ -121,17 +124,13 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     vocabulary = min(len(model.tokenizer), 40_000)
     generator = torch.Generator().manual_seed(1)
 
-    def column() -> dict[str, Tensor | str]:
+    def column() -> dict[str, Any]:
         ids = torch.randint(260 if vocabulary > 300 else 1, vocabulary, (arguments.batch, length), generator=generator)
         ids = torch.cat([torch.tensor([head]).expand(arguments.batch, -1).long(), ids], dim=1).to(device)
-        features: dict[str, Tensor | str] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        features: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return features if head else {**features, "instruction": INSTRUCTION}
 
-    weights = resident_bytes(device, peak=False)
-    reset_peak(device)
-    seconds = []
-    for _ in range(arguments.steps + 1):
-        columns = [column(), column()]
+    def step(columns: list[dict[str, Any]]) -> float:
         start = time.perf_counter()
         optimizer.zero_grad()
         loss(columns, torch.empty(0)).backward()
@@ -140,19 +139,43 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
         optimizer.step()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    # A small step first: libraries set themselves up and the optimizer makes its state, which stays.
+    columns = [column(), column()]
+    step([{k: v[:WARM_UP_PAIRS] if isinstance(v, Tensor) else v for k, v in c.items()} for c in columns])
+    optimizer.zero_grad()
+    weights = resident_bytes(device, peak=False)
+    if variant == "suffix_cached":  # the first epoch
+        module = model[0]
+        cache = module.backbone.text_cache = open_text_cache(arguments.cache_gib * 2**30, identity="benchmark")
+        for features in columns:
+            module.backbone.read_text(features["input_ids"], features["attention_mask"])
+    reset_peak(device)
+    seconds = []
+    for n in range(arguments.steps):
+        if n and variant != "suffix_cached":
+            columns = [column(), column()]
+        seconds.append(step(columns))
+    if variant == "suffix_cached" and cache.misses > 2 * arguments.batch:
+        sys.exit(f"--cache-gib {arguments.cache_gib} is too small for one batch")
+    trained_parameters = sum(p.numel() for p in trained)
+    K, D = 5, model.get_embedding_dimension()
     return {
-        "seconds": statistics.median(seconds[1:]),  # the first step warms up
+        "seconds": statistics.median(seconds),
+        "examples_per_second": arguments.batch / statistics.median(seconds),
         "weights_bytes": weights,
         "peak_bytes": resident_bytes(device, peak=True),
-        "trained_parameters": sum(p.numel() for p in trained),
+        "trained_parameters": trained_parameters,
+        # What workers have to add up each step, float32: the trained weights, or one soft prompt.
+        "gradient_bytes": 4 * trained_parameters if leaves is None else 4 * K * D,
     }
 
 
 def run_all(arguments: argparse.Namespace) -> dict[int, dict[str, dict[str, float]]]:
     """Rounds of processes, one per variant and length; medians over rounds."""
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
-    variants = [v for v in VARIANTS if v != "suffix_int8" or arguments.device == "cpu"]
+    variants = [v for v in arguments.variants if v != "suffix_int8" or arguments.device == "cpu"]
     for n in range(arguments.rounds):
         for length in arguments.lengths:
             for variant in variants:
@@ -169,38 +192,97 @@ def run_all(arguments: argparse.Namespace) -> dict[int, dict[str, dict[str, floa
     return {length: {v: median(found[length, v]) for v in variants} for length in arguments.lengths}
 
 
+def over_weights(row: dict[str, float]) -> float:
+    return row["peak_bytes"] - row["weights_bytes"]
+
+
 def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
     lines = [
-        "| text tokens | variant | s a step | to LoRA | peak GiB | to LoRA | over weights GiB | to LoRA | trained |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| text tokens | variant | s a step | to LoRA | examples/s | peak GiB | to LoRA | over weights GiB | to LoRA "
+        "| trained | to LoRA | gradients exchanged | to LoRA |",
+        "| ---: | --- |" + " ---: |" * 11,
     ]
     for length, rows in results.items():
         peer = rows["lora"]
         for variant, row in rows.items():
-            over, peer_over = (r["peak_bytes"] - r["weights_bytes"] for r in (row, peer))
+            trained, exchanged = row["trained_parameters"], row["gradient_bytes"]
             lines.append(
                 f"| {length} | {variant} | {row['seconds']:.2f} | {row['seconds'] / peer['seconds']:.2f} "
+                f"| {row['examples_per_second']:.2f} "
                 f"| {row['peak_bytes'] / 2**30:.2f} | {row['peak_bytes'] / peer['peak_bytes']:.2f} "
-                f"| {over / 2**30:.2f} | {over / peer_over:.2f} | {row['trained_parameters'] / 1e6:.1f} M |"
+                f"| {over_weights(row) / 2**30:.2f} | {over_weights(row) / over_weights(peer):.2f} "
+                f"| {trained / 1e6:.1f} M | {trained / peer['trained_parameters']:.2f} "
+                f"| {exchanged / 1e3:,.1f} kB | {exchanged / peer['gradient_bytes']:.4f} |"
+            )
+    if len(results) > 1:
+        lengths = sorted(results)
+        lines += [
+            "",
+            f"Growth from {lengths[0]} to {lengths[-1]} text tokens, per token of text length:",
+            "",
+            "| variant | ms a step | to LoRA | MiB of peak memory | to LoRA |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        seconds, memory = slopes(results, "seconds"), slopes(results, "peak_bytes")
+        for v in results[lengths[0]]:
+            lines.append(
+                f"| {v} | {1e3 * seconds[v]:.1f} | {seconds[v] / seconds['lora']:.2f} "
+                f"| {memory[v] / 2**20:.2f} | {memory[v] / memory['lora']:.2f} |"
             )
     return "\n".join(lines)
+
+
+def slopes(results: dict[int, dict[str, dict[str, float]]], key: str) -> dict[str, float]:
+    first, last = min(results), max(results)
+    return {v: (results[last][v][key] - results[first][v][key]) / (last - first) for v in results[first]}
 
 
 def summary(results: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
     lengths = sorted(results)
     rows = results[128 if 128 in results else lengths[len(lengths) // 2]]
     peer, ours = rows["lora"], rows["suffix"]
-    over, peer_over = (r["peak_bytes"] - r["weights_bytes"] for r in (ours, peer))
     figures: dict[str, Any] = {
         "speedup": round(peer["seconds"] / ours["seconds"], 2),
-        "speedup_int8": round(peer["seconds"] / rows["suffix_int8"]["seconds"], 2) if "suffix_int8" in rows else None,
+        "speedup_cached": round(peer["seconds"] / rows["suffix_cached"]["seconds"], 2),
         "memory_ratio": round(ours["peak_bytes"] / peer["peak_bytes"], 3),
-        "memory_over_weights_ratio": round(over / peer_over, 3),
+        "memory_over_weights_ratio": round(over_weights(ours) / over_weights(peer), 3),
     }
-    if len(lengths) > 1:
-        growth = {v: results[lengths[-1]][v]["peak_bytes"] - results[lengths[0]][v]["peak_bytes"] for v in rows}
+    if "suffix_int8" in rows:
+        figures["speedup_int8"] = round(peer["seconds"] / rows["suffix_int8"]["seconds"], 2)
+    longer = [length for length in lengths if length > 128]
+    if 128 in results and longer:
+        growth = {v: results[longer[-1]][v]["peak_bytes"] - results[128][v]["peak_bytes"] for v in ("suffix", "lora")}
         figures["memory_growth_ratio"] = round(growth["suffix"] / growth["lora"], 3)
     return figures
+
+
+def draw(results: dict[int, dict[str, dict[str, float]]], place: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lengths = sorted(results)
+    variants = list(results[lengths[0]])
+    for n, variant in enumerate(variants):
+        places = [i + (n - (len(variants) - 1) / 2) * 0.8 / len(variants) for i in range(len(lengths))]
+        rows = [results[length][variant] for length in lengths]
+        time_axis.bar(places, [row["seconds"] for row in rows], 0.8 / len(variants), label=variant)
+        memory_axis.bar(places, [over_weights(row) / 2**30 for row in rows], 0.8 / len(variants))
+    for axis, title in ((time_axis, "seconds a step"), (memory_axis, "peak memory over the weights, GiB")):
+        axis.set_title(title)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(lengths)), [f"{length} text tokens" for length in lengths])
+    time_axis.legend(fontsize="small")
+    figure.savefig(place, dpi=120)
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{torch.get_num_threads()} threads, {names[0] if names else 'unknown CPU'}"
 
 
 def main() -> None:
@@ -210,13 +292,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--batch", type=int, default=32, help="pairs")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="per process; their median counts")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--cache-gib", type=int, default=12, help="of suffix_cached")
     parser.add_argument("--quick", action="store_true", help="batch 8, one round of one step at 32 and 128 tokens")
-    parser.add_argument("--output", type=Path, help="write NAME.json and NAME.md")
+    parser.add_argument("--output", type=Path, help="write NAME.json, NAME.md and NAME.png")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "promptembedder-shapes")
     parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "LENGTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if missing := {"lora", "suffix", "suffix_cached"} - set(arguments.variants):
+        parser.error(f"--variants must hold {', '.join(sorted(missing))}: ratios need them")
     if arguments.quick:
         arguments.batch, arguments.steps, arguments.rounds, arguments.lengths = 8, 1, 1, [32, 128]
     if arguments.worker:
@@ -226,10 +312,14 @@ def main() -> None:
     print(table(results))
     figures = summary(results)
     if arguments.output:
-        settings = {k: str(v) for k, v in vars(arguments).items() if k not in ("worker", "output")}
-        record = {"settings": settings, "results": results, "summary": figures}
+        command = " ".join(["python benchmarks/train_cost.py", *sys.argv[1:]])
+        record = {"command": command, "hardware": hardware(arguments.device), "results": results, "summary": figures}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.output.with_suffix(".md").write_text(table(results) + "\n")
+        arguments.output.with_suffix(".md").write_text(
+            f"`{command}`, {record['hardware']}\n\n{table(results)}\n\n{json.dumps(figures)}\n"
+        )
+        draw(results, arguments.output.with_suffix(".png"))
     print(json.dumps(figures))
 
 

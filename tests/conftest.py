@@ -27,7 +27,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from promptembedder import ModelConfig, build
+from promptembedder import ModelConfig, RunConfig, build
+from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, WarmStartConfig
 
 TEXTS = [
     "A man is playing a guitar.",
@@ -37,6 +38,7 @@ TEXTS = [
     "a guitar is played by a man",
 ]
 INSTRUCTION = "Retrieve sentences that mean the same."
+SECOND = "Given a question, retrieve questions that ask the same thing."
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 
 _CORPUS = [
@@ -182,3 +184,38 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def run_config(tiny_settings: Callable[..., ModelConfig], tmp_path: Path) -> Callable[..., RunConfig]:
+    """`run_config(max_steps=..., model={...}, warm_start=...)`: a whole run on tiny LLMs and 40 rows."""
+    rows = [
+        {
+            "query": f"{TEXTS[n % 5]} {n}",
+            "pos": [f"{n} {TEXTS[n % 5]}"],
+            "neg": [f"{TEXTS[(n + 1) % 5]} {n}"] if n % 2 else [],
+            "instruction": INSTRUCTION if n % 4 < 2 else SECOND,
+        }
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = [{"sentence1": a, "sentence2": b, "score": i * j} for i, a in enumerate(TEXTS) for j, b in enumerate(TEXTS)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
+
+    def make(
+        name: str = "run",
+        *,
+        model: dict[str, object] | None = None,
+        evaluation: dict[str, object] | None = None,
+        warm_steps: int = 0,
+        **training: object,
+    ) -> RunConfig:
+        defaults = {"output": str(tmp_path / name), "max_steps": 4, "batch_size": 4, "logging_steps": 1}
+        return RunConfig(
+            model=tiny_settings(**(model or {})),
+            data=DataConfig(root=str(tmp_path), files=(DataFile(path="rows.jsonl"),)),
+            training=TrainingConfig(**{**defaults, **training}, warm_start=WarmStartConfig(steps=warm_steps)),
+            evaluation=EvaluationConfig(**{"test": "pairs.jsonl", "every_steps": 2, **(evaluation or {})}),
+        )
+
+    return make

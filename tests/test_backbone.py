@@ -115,9 +115,16 @@ def test_int8_text_pass_is_close_and_no_part_of_the_model(tiny_model, tiny_setti
     assert quick.state_dict().keys() == exact.state_dict().keys()
     copied = pickle.loads(pickle.dumps(quick))  # noqa: S301
     assert (copied.encode(TEXTS, prompt=INSTRUCTION) == found).all()
-    for changes in ({"layout": "prefix"}, {"dtype": "bfloat16"}):
-        with pytest.raises(PromptEmbedderError, match="text_pass 'int8' needs layout 'suffix' and dtype float32"):
-            build(tiny_settings(text_pass="int8", **changes), device="cpu")
+    with pytest.raises(PromptEmbedderError, match="text_pass 'int8' needs layout 'suffix', found 'prefix'"):
+        build(tiny_settings(text_pass="int8", layout="prefix"), device="cpu")
+
+
+def test_int8_text_pass_of_a_bfloat16_model(tiny_model):
+    exact, quick = tiny_model(dtype="bfloat16"), tiny_model(dtype="bfloat16", text_pass="int8")
+    expected, found = (m.encode(TEXTS, prompt=INSTRUCTION) for m in (exact, quick))
+    assert not (expected == found).all()
+    assert (expected * found).sum(-1).min() > 0.99
+    assert quick[0].backbone.lm.dtype == torch.bfloat16
 
 
 def test_pad_side_keeps_order():

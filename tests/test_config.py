@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ByteSize
 
 from promptembedder import ModelConfig, PromptEmbedderError, RunConfig
 from promptembedder.config import (
@@ -70,6 +71,7 @@ def test_an_empty_file_is_all_defaults(read: Callable[..., RunConfig]) -> None:
         ("training.matryoshka_dims=[8, 16]", "training", "matryoshka_dims", (8, 16)),
         ("training.mask_false_negatives=true", "training", "mask_false_negatives", True),
         ("training.warm_start.steps=0", "training", "warm_start", WarmStartConfig(steps=0)),
+        ("training.text_state_cache=8GiB", "training", "text_state_cache", ByteSize(8 * 2**30)),
         ("training.early_stop_patience=null", "training", "early_stop_patience", None),
         ("evaluation.test=sts/test.jsonl.gz", "evaluation", "test", "sts/test.jsonl.gz"),
         ("model.text_template=a = {text}", "model", "text_template", "a = {text}"),
@@ -108,6 +110,9 @@ BAD_SETTINGS = {
     "layout": ("model: {layout: infix}", ["model.layout = 'infix':", "'prefix' or 'suffix'"]),
     "no text": ("model: {text_template: 'a word'}", ["text_template", "'a word'", "{text} exactly once"]),
     "text twice": ("model: {text_template: '{text} {text}'}", ["text_template", "'{text} {text}'", "exactly once"]),
+    "unreadable size": ("training: {text_state_cache: lots}", ["training.text_state_cache = 'lots':", "byte string"]),
+    "unit unknown": ("training: {text_state_cache: 8 apples}", ["text_state_cache = '8 apples':", "byte unit"]),
+    "no room": ("training: {text_state_cache: 0}", ["training.text_state_cache = 0:", "greater than 0"]),
     "batch of 1": ("training: {batch_size: 1}", ["training.batch_size = 1:", "greater than or equal to 2"]),
     "warmup of all": ("training: {warmup: 1}", ["training.warmup = 1:", "less than 1"]),
     "empty string": ("evaluation: {dev: ''}", ["evaluation.dev = '':", "at least 1 character"]),

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 import promptembedder
-from conftest import INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, RunConfig, build
-from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, WarmStartConfig
+from conftest import INSTRUCTION, SECOND, TEXTS
+from promptembedder import PromptEmbedderError, build
+from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.training import make_loss, train, warm_start
-
-SECOND = "Given a question, retrieve questions that ask the same thing."
-
-
-@pytest.fixture
-def run_config(tiny_settings, tmp_path):
-    """`run_config(max_steps=..., model={...}, warm_start=...)`: a whole run on tiny LLMs and 40 rows."""
-    rows = [
-        {
-            "query": f"{TEXTS[n % 5]} {n}",
-            "pos": [f"{n} {TEXTS[n % 5]}"],
-            "neg": [f"{TEXTS[(n + 1) % 5]} {n}"] if n % 2 else [],
-            "instruction": INSTRUCTION if n % 4 < 2 else SECOND,
-        }
-        for n in range(40)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    pairs = [{"sentence1": a, "sentence2": b, "score": i * j} for i, a in enumerate(TEXTS) for j, b in enumerate(TEXTS)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
-
-    def make(name="run", *, model=None, evaluation=None, warm_steps=0, **training):
-        defaults = {"output": str(tmp_path / name), "max_steps": 4, "batch_size": 4, "logging_steps": 1}
-        return RunConfig(
-            model=tiny_settings(**(model or {})),
-            data=DataConfig(root=str(tmp_path), files=(DataFile(path="rows.jsonl"),)),
-            training=TrainingConfig(**{**defaults, **training}, warm_start=WarmStartConfig(steps=warm_steps)),
-            evaluation=EvaluationConfig(**{"test": "pairs.jsonl", "every_steps": 2, **(evaluation or {})}),
-        )
-
-    return make
 
 
 def state_of(model, kind):
@@ -262,3 +230,38 @@ def test_output_not_writable(run_config, tmp_path):
 def test_early_stop_needs_dev(run_config):
     with pytest.raises(PromptEmbedderError, match=r"needs evaluation\.dev"):
         train(run_config(early_stop_patience=2))
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "cached_infonce", "mini_batch_size": 2}])
+def test_leaf_and_cache_change_nothing_but_the_cost(run_config, tmp_path, changes):
+    """The same weights with both on as with both off; later epochs read no text again."""
+    found = []
+    for on in (False, True):
+        more = {"text_state_cache": "1MiB", "text_state_folder": str(tmp_path / "states")} if on else {}
+        config = run_config(f"run-{on}", max_steps=24, soft_prompt_leaf=on, save_every_steps=24, **changes, **more)
+        result = train(config)
+        found.append({n: p for n, p in result.model.named_parameters() if p.requires_grad})
+        assert result.model[0].backbone.text_cache is None
+    for name, weight in found[0].items():
+        assert torch.allclose(weight, found[1][name], atol=1e-5), name
+    cached_loss = "loss" in changes  # it reads every text twice, the second time from the cache
+    rates = [line["text_state_hit_rate"] for line in result.history if "text_state_hit_rate" in line]
+    assert rates[0] == (0.5 if cached_loss else 0)
+    assert result.text_state_hit_rate == rates[-1] == (0.75 if cached_loss else 0.5)  # two epochs
+    again = train(run_config("again", text_state_cache=2**20, text_state_folder=str(tmp_path / "states")))
+    assert again.text_state_hit_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "message"),
+    [
+        ({"layout": "prefix"}, {"text_state_cache": "1MiB"}, "text_state_cache needs model.layout 'suffix'"),
+        ({}, {"text_state_folder": "here"}, "text_state_folder needs training.text_state_cache"),
+        ({}, {"text_state_cache": 2**60, "text_state_folder": "here"}, "larger than the room on the disk"),
+        ({}, {"text_state_cache": 2**60}, "larger than the memory"),
+    ],
+)
+def test_text_state_cache_that_cannot_be(run_config, tmp_path, monkeypatch, model, training, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PromptEmbedderError, match=message):
+        train(run_config(model=model, **training))

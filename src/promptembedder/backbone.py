@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from promptembedder import attention
+from promptembedder.attention import StatesApart
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.states import States, merged, packed, shallow_copy, unpacked
+from promptembedder.text_cache import TextStateCache
 
 Layout = Literal["prefix", "suffix"]
 Readout = Literal["last", "mean"]
@@ -29,35 +33,6 @@ TextPass = Literal["same", "int8"]
 # Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower.
 _CHUNK_TOKENS_CPU = 512
 _CHUNK_TOKENS = 16_384
-
-
-@dataclass(frozen=True)
-class States:
-    """Key/value states of a segment that came first, to continue from any number of times.
-
-    Attributes:
-        cache: as `transformers` keeps it; never updated in place by this module.
-        mask_BL: 1 for tokens, 0 for padding, of everything the cache holds.
-    """
-
-    cache: DynamicCache
-    mask_BL: Tensor
-
-    def expanded(self, batch: int) -> States:
-        """Share the states of one row among `batch` rows (no copy); gradients add up on the one row."""
-        if len(self.mask_BL) == batch:
-            return self
-        cache = _shallow_copy(self.cache)
-        for layer in cache.layers:
-            layer.keys = layer.keys.expand(batch, -1, -1, -1)
-            layer.values = layer.values.expand(batch, -1, -1, -1)
-        return States(cache, self.mask_BL.expand(batch, -1))
-
-    def picked(self, rows: Tensor) -> States:
-        """The states of some rows."""
-        cache = _shallow_copy(self.cache)
-        cache.batch_select_indices(rows)
-        return States(cache, self.mask_BL[rows])
 
 
 class Backbone(nn.Module):
@@ -69,10 +44,13 @@ class Backbone(nn.Module):
         readout: `suffix`: the last soft token or the mean over the K soft tokens; `prefix`: the last text token
             or the mean over the text tokens.
         text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
-            int8 (float32 models on the CPU); the soft prompt is read in full precision all the same.
+            int8 (CPU); the soft prompt is read in the model's own precision all the same.
+
+    Attributes:
+        text_cache: where layout `suffix` keeps the states of texts; unset: nowhere.
 
     Raises:
-        PromptEmbedderError: int8 with layout `prefix` or with a model that is not float32.
+        PromptEmbedderError: int8 with layout `prefix`.
     """
 
     def __init__(self, lm: PreTrainedModel, *, layout: Layout, readout: Readout, text_pass: TextPass = "same") -> None:
@@ -81,16 +59,16 @@ class Backbone(nn.Module):
         self.layout = layout
         self.readout = readout
         self.text_pass = text_pass
+        self.text_cache: TextStateCache | None = None
+        self._can_stay_apart = layout == "suffix" and attention.install(lm)
         # In a list, so that the int8 copy is no part of the module tree: not saved, not moved, not counted.
         self._int8_lm: list[nn.Module] = []
-        if text_pass == "int8" and (layout != "suffix" or lm.dtype != torch.float32):
-            raise PromptEmbedderError(
-                f"text_pass 'int8' needs layout 'suffix' and dtype float32, found {layout!r} and {lm.dtype}"
-            )
+        if text_pass == "int8" and layout != "suffix":
+            raise PromptEmbedderError(f"text_pass 'int8' needs layout 'suffix', found {layout!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the int8 copy out of pickles for worker processes; they make their own."""
-        return {**self.__dict__, "_int8_lm": []}
+        """Leave the int8 copy and the text states out of pickles for worker processes."""
+        return {**self.__dict__, "_int8_lm": [], "text_cache": None}
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen means frozen."""
@@ -136,20 +114,41 @@ class Backbone(nn.Module):
         """
         # Padding goes to the left, so that the soft prompt follows the text without a gap.
         ids_BT, mask_BT = pad_side(ids_BT, mask_BT, "left")
-        parts = []
+        length = int(mask_BT.sum(-1).max())
+        ids_BT, mask_BT = ids_BT[:, -length:], mask_BT[:, -length:]
         with torch.no_grad():
-            for rows, length in self._chunks(mask_BT):
-                mask_bT = mask_BT[rows, mask_BT.shape[1] - length :]
-                ids_bT = ids_BT[rows, mask_BT.shape[1] - length :]
-                parts.append((rows, self._continue(None, self._embed(ids_bT), mask_bT, self._text_lm())[1]))
-        return _merged(parts)
+            if self.text_cache is None:
+                return merged(list(self._read_chunks(ids_BT, mask_BT)))
+            return self._read_through(self.text_cache, ids_BT, mask_BT)
+
+    def _read_chunks(self, ids_BT: Tensor, mask_BT: Tensor) -> Iterator[tuple[Tensor, States]]:
+        """Row numbers and states of each chunk, shortest texts first; padding stands on the left."""
+        lm = self._text_lm()
+        for rows, length in self._chunks(mask_BT):
+            inputs_bTD, mask_bT = self._embed(ids_BT[rows, -length:]), mask_BT[rows, -length:]
+            if lm is not self.lm:
+                inputs_bTD = inputs_bTD.float()  # what int8 layers take and give
+            states = self._continue(None, inputs_bTD, mask_bT, lm)[1]
+            yield rows, states.to(self.lm.dtype)
+
+    def _read_through(self, cache: TextStateCache, ids_BT: Tensor, mask_BT: Tensor) -> States:
+        """Read only those texts whose states the cache does not hold."""
+        keys = [cache.key(ids_T[mask_T.bool()]) for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+        found = {n: row for n, key in enumerate(keys) if (row := cache.get(key, ids_BT.device)) is not None}
+        missing_M = torch.tensor([n for n in range(len(keys)) if n not in found], device=ids_BT.device)
+        if len(missing_M):
+            for rows, states in self._read_chunks(ids_BT[missing_M], mask_BT[missing_M]):
+                for n, row in zip(missing_M[rows].tolist(), packed(states), strict=True):
+                    found[n] = cache.put(keys[n], row)
+        empty = DynamicCache(config=self.lm.config)
+        return unpacked((found[n] for n in range(len(keys))), mask_BT, empty, self.lm.dtype)
 
     def read_soft_prompt(self, states: States, soft_NKD: Tensor) -> Tensor:
         """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`."""
         batch = len(states.mask_BL)
         soft_BKD = soft_NKD.to(self.lm.dtype).expand(batch, -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
-        hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK)
+        hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)
         return pool(hidden_BKD, mask_BK, self.readout)
 
     def _read_head(self, instruction_ids_I: Tensor, soft_NKD: Tensor) -> States:
@@ -170,18 +169,38 @@ class Backbone(nn.Module):
         return self._int8_lm[0]
 
     def _continue(
-        self, before: States | None, inputs_BLD: Tensor, mask_BL: Tensor, lm: nn.Module | None = None
+        self,
+        before: States | None,
+        inputs_BLD: Tensor,
+        mask_BL: Tensor,
+        lm: nn.Module | None = None,
+        apart: bool = False,
     ) -> tuple[Tensor, States]:
-        """Run one segment after another. The one place where anything enters the LLM."""
-        cache: Any = DynamicCache(config=self.lm.config) if before is None else _shallow_copy(before.cache)
+        """Run one segment after another. The one place where anything enters the LLM.
+
+        Args:
+            before: states to continue from; unset: a first segment.
+            inputs_BLD: embeddings of the segment.
+            mask_BL: 1 for tokens, 0 for padding.
+            lm: unset: the backbone itself.
+            apart: do not join the states with those before (see `attention`); the states returned are then of no use.
+        """
         mask_all = mask_BL if before is None else torch.cat([before.mask_BL, mask_BL], dim=1)
         positions_BL = (mask_all.cumsum(-1) - 1).clamp(min=0)[:, -mask_BL.shape[1] :]
+        more: dict[str, Any] = {}
+        if before is None:
+            cache: Any = DynamicCache(config=self.lm.config)
+        elif apart:
+            cache = more["earlier"] = StatesApart(before.cache)
+        else:
+            cache = shallow_copy(before.cache)
         output = (lm or self.lm)(
             inputs_embeds=inputs_BLD,
             attention_mask=mask_all,
             position_ids=positions_BL,
             past_key_values=cache,
             use_cache=True,
+            **more,
         )
         return output.last_hidden_state, States(cache, mask_all)
 
@@ -220,40 +239,11 @@ def pad_side(ids_BT: Tensor, mask_BT: Tensor, side: Literal["left", "right"]) ->
     return ids_BT.gather(-1, order_BT), mask_BT.gather(-1, order_BT)
 
 
-def _shallow_copy(cache: DynamicCache) -> DynamicCache:
-    """A cache with layers of its own that share the tensors: `update` replaces tensors, it does not write into them."""
-    fresh = copy.copy(cache)
-    fresh.layers = [copy.copy(layer) for layer in cache.layers]
-    return fresh
-
-
-def _merged(parts: list[tuple[Tensor, States]]) -> States:
-    """Put the states of chunks back into one batch; chunks come shortest first, rows are aligned on the right."""
-    if len(parts) == 1:
-        rows, states = parts[0]
-        return states.picked(rows.argsort())
-    _, longest = parts[-1]
-    batch = sum(len(rows) for rows, _ in parts)
-    cache = _shallow_copy(longest.cache)
-    mask_BL = longest.mask_BL.new_zeros(batch, longest.mask_BL.shape[1])
-    for rows, part in parts:
-        mask_BL[rows, mask_BL.shape[1] - part.mask_BL.shape[1] :] = part.mask_BL
-    for n, layer in enumerate(cache.layers):
-        for name in ("keys", "values"):
-            whole = getattr(layer, name)
-            whole = whole.new_zeros(batch, *whole.shape[1:])
-            for rows, part in parts:
-                tensor = getattr(part.cache.layers[n], name)
-                whole[rows, :, whole.shape[2] - tensor.shape[2] :] = tensor
-            setattr(layer, name, whole)
-    return States(cache, mask_BL)
-
-
 def _int8_copy(lm: nn.Module) -> nn.Module:
-    """The LLM with its linear layers in dynamic int8; everything else is shared with the original."""
-    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()]}
+    """The LLM with its linear layers in dynamic int8, the rest in float32, shared with the original where it is too."""
+    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()] if t.dtype == torch.float32}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the eager quantisation API is announced to move to another package
         return torch.ao.quantization.quantize_dynamic(  # type: ignore[no-any-return, no-untyped-call]
-            copy.deepcopy(lm, shared), {nn.Linear}, dtype=torch.qint8, inplace=True
+            copy.deepcopy(lm, shared).float(), {nn.Linear}, dtype=torch.qint8, inplace=True
         )

@@ -54,13 +54,18 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train a model; prints its scores last, as one JSON line."""
+    from promptembedder import workers
     from promptembedder.config import load_run
     from promptembedder.training import train as run
 
     settings = load_run(config, overrides or [], root=str(data) if data else None)
     result = run(settings, resume=resume)
+    if workers.number() > 0:
+        return
     _say(f"saved {result.folder}")
     line = {f"{name}_spearman": round(score, 2) for name, score in result.scores.items()}
+    if result.text_state_hit_rate is not None:
+        line["text_state_hit_rate"] = round(result.text_state_hit_rate, 4)
     print(json.dumps(line | {"steps": result.steps, "seconds": round(result.seconds, 1), "model": str(result.folder)}))
 
 

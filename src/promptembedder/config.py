@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from promptembedder.errors import PromptEmbedderError
@@ -49,7 +49,7 @@ class ModelConfig:
         alignment_start: `auto` is identity where the two LLMs are the same, least squares otherwise.
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
-        text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, float32, CPU): about twice as fast.
+        text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU): about twice as fast.
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
         text_template: what the backbone reads as text; `{text}` stands for it.
@@ -183,6 +183,12 @@ class TrainingConfig:
         save_every_steps: checkpoint distance; unset: as often as dev is scored.
         keep_checkpoints: older ones are deleted.
         logging_steps: distance of log lines.
+        soft_prompt_leaf: run the prompter once per instruction and step; off: once per forward, with the same
+            gradients.
+        text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers, so
+            that a text seen again is not read again (layout `suffix`); unset: off.
+        text_state_folder: keep them here, from run to run; unset: in memory.
+        text_state_precision: of what is kept; `same` changes nothing, `bfloat16` and `int8` are smaller.
         seed: of everything drawn.
     """
 
@@ -207,6 +213,10 @@ class TrainingConfig:
     save_every_steps: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
     logging_steps: PositiveInt = 5
+    soft_prompt_leaf: bool = True
+    text_state_cache: Annotated[ByteSize, Field(gt=0)] | None = None
+    text_state_folder: str | None = None
+    text_state_precision: Literal["same", "bfloat16", "int8"] = "same"
     seed: int = 13
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from promptembedder.alignment import Alignment
@@ -55,10 +57,14 @@ class SoftPromptLeaves:
 
     All forward calls of the step share a leaf; loss gradients add up on its K x D values, and `backward` sends
     them through alignment and prompter once. The gradient is the same as without leaves, by the chain rule.
+
+    Attributes:
+        embedding_bytes: size of the embeddings made with gradients since it was last set to 0.
     """
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
+        self.embedding_bytes = 0
 
     def get(self, instruction: str, made_NKD: Tensor | None) -> Tensor | None:
         """The leaf of an instruction; `made_NKD` with its graph starts one."""
@@ -67,12 +73,22 @@ class SoftPromptLeaves:
         found = self._made.get(instruction)
         return None if found is None else found[1]
 
+    @property
+    def instructions(self) -> set[str]:
+        """Those that have a leaf."""
+        return set(self._made)
+
+    def has_gradient(self, instruction: str) -> bool:
+        """Whether the step's losses have reached the leaf of an instruction."""
+        return instruction in self._made and self._made[instruction][1].grad is not None
+
     def backward(self) -> None:
         """Send the gradients on and forget the leaves: the weights are about to change."""
-        made = [(graph, leaf.grad) for graph, leaf in self._made.values() if leaf.grad is not None]
-        self._made = {}
-        if made:
-            torch.autograd.backward([graph for graph, _ in made], [grad for _, grad in made])
+        made, self._made = self._made, {}
+        # One after the other by name: workers must add up in the same order to stay bitwise in step.
+        for _, (graph, leaf) in sorted(made.items()):
+            if leaf.grad is not None:
+                torch.autograd.backward(graph, leaf.grad)
 
 
 class SoftPromptTransformer(InputModule):
@@ -193,13 +209,17 @@ class SoftPromptTransformer(InputModule):
         embedding_BE = self.backbone(
             features["input_ids"], features["attention_mask"], soft_NKD, self._instruction_ids(instruction)
         )
+        if self.leaves is not None and torch.is_grad_enabled():
+            self.leaves.embedding_bytes += embedding_BE.nbytes
         return {**features, "sentence_embedding": embedding_BE}
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
         """What the prompter writes for an instruction alone: tokens (1, K, P) and logits (1, K, V)."""
         ids_NS, mask_NS = self.prompter.tokenize([instruction])
         device = self.alignment.weight.device
-        return self.prompter(ids_NS.to(device), mask_NS.to(device))  # type: ignore[no-any-return]
+        # Fused attention adds up in any order on GPUs; workers must get the same bits.
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
+            return self.prompter(ids_NS.to(device), mask_NS.to(device))  # type: ignore[no-any-return]
 
     def soft_prompt(self, instruction: str) -> Tensor:
         """The soft prompt (1, K, D) of an instruction.

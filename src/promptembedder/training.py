@@ -5,6 +5,7 @@ Shapes: N instructions, K soft tokens, P prompter width, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Sequence
@@ -16,16 +17,20 @@ import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from promptembedder import workers
 from promptembedder.config import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig, dump_yaml
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model import build, refuse_foreign, save, soft_prompt_module
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
+from promptembedder.text_cache import TextStateCache, open_text_cache
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class TrainingResult:
         steps: optimizer steps taken.
         seconds: wall time of the optimizer steps and evaluations between them.
         history: the trainer's log lines.
+        text_state_hit_rate: share of the texts whose states were found, with `text_state_cache`.
     """
 
     model: SentenceTransformer
@@ -51,40 +57,65 @@ class TrainingResult:
     steps: int
     seconds: float
     history: list[dict[str, Any]]
+    text_state_hit_rate: float | None = None
 
 
 class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
     """Runs prompter and alignment once per instruction and optimizer step (see `SoftPromptLeaves`).
 
     The trainer clips before its pre-step hook, when prompter and alignment have no gradient yet, so clipping is
-    done here.
+    done here. With several workers the gradients of the soft prompts are summed here too, in place of those of the
+    trained weights.
 
     Args:
         module: the model's first module.
         max_grad_norm: gradients of all trained weights together are clipped to this norm.
+        instructions: all that training can meet, the same on every worker; needed with several workers only.
+
+    Attributes:
+        trainer: to be set before training; its wrapper for several workers is told not to sum gradients itself.
     """
 
-    def __init__(self, module: SoftPromptTransformer, max_grad_norm: float) -> None:
+    trainer: SentenceTransformerTrainer | None = None
+
+    def __init__(self, module: SoftPromptTransformer, max_grad_norm: float, instructions: Sequence[str] = ()) -> None:
         self._module = module
         self._max_grad_norm = max_grad_norm
+        self._instructions = instructions
         self._trained = [p for p in module.parameters() if p.requires_grad]
+        # Prompts conditioned on texts are no leaves: their gradients go the wrapper's way.
+        self._summed_here = workers.count() > 1 and module.settings.condition_on == "instruction"
+        self._exchanged: dict[str, int] = {}
         self.grad_norm = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start sharing soft prompts."""
         self._module.leaves = SoftPromptLeaves()
+        if self._summed_here:
+            if self.trainer is None or not self._instructions:
+                raise PromptEmbedderError("with several workers SoftPromptLeafCallback needs instructions and trainer")
+            if isinstance(self.trainer.model_wrapped, DistributedDataParallel):
+                self.trainer.model_wrapped.require_backward_grad_sync = False
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One backward through alignment and prompter for everything the step added up."""
-        assert self._module.leaves is not None
-        self._module.leaves.backward()
+        leaves = self._module.leaves
+        assert leaves is not None
+        if self._summed_here:
+            gradients = workers.sum_soft_prompt_gradients(self._module, self._instructions)
+            self._exchanged = {"soft_prompt_gradient_bytes": gradients, "embedding_bytes": leaves.embedding_bytes}
+        leaves.embedding_bytes = 0
+        leaves.backward()
         self.grad_norm = float(nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Report the gradient norm in place of the trainer's, which was taken too early."""
+        """Report the gradient norm in place of the trainer's, which was taken too early, and what is ours to tell."""
         if logs is not None and "grad_norm" in logs:
-            logs["grad_norm"] = self.grad_norm
-            state.log_history[-1]["grad_norm"] = self.grad_norm
+            more: dict[str, Any] = {"grad_norm": self.grad_norm, **self._exchanged}
+            if self._module.backbone.text_cache is not None:
+                more["text_state_hit_rate"] = round(self._module.backbone.text_cache.hit_rate, 4)
+            logs.update(more)
+            state.log_history[-1].update(more)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop sharing."""
@@ -114,10 +145,20 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
     evaluation, root = config.evaluation, config.data.root
     dev = _evaluator(evaluation, evaluation.dev, root, "dev", at_most=evaluation.dev_pairs)
     test = _evaluator(evaluation, evaluation.test, root, "test")
+    workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
+    layout = config.model.layout if model is None else soft_prompt_module(model).settings.layout
+    if settings.text_state_cache is not None and layout != "suffix":
+        raise PromptEmbedderError(
+            f"training.text_state_cache needs model.layout 'suffix', found {layout!r}: there a text's states depend on "
+            "the soft prompt"
+        )
+    if settings.text_state_folder is not None and settings.text_state_cache is None:
+        raise PromptEmbedderError("training.text_state_folder needs training.text_state_cache, its size")
     _make_folder(output)
     if model is None:
-        model = build(config.model, seed=settings.seed)
+        model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
+    cache = _text_cache(module, settings)
     loss = make_loss(model, settings)
     module.prompter.lm.requires_grad_(settings.train_prompter and config.model.prompter_training == "full")
     if settings.train_prompter and config.model.prompter_training == "lora":
@@ -127,17 +168,26 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
         known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
         warm_start(module, sorted(known), settings.warm_start, settings.seed)
     trainer = _trainer(model, module, config, data, loss, dev, output)
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    folder = output / "model"
-    save(model, folder)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    scores: dict[str, float] = {}
-    if dev is not None and trainer.state.best_metric is not None:
-        scores["dev"] = 100 * trainer.state.best_metric
-    if test is not None:
-        scores["test"] = 100 * test(model)["test_spearman_cosine"]
+    with workers.stopping_together():
+        module.backbone.text_cache = cache
+        try:
+            outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            module.backbone.text_cache = None
+            module.leaves = None
+        folder = output / "model"
+        if workers.number() == 0:
+            save(model, folder)
+            (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        scores: dict[str, float] = {}
+        if dev is not None and trainer.state.best_metric is not None:
+            scores["dev"] = 100 * trainer.state.best_metric
+        with distributed_evaluation(model) as mine:
+            if test is not None and mine:
+                scores["test"] = 100 * test(model)["test_spearman_cosine"]
     steps, seconds = trainer.state.global_step, outcome.metrics["train_runtime"]
-    return TrainingResult(model, folder, scores, steps, seconds, trainer.state.log_history)
+    hit_rate = None if cache is None else cache.hit_rate
+    return TrainingResult(model, folder, scores, steps, seconds, trainer.state.log_history, hit_rate)
 
 
 def warm_start(
@@ -171,7 +221,7 @@ def warm_start(
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     drawn = random.Random(seed)
     reached = 0.0
-    bar = tqdm(range(config.steps), desc="Warm start")
+    bar = tqdm(range(config.steps), desc="Warm start", disable=workers.number() > 0)
     for _ in bar:
         picked = drawn.sample(list(instructions), min(batch_size, len(instructions)))
         ids_NS, mask_NS = module.prompter.tokenize(picked)
@@ -194,6 +244,7 @@ def warm_start(
 def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
     """The library's loss that the settings name: in-batch InfoNCE, cached, masked, Matryoshka."""
     scale = 1.0 / config.temperature
+    shared = workers.count() > 1
     loss: nn.Module
     if config.mask_false_negatives and config.loss == "cached_infonce":
         loss = losses.CachedGISTEmbedLoss(
@@ -203,15 +254,23 @@ def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
             mini_batch_size=config.mini_batch_size,
             contrast_anchors=False,
             contrast_positives=False,
+            gather_across_devices=shared,
         )
     elif config.mask_false_negatives:
         loss = losses.GISTEmbedLoss(
-            model, guide=model, temperature=config.temperature, contrast_anchors=False, contrast_positives=False
+            model,
+            guide=model,
+            temperature=config.temperature,
+            contrast_anchors=False,
+            contrast_positives=False,
+            gather_across_devices=shared,
         )
     elif config.loss == "cached_infonce":
-        loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=config.mini_batch_size)
+        loss = losses.CachedMultipleNegativesRankingLoss(
+            model, scale=scale, mini_batch_size=config.mini_batch_size, gather_across_devices=shared
+        )
     else:
-        loss = losses.MultipleNegativesRankingLoss(model, scale=scale)
+        loss = losses.MultipleNegativesRankingLoss(model, scale=scale, gather_across_devices=shared)
     if config.matryoshka_dims:
         width = model.get_embedding_dimension()
         if width is not None and max(config.matryoshka_dims) > width:
@@ -233,11 +292,15 @@ def _trainer(
 ) -> SentenceTransformerTrainer:
     settings = config.training
     every = config.evaluation.every_steps
-    callbacks: list[TrainerCallback] = [SoftPromptLeafCallback(module, settings.max_grad_norm)]
+    several = workers.count() > 1
+    known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
+    leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
+    callbacks: list[TrainerCallback] = [leaf] if settings.soft_prompt_leaf else []
     if settings.early_stop_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
-    # Widget examples for a hub page would cost a forward pass before every training.
+    # The library would draw examples for a hub page before every training, with a progress bar of their own.
     model.model_card_data.generate_widget_examples = False
+    model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(output),
         max_steps=settings.max_steps,
@@ -248,7 +311,7 @@ def _trainer(
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,
-        max_grad_norm=0.0,  # the leaf callback clips, see there
+        max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
         logging_steps=settings.logging_steps,
         eval_strategy="steps" if dev is not None else "no",
         eval_steps=every if dev is not None else None,
@@ -261,18 +324,45 @@ def _trainer(
         prompts=data.prompts,
         batch_sampler="no_duplicates",
         multi_dataset_batch_sampler="proportional",
-        dataloader_drop_last=False,
+        # Workers cut every batch among them, so that it keeps to one instruction; a short one cannot be cut.
+        dataloader_drop_last=several,
+        accelerator_config={"split_batches": several},
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        use_cpu=model.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=["tensorboard"],
     )
-    return SentenceTransformerTrainer(
+    # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
         train_dataset=data.datasets,
         loss=loss,
         evaluator=dev,
         callbacks=callbacks,
+    )
+    leaf.trainer = trainer
+    if leaf in trainer.callback_handler.callbacks:  # before TensorBoard's, which would log what is not yet right
+        trainer.callback_handler.callbacks.remove(leaf)
+        trainer.callback_handler.callbacks.insert(0, leaf)
+    return trainer
+
+
+def _text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:
+    if settings.text_state_cache is None:
+        return None
+    backbone = module.backbone
+    shape = hashlib.sha256(backbone.lm.config.to_json_string().encode()).hexdigest()
+    return open_text_cache(
+        settings.text_state_cache,
+        identity=f"{module.base_models.backbone_fingerprint} {shape} {backbone.lm.dtype} {backbone.text_pass}",
+        precision=settings.text_state_precision,
+        folder=settings.text_state_folder,
+        worker=workers.local_number(),
+        workers=workers.local_count(),
     )
 
 
@@ -302,6 +392,6 @@ def _make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another worker may have been faster
     except OSError as error:
         raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error
