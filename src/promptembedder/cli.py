@@ -111,6 +111,52 @@ def encode(
     _say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision.value}")
 
 
+class Suite(StrEnum):
+    """Which of the folder's tasks."""
+
+    quick = "quick"
+    full = "full"
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Saved model, sentence-transformers model, or LLM with --baseline.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,
+    suite: Annotated[Suite, typer.Option(help="quick samples large tasks (minutes), full is all of the folder.")] = (
+        Suite.quick
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Results, in mteb's layout.")] = Path("results"),
+    baseline: Annotated[
+        str | None, typer.Option(help="Take MODEL as an untrained LLM: mean, last, prompt_eol, hard_instruction.")
+    ] = None,
+    instructions: Annotated[
+        Path | None, typer.Option(help="JSON of task name to instruction; unset: instructions.json in the data folder.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
+) -> None:
+    """Score a model with mteb's tasks and metrics; prints the main scores x 100, as one JSON line at the end."""
+    try:
+        from promptembedder import evaluation
+    except ImportError as error:
+        raise PromptEmbedderError("evaluate needs mteb: pip install 'promptembedder[evaluate]'") from error
+
+    if data is None and not task:
+        raise PromptEmbedderError("give --data FOLDER, or --task NAME for tasks from the hub")
+    if data is None:
+        tasks = evaluation.hub_tasks(task or [])
+    else:
+        given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
+        tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite is Suite.quick)
+    encoder = evaluation.open_model(model, baseline=baseline, device=device)
+    result = evaluation.evaluate(encoder, tasks, output, batch_size=batch_size)
+    for name, score in result.scores.items():
+        _say(f"{name:24} {result.kinds[name]:20} {score:6.2f}")
+    scores = {name: round(score, 2) for name, score in result.scores.items()}
+    print(json.dumps({"mean": round(result.mean, 2), "scores": scores, "results": str(result.folder)}))
+
+
 @app.command()
 def explain(
     model: ModelPath,
@@ -161,6 +207,19 @@ def demo(
     from promptembedder.demo import run_demo
 
     print(run_demo(output, steps=steps))
+
+
+def _instructions(path: Path, required: bool) -> dict[str, str]:
+    from promptembedder.data import parse_json
+
+    if not path.is_file():
+        if required:
+            raise PromptEmbedderError(f"no instructions at {path}")
+        return {}
+    found = parse_json(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise PromptEmbedderError(f"{path} must map task names to instructions")
+    return found
 
 
 def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:

@@ -1,0 +1,143 @@
+"""What mteb sees of a model: our models under a task's instruction, any sentence-transformers model, bare LLMs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from promptembedder import base_models
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.model import load, soft_prompt_module
+from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
+
+# An LLM without training: pooling, and what its text is wrapped in; `{instruction}` makes it read the task's.
+BASELINES: dict[str, tuple[str, str]] = {
+    "mean": ("mean", "{text}"),
+    "last": ("lasttoken", "{text}"),
+    "prompt_eol": ("lasttoken", 'This sentence : "{text}" means in one word:"'),
+    "hard_instruction": ("lasttoken", 'Instruct: {instruction}\nThis sentence : "{text}" means in one word:"'),
+}
+
+
+class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
+    """A `SentenceTransformer` for mteb; instructions go where the model takes them.
+
+    Args:
+        model: any model.
+        name: for the results folder, `owner/name`.
+        revision: of its weights.
+        wrap: makes the text that is embedded of text and instruction; unset: models of ours read the instruction as a
+            prompt, others read the bare text.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        name: str,
+        revision: str,
+        wrap: Callable[[str, str], str] | None = None,
+    ) -> None:
+        self.model = model
+        self._wrap = wrap
+        self._ours = isinstance(model[0], SoftPromptTransformer)
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": name,
+                "revision": revision,
+                "embed_dim": model.get_embedding_dimension(),
+                "max_tokens": model.max_seq_length,
+                "framework": ["Sentence Transformers", "PyTorch"],
+                "use_instructions": self._ours,
+            }
+        )
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: PromptType | None = None, **kwargs: Any) -> Any:
+        """Embed the texts of a task: its instruction for queries and symmetric tasks, the document's for documents."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        if prompt_type == PromptType.document and task_metadata.type in ("Retrieval", "Reranking"):
+            return self._embed(texts, None, document=True, **kwargs)
+        return self._embed(texts, _instruction(task_metadata), document=False, **kwargs)
+
+    def encode_under(self, texts: list[str], instruction: str, **kwargs: Any) -> Any:
+        """Embed texts under an instruction."""
+        return self._embed(texts, instruction, document=False, **kwargs)
+
+    def _embed(self, texts: list[str], instruction: str | None, *, document: bool, **kwargs: Any) -> Any:
+        options: dict[str, Any] = {"batch_size": kwargs.get("batch_size", 32), "show_progress_bar": False}
+        if self._ours:
+            settings = soft_prompt_module(self.model).settings
+            fallback = settings.document_instruction if document else settings.default_instruction
+            options["prompt"] = instruction or fallback
+        elif self._wrap is not None:
+            texts = [self._wrap(text, instruction or "") for text in texts]
+        embeddings = self.model.encode(texts, **options)
+        if not np.isfinite(embeddings).all():
+            raise PromptEmbedderError(f"{self.mteb_model_meta.name} gives embeddings that are not finite numbers")
+        return embeddings
+
+
+def open_model(model: str, *, baseline: str | None = None, device: str | None = None) -> InstructedEncoder:
+    """Open what is to be evaluated.
+
+    Args:
+        model: folder of a model of ours; a sentence-transformers folder or hub id; with `baseline` an LLM.
+        baseline: one of `BASELINES`.
+        device: unset: the accelerator, if there is one.
+
+    Raises:
+        PromptEmbedderError: the model cannot be opened, the baseline is unknown.
+    """
+    if baseline is not None:
+        if baseline not in BASELINES:
+            raise PromptEmbedderError(f"unknown baseline {baseline!r}; valid: {', '.join(BASELINES)}")
+        pooling, template = BASELINES[baseline]
+        located = base_models.locate(model)
+        lm = Transformer(str(located.folder))
+        lm.tokenizer.padding_side = "right"
+        if lm.tokenizer.pad_token is None:
+            lm.tokenizer.pad_token = lm.tokenizer.eos_token
+        width = lm.get_embedding_dimension()
+        built = SentenceTransformer(modules=[lm, Pooling(width, pooling_mode=pooling), Normalize()], device=device)
+        return InstructedEncoder(built, f"baseline/{Path(model).name}-{baseline}", _digest(template), _filled(template))
+    folder = Path(model)
+    if (folder / CONFIG_FILE).is_file():
+        opened = load(folder, device=device)
+        return InstructedEncoder(opened, f"promptembedder/{folder.resolve().name}", _content(folder))
+    if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
+        raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name")
+    try:
+        opened = SentenceTransformer(model, device=device)
+    except (OSError, ValueError) as error:
+        raise PromptEmbedderError(f"cannot open {model}: {' '.join(str(error).split())[:300]}") from error
+    name = f"local/{folder.resolve().name}" if folder.is_dir() else model
+    return InstructedEncoder(opened, name, _content(folder) if folder.is_dir() else "hub")
+
+
+def _instruction(metadata: Any) -> str | None:
+    prompt = metadata.prompt
+    return prompt.get("query") if isinstance(prompt, dict) else prompt
+
+
+def _filled(template: str) -> Callable[[str, str], str]:
+    return lambda text, instruction: template.replace("{instruction}", instruction).replace("{text}", text)
+
+
+def _content(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:40]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
