@@ -32,7 +32,10 @@ def write(path, rows):
 def data(tmp_path):
     """A folder with one small task of every kind."""
     folder = tmp_path / "data"
-    pairs = [{"sentence1": MANY[n], "sentence2": MANY[(3 * n + 1) % 30], "score": (n * 7) % 5, "label": n % 2} for n in range(20)]
+    pairs = [
+        {"sentence1": MANY[n], "sentence2": MANY[(3 * n + 1) % 30], "score": (n * 7) % 5, "label": n % 2}
+        for n in range(20)
+    ]
     write(folder / "sts" / "Similar.jsonl.gz", pairs)
     write(folder / "sts" / "Similar.dev.jsonl.gz", pairs)
     write(folder / "pair_classification" / "Same.jsonl.gz", pairs)
