@@ -1,9 +1,27 @@
 """Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes."""
 
-from promptembedder.config import ModelConfig, RunConfig
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import build, encode, load, save
-from promptembedder.module import SoftPromptTransformer
+
+if TYPE_CHECKING:
+    from promptembedder.config import ModelConfig, RunConfig
+    from promptembedder.model import build, encode, load, save
+    from promptembedder.module import SoftPromptTransformer
+
+# Opened on first use: the libraries behind them take seconds, which `promptembedder --help` need not wait for.
+_PLACES = {
+    "ModelConfig": "config",
+    "RunConfig": "config",
+    "SoftPromptTransformer": "module",
+    "build": "model",
+    "encode": "model",
+    "load": "model",
+    "save": "model",
+}
 
 __all__ = [
     "ModelConfig",
@@ -15,3 +33,13 @@ __all__ = [
     "load",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

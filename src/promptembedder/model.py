@@ -429,6 +429,6 @@ Prompting LLM `{bases.prompter}`, frozen Embedding LLM `{bases.backbone}`, layou
 import promptembedder
 
 model = promptembedder.load("path/of/this/folder")
-embeddings = model.encode(["a text"], prompt="Retrieve sentences that mean the same as the given sentence.")
+embeddings = model.encode(["a text"], prompt={json.dumps(settings.default_instruction, ensure_ascii=False)})
 ```
 """

@@ -140,12 +140,6 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
     if settings.early_stop_patience is not None and config.evaluation.dev is None:
         raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
-    refuse_foreign(output / "model")
-    data = load_training_data(config.data, config.model.document_instruction, settings.seed)
-    evaluation, root = config.evaluation, config.data.root
-    dev = _evaluator(evaluation, evaluation.dev, root, "dev", at_most=evaluation.dev_pairs)
-    test = _evaluator(evaluation, evaluation.test, root, "test")
-    workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
     layout = config.model.layout if model is None else soft_prompt_module(model).settings.layout
     if settings.text_state_cache is not None and layout != "suffix":
         raise PromptEmbedderError(
@@ -154,6 +148,12 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
         )
     if settings.text_state_folder is not None and settings.text_state_cache is None:
         raise PromptEmbedderError("training.text_state_folder needs training.text_state_cache, its size")
+    refuse_foreign(output / "model")
+    data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    evaluation, root = config.evaluation, config.data.root
+    dev = _evaluator(evaluation, evaluation.dev, root, "dev", at_most=evaluation.dev_pairs)
+    test = _evaluator(evaluation, evaluation.test, root, "test")
+    workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
     _make_folder(output)
     if model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
