@@ -49,7 +49,7 @@ class ModelConfig:
         alignment_start: `auto` is identity where the two LLMs are the same, least squares otherwise.
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
-        text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU): about twice as fast.
+        text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU), see docs/performance.md.
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
         text_template: what the backbone reads as text; `{text}` stands for it.
