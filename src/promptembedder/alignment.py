@@ -67,6 +67,64 @@ def least_squares(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
     return weight_PD
 
 
+def ridge(prompter_SP: Tensor, backbone_SD: Tensor, penalty: float = 1e-2, weights_S: Tensor | None = None) -> Tensor:
+    """The `W` (P, D) that minimises `sum_s w_s ||p_s @ W - b_s||^2 + lambda ||W||_F^2`, in float64.
+
+    Defined for any number of shared tokens, unlike `least_squares`.
+
+    Args:
+        prompter_SP: the prompter's embeddings of the shared tokens.
+        backbone_SD: the backbone's embeddings of the same tokens.
+        penalty: lambda, relative to the mean eigenvalue of the weighted Gram matrix.
+        weights_S: importance of each token, not negative; unset: all alike.
+    """
+    first, second = prompter_SP.double().cpu(), backbone_SD.double().cpu()
+    weighted = first if weights_S is None else first * weights_S.double().cpu()[:, None]
+    gram_PP = weighted.T @ first
+    scale = float(gram_PP.diagonal().mean())
+    gram_PP.diagonal().add_(penalty * scale)
+    weight_PD: Tensor = torch.linalg.solve(gram_PP, weighted.T @ second).float()
+    return weight_PD
+
+
+def procrustes(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
+    """The best `c R` (P, D) with orthonormal rows or columns of `R` and a scale `c`, in float64.
+
+    Orthogonal Procrustes (Schönemann 1966) with a scale: `R = U V^T` of the singular value decomposition of
+    `prompter^T backbone`, `c` = sum of its singular values / `||prompter R||_F^2`.
+    """
+    first, second = prompter_SP.double().cpu(), backbone_SD.double().cpu()
+    left, values, right = torch.linalg.svd(first.T @ second, full_matrices=False)
+    rotation_PD = left @ right
+    weight_PD: Tensor = (rotation_PD * (values.sum() / (first @ rotation_PD).square().sum())).float()
+    return weight_PD
+
+
+def folded(weight_PD: Tensor, tokens_MP: Tensor, wanted_MD: Tensor, penalty: float = 1e-4) -> Tensor:
+    """The `W'` closest to `W` (Frobenius norm) that maps given soft tokens to given places.
+
+    `W' = W + S^T (S S^T + lambda I)^-1 (T - S W)`, the smallest correction, for M <= P soft tokens.
+
+    Args:
+        weight_PD: W.
+        tokens_MP: S, soft tokens of the prompter.
+        wanted_MD: T, where they are to go.
+        penalty: lambda relative to the mean of the diagonal of `S S^T`; soft tokens can be nearly the same.
+    """
+    W, S, T = (tensor.detach().double().cpu() for tensor in (weight_PD, tokens_MP, wanted_MD))
+    gram_MM = S @ S.T
+    gram_MM.diagonal().add_(penalty * float(gram_MM.diagonal().mean()))
+    corrected_PD: Tensor = (W + S.T @ torch.linalg.solve(gram_MM, T - S @ W)).float()
+    return corrected_PD
+
+
+def matched_norm(weight_PD: Tensor, prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
+    """`W` scaled so that mapped tokens are, at the median, as long as the backbone's own embeddings."""
+    mapped_S = (prompter_SP.float().cpu() @ weight_PD).norm(dim=-1)
+    scaled_PD: Tensor = weight_PD * (backbone_SD.float().cpu().norm(dim=-1).median() / mapped_S.median())
+    return scaled_PD
+
+
 def shared_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Token ids (S,) and (S,) of the spellings that two vocabularies share, special tokens left out.
 

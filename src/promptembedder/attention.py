@@ -75,14 +75,16 @@ def attend(
     H, T = key.shape[1], layer.keys.shape[2]
     # Query heads of one key/value head become rows of one product; nothing is repeated.
     query_BHQd = query.reshape(B, H, heads // H * K, d) * (scaling if scaling is not None else d**-0.5)
-    scores_BHQS = torch.cat([query_BHQd @ layer.keys.mT, query_BHQd @ key.mT], dim=-1)
+    # States may be kept in a narrower precision than the new tokens are computed in.
+    earlier_keys, earlier_values = layer.keys.to(query.dtype), layer.values.to(query.dtype)
+    scores_BHQS = torch.cat([query_BHQd @ earlier_keys.mT, query_BHQd @ key.mT], dim=-1)
     scores_BHQS = scores_BHQS.to(torch.promote_types(scores_BHQS.dtype, torch.float32))
     if attention_mask is None:
         place_K = torch.arange(K, device=query.device)
         attention_mask = torch.cat([place_K.new_ones(K, T).bool(), place_K[:, None] >= place_K], dim=1)[None, None]
     hidden_BHQS = ~attention_mask.expand(-1, 1, K, T + K).repeat(1, 1, heads // H, 1)
     weights_BHQS = scores_BHQS.masked_fill(hidden_BHQS, torch.finfo(scores_BHQS.dtype).min).softmax(-1).to(query.dtype)
-    output_BHQd = weights_BHQS[..., :T] @ layer.values + weights_BHQS[..., T:] @ value
+    output_BHQd = weights_BHQS[..., :T] @ earlier_values + weights_BHQS[..., T:] @ value
     return output_BHQd.reshape(B, heads, K, d).transpose(1, 2).contiguous(), None
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from promptembedder import attention
+from promptembedder import attention, widened
 from promptembedder.attention import StatesApart
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import States, merged, packed, shallow_copy, unpacked
@@ -30,8 +30,10 @@ Layout = Literal["prefix", "suffix"]
 Readout = Literal["last", "mean"]
 TextPass = Literal["same", "int8"]
 
-# Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower.
+# Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower, and
+# widening the weights for each chunk shows.
 _CHUNK_TOKENS_CPU = 512
+_CHUNK_TOKENS_WIDENED = 2048
 _CHUNK_TOKENS = 16_384
 
 
@@ -61,14 +63,14 @@ class Backbone(nn.Module):
         self.text_pass = text_pass
         self.text_cache: TextStateCache | None = None
         self._can_stay_apart = layout == "suffix" and attention.install(lm)
-        # In a list, so that the int8 copy is no part of the module tree: not saved, not moved, not counted.
-        self._int8_lm: list[nn.Module] = []
+        # In a dict, so that the copies are no part of the module tree: not saved, not moved, not counted.
+        self._copies: dict[str, nn.Module] = {}
         if text_pass == "int8" and layout != "suffix":
             raise PromptEmbedderError(f"text_pass 'int8' needs layout 'suffix', found {layout!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the int8 copy and the text states out of pickles for worker processes."""
-        return {**self.__dict__, "_int8_lm": [], "text_cache": None}
+        """Leave the LLM's copies and the text states out of pickles for worker processes."""
+        return {**self.__dict__, "_copies": {}, "text_cache": None}
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen means frozen."""
@@ -123,12 +125,9 @@ class Backbone(nn.Module):
 
     def _read_chunks(self, ids_BT: Tensor, mask_BT: Tensor) -> Iterator[tuple[Tensor, States]]:
         """Row numbers and states of each chunk, shortest texts first; padding stands on the left."""
-        lm = self._text_lm()
         for rows, length in self._chunks(mask_BT):
             inputs_bTD, mask_bT = self._embed(ids_BT[rows, -length:]), mask_BT[rows, -length:]
-            if lm is not self.lm:
-                inputs_bTD = inputs_bTD.float()  # what int8 layers take and give
-            states = self._continue(None, inputs_bTD, mask_bT, lm)[1]
+            states = self._continue(None, inputs_bTD, mask_bT, text=True)[1]
             yield rows, states.to(self.lm.dtype)
 
     def _read_through(self, cache: TextStateCache, ids_BT: Tensor, mask_BT: Tensor) -> States:
@@ -146,7 +145,7 @@ class Backbone(nn.Module):
     def read_soft_prompt(self, states: States, soft_NKD: Tensor) -> Tensor:
         """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`."""
         batch = len(states.mask_BL)
-        soft_BKD = soft_NKD.to(self.lm.dtype).expand(batch, -1, -1)
+        soft_BKD = soft_NKD.expand(batch, -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
         hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)
         return pool(hidden_BKD, mask_BK, self.readout)
@@ -154,26 +153,35 @@ class Backbone(nn.Module):
     def _read_head(self, instruction_ids_I: Tensor, soft_NKD: Tensor) -> States:
         """Layout `prefix`, first segment: instruction and soft prompt, once for all texts that share them."""
         instruction_NID = self._embed(instruction_ids_I[None]).expand(len(soft_NKD), -1, -1)
-        head_NLD = torch.cat([instruction_NID, soft_NKD.to(self.lm.dtype)], dim=1)
+        head_NLD = torch.cat([instruction_NID, soft_NKD], dim=1)
         _, states = self._continue(None, head_NLD, instruction_ids_I.new_ones(head_NLD.shape[:2]))
         return states
 
-    def _text_lm(self) -> nn.Module:
-        """The LLM that reads texts in layout `suffix`: itself, or its int8 copy, made on first use."""
-        if self.text_pass == "same":
-            return self.lm  # type: ignore[no-any-return]
-        if self.lm.device.type != "cpu":
-            raise PromptEmbedderError(f"text_pass 'int8' runs on the CPU only, the model is on {self.lm.device}")
-        if not self._int8_lm:
-            self._int8_lm.append(_int8_copy(self.lm))
-        return self._int8_lm[0]
+    def _reader(self, text: bool) -> nn.Module:
+        """What runs a segment: the LLM, or a copy of it made on first use, which takes and gives float32.
+
+        Args:
+            text: the pass over the text in layout `suffix`, for which there may be an int8 copy.
+        """
+        if text and self.text_pass == "int8":
+            if self.lm.device.type != "cpu":
+                raise PromptEmbedderError(f"text_pass 'int8' runs on the CPU only, the model is on {self.lm.device}")
+            return self._copy("int8", _int8_copy)
+        if widened.helps(self.lm):
+            return self._copy("widened", widened.widened)
+        return self.lm  # type: ignore[no-any-return]
+
+    def _copy(self, name: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        if name not in self._copies:
+            self._copies[name] = make(self.lm)
+        return self._copies[name]
 
     def _continue(
         self,
         before: States | None,
         inputs_BLD: Tensor,
         mask_BL: Tensor,
-        lm: nn.Module | None = None,
+        text: bool = False,
         apart: bool = False,
     ) -> tuple[Tensor, States]:
         """Run one segment after another. The one place where anything enters the LLM.
@@ -182,7 +190,7 @@ class Backbone(nn.Module):
             before: states to continue from; unset: a first segment.
             inputs_BLD: embeddings of the segment.
             mask_BL: 1 for tokens, 0 for padding.
-            lm: unset: the backbone itself.
+            text: see `_reader`.
             apart: do not join the states with those before (see `attention`); the states returned are then of no use.
         """
         mask_all = mask_BL if before is None else torch.cat([before.mask_BL, mask_BL], dim=1)
@@ -194,8 +202,10 @@ class Backbone(nn.Module):
             cache = more["earlier"] = StatesApart(before.cache)
         else:
             cache = shallow_copy(before.cache)
-        output = (lm or self.lm)(
-            inputs_embeds=inputs_BLD,
+        reader = self._reader(text)
+        dtype = self._embedding_dtype() if reader is self.lm else torch.float32
+        output = reader(
+            inputs_embeds=inputs_BLD.to(dtype),
             attention_mask=mask_all,
             position_ids=positions_BL,
             past_key_values=cache,
@@ -210,6 +220,8 @@ class Backbone(nn.Module):
         Padding then costs next to nothing and memory is bounded by tokens, whatever the batch.
         """
         limit = _CHUNK_TOKENS_CPU if mask_BT.device.type == "cpu" else _CHUNK_TOKENS
+        if widened.helps(self.lm):
+            limit = _CHUNK_TOKENS_WIDENED
         lengths_B, order_B = mask_BT.sum(-1).sort(stable=True)
         chunks, start = [], 0
         lengths = lengths_B.tolist()
@@ -218,6 +230,9 @@ class Backbone(nn.Module):
                 chunks.append((order_B[start:n], lengths[n - 1]))
                 start = n
         return chunks
+
+    def _embedding_dtype(self) -> torch.dtype:
+        return self.lm.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids_BT)  # type: ignore[no-any-return]

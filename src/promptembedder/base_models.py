@@ -228,9 +228,13 @@ def resolve_dtype(setting: str, device: torch.device | str | None = None) -> tor
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind != "cpu":
         return torch.bfloat16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products."""
     capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-    return torch.bfloat16 if native else torch.float32
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def input_embeddings(lm: PreTrainedModel) -> tuple[torch.Tensor, float]:

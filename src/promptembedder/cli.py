@@ -137,11 +137,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
 ) -> None:
     """Score a model with mteb's tasks and metrics; prints the main scores x 100, as one JSON line at the end."""
-    try:
-        from promptembedder import evaluation
-    except ImportError as error:
-        raise PromptEmbedderError("evaluate needs mteb: pip install 'promptembedder[evaluate]'") from error
-
+    evaluation = _evaluation()
     if data is None and not task:
         raise PromptEmbedderError("give --data FOLDER, or --task NAME for tasks from the hub")
     if data is None:
@@ -150,11 +146,63 @@ def evaluate(
         given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
         tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite is Suite.quick)
     encoder = evaluation.open_model(model, baseline=baseline, device=device)
+    if instructions is not None and not encoder.reads_instructions:
+        raise PromptEmbedderError(
+            f"{model} reads no instructions; leave --instructions out, or give an LLM with --baseline hard_instruction"
+        )
     result = evaluation.evaluate(encoder, tasks, output, batch_size=batch_size)
     for name, score in result.scores.items():
         _say(f"{name:24} {result.kinds[name]:20} {score:6.2f}")
     scores = {name: round(score, 2) for name, score in result.scores.items()}
     print(json.dumps({"mean": round(result.mean, 2), "scores": scores, "results": str(result.folder)}))
+
+
+@app.command()
+def transfer(
+    model: ModelPath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Further settings, such as training.max_steps=75."),
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="The new Embedding LLM: short name, folder, .gguf file, hub id.")] = "",
+    train: Annotated[list[str] | None, typer.Option(help="File of labelled rows; may be repeated.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="File of plain texts; may be repeated.")] = None,
+    dev: Annotated[str | None, typer.Option(help="Scored pairs to choose and report by.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of model, report and picture.")] = Path(
+        "runs/transfer"
+    ),
+    data: Annotated[Path | None, typer.Option(help="Folder of the data files; as data.root.")] = None,
+) -> None:
+    """Move a trained model to another backbone: a new alignment matrix, the same prompter."""
+    from promptembedder.config import TransferConfig, parse_settings
+    from promptembedder.model import load
+    from promptembedder.transfer import transfer as move
+
+    if not backbone:
+        raise PromptEmbedderError("give the new backbone: --backbone NAME")
+    settings: dict[str, Any] = {"backbone": backbone, "texts": texts or [], "training": {"output": str(output)}}
+    settings["data"] = {"files": [{"path": path} for path in train or []]} | ({"root": str(data)} if data else {})
+    settings["evaluation"] = {"dev": dev} if dev else {}
+    result = move(load(model), parse_settings(TransferConfig, settings, overrides or [], where="transfer"))
+    for stage in result.stages:
+        score = "" if stage.dev is None else f"dev {stage.dev:6.2f}  "
+        _say(f"{stage.name:22} {score}{stage.seconds:8.1f} s  {stage.examples} examples")
+    line: dict[str, Any] = {f"{name}_spearman": round(score, 2) for name, score in result.scores.items()}
+    print(json.dumps(line | {"start": result.starts[0].name, "model": str(result.folder)}))
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Folders that evaluate wrote, of one model or of many.")],
+    to: Annotated[str | None, typer.Option(help="Model that ratios are taken to.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of report and pictures.")] = Path("comparison"),
+) -> None:
+    """Put results of several models on one page; prints the table."""
+    evaluation = _evaluation()
+    comparison = evaluation.compare(evaluation.read_columns(results), to)
+    evaluation.write_report(comparison, output)
+    print(evaluation.markdown(comparison))
+    _say(f"wrote {output}/report.md, {output}/report.html")
 
 
 @app.command()
@@ -207,6 +255,14 @@ def demo(
     from promptembedder.demo import run_demo
 
     print(run_demo(output, steps=steps))
+
+
+def _evaluation() -> Any:
+    try:
+        from promptembedder import evaluation
+    except ImportError as error:
+        raise PromptEmbedderError("this command needs mteb: pip install 'promptembedder[evaluate]'") from error
+    return evaluation
 
 
 def _instructions(path: Path, required: bool) -> dict[str, str]:

@@ -26,6 +26,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Layout = Literal["prefix", "suffix"]
 Readout = Literal["last", "mean"]
+Precision = Literal["auto", "bfloat16", "float32"]
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class ModelConfig:
     lora_alpha: PositiveInt = 32
     alignment_start: Literal["auto", "identity", "least_squares", "random"] = "auto"
     condition_on: Literal["instruction", "instruction_and_text"] = "instruction"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Precision = "auto"
     text_pass: Literal["same", "int8"] = "same"
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
@@ -230,6 +231,39 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class TransferConfig:
+    """How a trained model moves to another backbone.
+
+    Attributes:
+        backbone: the new Embedding LLM: short name, folder, .gguf file or hub id.
+        backbone_revision: hub commit of it.
+        dtype: of its weights; unset: as the old model's.
+        starts: closed-form alignments to choose from, by name; empty: all that there are.
+        data: labelled rows to train the alignment on; no files: none.
+        texts: files of plain texts, on which the new model learns to agree with the old one.
+        text_instructions: under which they are read; empty: the model's default instruction.
+        max_texts: use so many of them.
+        distillation_temperature: of both softmaxes over in-batch similarities.
+        training: steps, batch and learning rates of the alignment; the prompter stays as it is.
+        unfrozen_steps: steps with the prompter open too, after the alignment's.
+        evaluation: dev pairs to choose and report by; test pairs for the last figure.
+    """
+
+    backbone: str
+    backbone_revision: str | None = None
+    dtype: Precision | None = None
+    starts: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    texts: tuple[str, ...] = ()
+    text_instructions: tuple[str, ...] = ()
+    max_texts: PositiveInt = 4096
+    distillation_temperature: PositiveFloat = 0.05
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    unfrozen_steps: Count = 0
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
 def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     """Check settings and build the dataclass `kind`.
 
@@ -240,6 +274,11 @@ def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
         return TypeAdapter(kind).validate_python(dict(settings))
     except ValidationError as error:
         raise PromptEmbedderError(f"{where}: {_one_line(error, kind)}") from None
+
+
+def parse_settings(kind: type[T], settings: Mapping[str, Any], overrides: Sequence[str], where: str) -> T:
+    """As `parse`, after `section.name=value` overrides."""
+    return parse(kind, _overridden(settings, overrides), where=where)
 
 
 def load_run(path: Path, overrides: Sequence[str] = (), root: str | None = None) -> RunConfig:

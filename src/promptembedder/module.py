@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ class SoftPromptLeaves:
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[Tensor, Tensor]] = {}
+        self._constant: dict[str, Tensor] = {}
         self.embedding_bytes = 0
 
     def get(self, instruction: str, made_NKD: Tensor | None) -> Tensor | None:
@@ -72,6 +73,13 @@ class SoftPromptLeaves:
             self._made[instruction] = (made_NKD, made_NKD.detach().requires_grad_())
         found = self._made.get(instruction)
         return None if found is None else found[1]
+
+    def constant(self, instruction: str, make: Callable[[], Tensor]) -> Tensor:
+        """Soft tokens of a prompter that is not trained: made once in all the training."""
+        if instruction not in self._constant:
+            with torch.no_grad():
+                self._constant[instruction] = make()
+        return self._constant[instruction]
 
     @property
     def instructions(self) -> set[str]:
@@ -233,9 +241,14 @@ class SoftPromptTransformer(InputModule):
             return self.alignment(self.soft_tokens(instruction).tokens_NKP)  # type: ignore[no-any-return]
         leaf = self.leaves.get(instruction, None)
         if leaf is None:
-            leaf = self.leaves.get(instruction, self.alignment(self.soft_tokens(instruction).tokens_NKP))
+            leaf = self.leaves.get(instruction, self.alignment(self._soft_tokens_of_step(instruction, self.leaves)))
             assert leaf is not None
         return leaf
+
+    def _soft_tokens_of_step(self, instruction: str, leaves: SoftPromptLeaves) -> Tensor:
+        if any(parameter.requires_grad for parameter in self.prompter.parameters()):
+            return self.soft_tokens(instruction).tokens_NKP
+        return leaves.constant(instruction, lambda: self.soft_tokens(instruction).tokens_NKP)
 
     def _remembered_soft_prompt(self, instruction: str) -> Tensor:
         # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.

@@ -6,12 +6,14 @@ Shapes: N instructions, K soft tokens, P prompter width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from promptembedder import workers
+from promptembedder import widened, workers
 from promptembedder.config import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig, dump_yaml
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
@@ -34,6 +36,8 @@ from promptembedder.text_cache import TextStateCache, open_text_cache
 
 logger = logging.getLogger(__name__)
 
+# Facts of a run, beside the model it saved: trained_parameters, steps, examples, seconds.
+TRAINING_FACTS = "training.json"
 _DEV_METRIC = "eval_dev_spearman_cosine"
 
 
@@ -122,13 +126,42 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         self._module.leaves = None
 
 
-def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer | None = None) -> TrainingResult:
+class TrainingClock(TrainerCallback):  # type: ignore[misc]
+    """Adds to every log line the seconds spent in optimizer steps so far; evaluations are left out."""
+
+    def __init__(self) -> None:
+        self._spent = self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop it."""
+        self._spent += time.perf_counter() - self._began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the time down."""
+        if logs is not None:
+            logs["step_seconds"] = state.log_history[-1]["step_seconds"] = round(self._spent, 2)
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    model: SentenceTransformer | None = None,
+    data: TrainingData | None = None,
+    loss: nn.Module | None = None,
+) -> TrainingResult:
     """Train a model, save it to `<output>/model` and score it.
 
     Args:
         config: all settings.
         resume: go on from the last checkpoint in `<output>`.
         model: start from this one instead of building `config.model`.
+        data: train on these rows instead of `config.data`'s.
+        loss: in place of the one that the settings name.
 
     Raises:
         PromptEmbedderError: bad data or settings; nothing to resume from; output not writable.
@@ -149,17 +182,17 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
     if settings.text_state_folder is not None and settings.text_state_cache is None:
         raise PromptEmbedderError("training.text_state_folder needs training.text_state_cache, its size")
     refuse_foreign(output / "model")
-    data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    if data is None:
+        data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     evaluation, root = config.evaluation, config.data.root
-    dev = _evaluator(evaluation, evaluation.dev, root, "dev", at_most=evaluation.dev_pairs)
-    test = _evaluator(evaluation, evaluation.test, root, "test")
+    dev, test = pair_evaluator(evaluation, root, "dev"), pair_evaluator(evaluation, root, "test")
     workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
     _make_folder(output)
     if model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
     cache = _text_cache(module, settings)
-    loss = make_loss(model, settings)
+    loss = loss or make_loss(model, settings)
     module.prompter.lm.requires_grad_(settings.train_prompter and config.model.prompter_training == "full")
     if settings.train_prompter and config.model.prompter_training == "lora":
         for name, parameter in module.prompter.lm.named_parameters():
@@ -179,6 +212,13 @@ def train(config: RunConfig, *, resume: bool = False, model: SentenceTransformer
         if workers.number() == 0:
             save(model, folder)
             (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            facts = {
+                "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+                "steps": trainer.state.global_step,
+                "examples": trainer.state.global_step * settings.batch_size * settings.gradient_accumulation,
+                "seconds": round(outcome.metrics["train_runtime"], 1),
+            }
+            (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         scores: dict[str, float] = {}
         if dev is not None and trainer.state.best_metric is not None:
             scores["dev"] = 100 * trainer.state.best_metric
@@ -295,7 +335,7 @@ def _trainer(
     several = workers.count() > 1
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
     leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
-    callbacks: list[TrainerCallback] = [leaf] if settings.soft_prompt_leaf else []
+    callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), TrainingClock()]
     if settings.early_stop_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
     # The library would draw examples for a hub page before every training, with a progress bar of their own.
@@ -358,7 +398,8 @@ def _text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> Text
     shape = hashlib.sha256(backbone.lm.config.to_json_string().encode()).hexdigest()
     return open_text_cache(
         settings.text_state_cache,
-        identity=f"{module.base_models.backbone_fingerprint} {shape} {backbone.lm.dtype} {backbone.text_pass}",
+        identity=f"{module.base_models.backbone_fingerprint} {shape} {backbone.lm.dtype} {backbone.text_pass} "
+        f"widened={widened.helps(backbone.lm)}",
         precision=settings.text_state_precision,
         folder=settings.text_state_folder,
         worker=workers.local_number(),
@@ -366,10 +407,14 @@ def _text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> Text
     )
 
 
-def _evaluator(
-    config: EvaluationConfig, path: str | None, root: str | None, name: str, at_most: int | None = None
+def pair_evaluator(
+    config: EvaluationConfig, root: str | None, part: Literal["dev", "test"]
 ) -> EmbeddingSimilarityEvaluator | None:
-    """The library's evaluator, told to embed both sentences under the instruction."""
+    """The library's evaluator of the dev or test pairs, told to embed both sentences under the instruction.
+
+    None where the settings name no file for the part. Of dev the first `dev_pairs` pairs count, evenly spread.
+    """
+    path, at_most = (config.dev, config.dev_pairs) if part == "dev" else (config.test, None)
     if path is None:
         return None
     first, second, scores = read_scored_pairs(path, root)
@@ -378,7 +423,7 @@ def _evaluator(
         first, second = [first[n] for n in picked], [second[n] for n in picked]
         scores = [scores[n] for n in picked]
     evaluator = EmbeddingSimilarityEvaluator(
-        first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=name, write_csv=False
+        first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=part, write_csv=False
     )
     embed = evaluator.embed_inputs
     evaluator.embed_inputs = lambda model, sentences, **options: embed(

@@ -1,5 +1,6 @@
 """Evaluation with mteb's own task classes and metrics (needs the extra `evaluate`)."""
 
+from promptembedder.evaluation.compare import Column, Comparison, compare, markdown, read_columns, write_report
 from promptembedder.evaluation.encoder import BASELINES, InstructedEncoder, open_model
 from promptembedder.evaluation.run import EvaluationResult, evaluate
 from promptembedder.evaluation.tasks import QUICK, hub_tasks, local_tasks
@@ -7,10 +8,16 @@ from promptembedder.evaluation.tasks import QUICK, hub_tasks, local_tasks
 __all__ = [
     "BASELINES",
     "QUICK",
+    "Column",
+    "Comparison",
     "EvaluationResult",
     "InstructedEncoder",
+    "compare",
     "evaluate",
     "hub_tasks",
     "local_tasks",
+    "markdown",
     "open_model",
+    "read_columns",
+    "write_report",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from promptembedder import base_models
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model import load, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
+from promptembedder.training import TRAINING_FACTS
 
 # An LLM without training: pooling, and what its text is wrapped in; `{instruction}` makes it read the task's.
 BASELINES: dict[str, tuple[str, str]] = {
@@ -38,6 +40,8 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
         revision: of its weights.
         wrap: makes the text that is embedded of text and instruction; unset: models of ours read the instruction as a
             prompt, others read the bare text.
+        document_instruction: what `wrap` gets for documents.
+        training: facts of the training to keep with the results, see `promptembedder.training.TRAINING_FACTS`.
     """
 
     def __init__(
@@ -46,9 +50,13 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
         name: str,
         revision: str,
         wrap: Callable[[str, str], str] | None = None,
+        document_instruction: str = "",
+        training: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
+        self.training = training
         self._wrap = wrap
+        self._document_instruction = document_instruction
         self._ours = isinstance(model[0], SoftPromptTransformer)
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
@@ -57,9 +65,14 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
                 "embed_dim": model.get_embedding_dimension(),
                 "max_tokens": model.max_seq_length,
                 "framework": ["Sentence Transformers", "PyTorch"],
-                "use_instructions": self._ours,
+                "use_instructions": self.reads_instructions,
             }
         )
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether instructions reach the model."""
+        return self._ours or self._wrap is not None
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: PromptType | None = None, **kwargs: Any) -> Any:
         """Embed the texts of a task: its instruction for queries and symmetric tasks, the document's for documents."""
@@ -79,7 +92,8 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
             fallback = settings.document_instruction if document else settings.default_instruction
             options["prompt"] = instruction or fallback
         elif self._wrap is not None:
-            texts = [self._wrap(text, instruction or "") for text in texts]
+            fallback = self._document_instruction if document else ""
+            texts = [self._wrap(text, instruction or fallback) for text in texts]
         embeddings = self.model.encode(texts, **options)
         if not np.isfinite(embeddings).all():
             raise PromptEmbedderError(f"{self.mteb_model_meta.name} gives embeddings that are not finite numbers")
@@ -112,7 +126,8 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
     folder = Path(model)
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)
-        return InstructedEncoder(opened, f"promptembedder/{folder.resolve().name}", _content(folder))
+        name, revision = f"promptembedder/{folder.resolve().name}", _content(folder)
+        return InstructedEncoder(opened, name, revision, training=training_facts(folder))
     if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
         raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name")
     try:
@@ -121,6 +136,12 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         raise PromptEmbedderError(f"cannot open {model}: {' '.join(str(error).split())[:300]}") from error
     name = f"local/{folder.resolve().name}" if folder.is_dir() else model
     return InstructedEncoder(opened, name, _content(folder) if folder.is_dir() else "hub")
+
+
+def training_facts(folder: Path) -> dict[str, Any] | None:
+    """What a training run wrote beside the model it saved, if it did."""
+    path = folder / TRAINING_FACTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _instruction(metadata: Any) -> str | None:

@@ -8,13 +8,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mteb
+import yaml
 from mteb.abstasks.abstask import AbsTask
 from mteb.cache import ResultCache
 
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.encoder import InstructedEncoder
+
+# Beside mteb's files: what they do not say of tasks of a folder and of the model's training. No JSON file, because
+# mteb takes every one in the folder for a result.
+FACTS = "promptembedder.yaml"
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,17 @@ def evaluate(
             encoder, list(tasks), cache=cache, encode_kwargs={"batch_size": batch_size}, co2_tracker=False
         )
     kinds = {task.metadata.name: task.metadata.type for task in tasks}
+    _note(folder / FACTS, kinds, encoder.training)
     scores = {result.task_name: 100 * result.get_score() for result in done.task_results}
     for name, score in scores.items():
         if not math.isfinite(score):
             raise PromptEmbedderError(f"the score of {name} is not a number; results are in {folder}")
     return EvaluationResult(scores, kinds, folder)
+
+
+def _note(path: Path, kinds: dict[str, str], training: dict[str, Any] | None) -> None:
+    known = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts = {"kinds": {**known.get("kinds", {}), **kinds}, "training": training}
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(yaml.safe_dump(facts, sort_keys=True), encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,132 @@
+"""The peer: what a user would do instead. sentence-transformers with peft LoRA on the same LLM, hard instruction.
+
+Rank 16 on all linear layers, last-token pooling, the instruction glued before the text. The same rows, batches and
+loss as `promptembedder train` takes from a run's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from transformers import set_seed
+
+from promptembedder import base_models
+from promptembedder.config import RunConfig
+from promptembedder.data import load_training_data, read_scored_pairs
+from promptembedder.training import TRAINING_FACTS, make_loss
+
+TEMPLATE = "Instruct: {instruction}\nQuery: {text}"
+
+
+def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = False) -> SentenceTransformer:
+    """A frozen LLM with LoRA on all its linear layers."""
+    folder = str(base_models.locate(llm).folder)
+    transformer = Transformer(folder, model_kwargs={"dtype": dtype})
+    if transformer.tokenizer.pad_token is None:
+        transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+    model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def prompt(instruction: str) -> str:
+    return TEMPLATE.format(instruction=instruction, text="")
+
+
+def evaluator(config: RunConfig) -> EmbeddingSimilarityEvaluator:
+    """The run's dev pairs under its instruction, picked as `promptembedder train` picks them."""
+    assert config.evaluation.dev is not None
+    first, second, scores = read_scored_pairs(config.evaluation.dev, config.data.root)
+    pairs = config.evaluation.dev_pairs or len(scores)
+    picked = [n * len(scores) // pairs for n in range(pairs)]
+    head = prompt(config.evaluation.instruction)
+    return EmbeddingSimilarityEvaluator(
+        [head + first[n] for n in picked],
+        [head + second[n] for n in picked],
+        [scores[n] for n in picked],
+        batch_size=config.evaluation.batch_size,
+        main_similarity="cosine",
+        write_csv=False,
+    )
+
+
+def dev_score(model: SentenceTransformer, config: RunConfig) -> float:
+    return 100 * float(evaluator(config)(model)["spearman_cosine"])
+
+
+def train(config: RunConfig, *, learning_rate: float, output: Path | None, callbacks: list[Any] | None = None) -> Any:
+    """Train on the run's rows; the model, and the trainer's seconds. With `output` the model is saved there."""
+    settings = config.training
+    set_seed(settings.seed)
+    data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(config.model.backbone, base_models.resolve_dtype(config.model.dtype, device), device)
+    # As many tokens of the text as the others read, and the instruction on top.
+    longest = max(len(model.tokenizer(prompt(text))["input_ids"]) for text in data.instructions)
+    model.max_seq_length = config.model.max_text_tokens + longest
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str((output or Path(settings.output)).with_name("checkpoints")),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.logging_steps,
+        eval_strategy="no",
+        save_strategy="no",
+        prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
+        batch_sampler="no_duplicates",
+        multi_dataset_batch_sampler="proportional",
+        use_cpu=device == "cpu",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=[],
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    model.model_card_data.generate_widget_examples = False
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.datasets,
+        loss=make_loss(model, replace(settings, temperature=settings.temperature)),
+        callbacks=callbacks,
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    if output is not None:
+        model[0].auto_model.save_pretrained(str(output))
+        facts = {
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "steps": settings.max_steps,
+            "examples": settings.max_steps * settings.batch_size,
+            "seconds": round(seconds, 1),
+            "learning_rate": learning_rate,
+            "max_seq_length": model.max_seq_length,
+        }
+        (output / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    return model, seconds
+
+
+def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTransformer:
+    """Open a saved adapter on its LLM."""
+    model = build(llm, dtype, device)
+    model[0].auto_model.load_adapter(str(adapter), adapter_name="trained")
+    model[0].auto_model.set_adapter("trained")
+    model.max_seq_length = json.loads((adapter / TRAINING_FACTS).read_text())["max_seq_length"]
+    return model

@@ -1,0 +1,266 @@
+"""One page out of several models' results: a row per task, a column per model, means, ratios, pictures."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import mteb
+import yaml
+from mteb.results import TaskResult
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.evaluation.run import FACTS
+
+_META = "model_meta.json"
+_NEVER_TRAINED = {"trained_parameters": 0, "seconds": 0}
+
+
+@dataclass(frozen=True)
+class Column:
+    """Results of one model.
+
+    Attributes:
+        name: of the model.
+        scores: main scores x 100 by task.
+        more: further scores x 100 worth a row, by row title.
+        kinds: kind of each task.
+        rows: revision of each task's rows; scores of different rows are not comparable.
+        training: `trained_parameters`, `seconds`, `examples`, `steps` where the model was trained here.
+    """
+
+    name: str
+    scores: dict[str, float]
+    more: dict[str, float]
+    kinds: dict[str, str]
+    rows: dict[str, str]
+    training: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Columns side by side; means are over the tasks that all columns have.
+
+    Attributes:
+        columns: one per model, by name.
+        shared: tasks of all columns, kind by kind.
+        to: the column that ratios are taken to.
+    """
+
+    columns: dict[str, Column]
+    shared: list[str]
+    to: str | None = None
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def mean(self, name: str, kind: str | None = None) -> float:
+        """Mean score of a column, over all shared tasks or those of one kind."""
+        tasks = [task for task in self.shared if kind in (None, self.kinds[task])]
+        return statistics.mean(self.columns[name].scores[task] for task in tasks)
+
+    def ratio(self, name: str) -> float:
+        """Mean of a column relative to the chosen one's."""
+        assert self.to is not None
+        return self.mean(name) / self.mean(self.to)
+
+
+def read_columns(places: Sequence[Path]) -> list[Column]:
+    """The models found in results folders, as `promptembedder evaluate` or mteb write them.
+
+    Args:
+        places: folders of one model and revision, or any folder above them.
+
+    Raises:
+        PromptEmbedderError: a place without results, or a result that cannot be read.
+    """
+    folders: dict[Path, None] = {}
+    for place in places:
+        found = sorted(meta.parent for meta in place.rglob(_META)) if place.is_dir() else []
+        found = [folder for folder in found if _results(folder)]
+        if not found:
+            raise PromptEmbedderError(f"no results in {place}: expected a folder that `promptembedder evaluate` wrote")
+        folders.update(dict.fromkeys(found))
+    metas = {folder: json.loads((folder / _META).read_text(encoding="utf-8")) for folder in folders}
+    short = {folder: str(meta.get("name") or folder.parent.name).split("/")[-1] for folder, meta in metas.items()}
+    for folder, name in list(short.items()):
+        if list(short.values()).count(name) > 1:
+            short[folder] = f"{metas[folder].get('name')}@{str(metas[folder].get('revision'))[:7]}"
+    return [_column(folder, short[folder]) for folder in folders]
+
+
+def compare(columns: Sequence[Column], to: str | None = None) -> Comparison:
+    """Put columns side by side.
+
+    Raises:
+        PromptEmbedderError: no such column, no task in common, or a task whose rows differ between columns.
+    """
+    by_name = {column.name: column for column in columns}
+    if to is not None and to not in by_name:
+        near = difflib.get_close_matches(to, by_name, n=1, cutoff=0.0)
+        raise PromptEmbedderError(f"no column {to!r}; nearest: {near[0]}; all: {', '.join(by_name)}")
+    kinds = {task: kind for column in columns for task, kind in column.kinds.items()}
+    shared = [task for task in kinds if all(task in column.scores for column in columns)]
+    if not shared:
+        raise PromptEmbedderError(f"no task in common among {', '.join(by_name)}")
+    for task in shared:
+        seen: dict[str, str] = {}
+        for column in columns:
+            seen.setdefault(column.rows[task], column.name)
+        if len(seen) > 1:
+            one, other = list(seen.values())[:2]
+            raise PromptEmbedderError(
+                f"{task} of {one} and {other} was scored on different rows; evaluate both with the same data and suite"
+            )
+    return Comparison(by_name, sorted(shared, key=lambda task: (kinds[task], task)), to, kinds)
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table: tasks, means per kind and over all, ratios."""
+    names = list(comparison.columns)
+    columns = comparison.columns.values()
+    lines = [f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+
+    def row(title: str, values: Sequence[float | None], form: str = ".2f") -> None:
+        lines.append(f"| {title} | " + " | ".join("-" if v is None else format(v, form) for v in values) + " |")
+
+    every = sorted(comparison.kinds, key=lambda task: (comparison.kinds[task], task))
+    for task in every:
+        row(task, [column.scores.get(task) for column in columns])
+    for title in dict.fromkeys(title for column in columns for title in column.more):
+        row(f"*{title}*", [column.more.get(title) for column in columns])
+    for kind in sorted({comparison.kinds[task] for task in comparison.shared}):
+        row(f"mean {kind}", [comparison.mean(name, kind) for name in names])
+    row(f"**mean of {len(comparison.shared)} tasks**", [comparison.mean(name) for name in names])
+    if comparison.to is not None:
+        row(f"to {comparison.to}", [comparison.ratio(name) for name in names], ".3f")
+    if any(column.training for column in columns):
+        facts = [column.training or {} for column in columns]
+        row("trained parameters", [fact.get("trained_parameters") for fact in facts], ",")
+        row("seconds of training", [fact.get("seconds") for fact in facts], ",.0f")
+    missing = [task for task in every if task not in comparison.shared]
+    if missing:
+        lines += ["", f"Not in the means, because a column lacks them: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def write_report(comparison: Comparison, folder: Path, title: str = "Comparison") -> None:
+    """Write `report.md`, `report.html`, `comparison.json` and the pictures; each appears whole or not at all.
+
+    Raises:
+        PromptEmbedderError: the folder cannot be written.
+    """
+    import markdown as converter
+
+    pictures = {"by-kind.png": "Mean score by kind of task"}
+    if len([c for c in comparison.columns.values() if c.training]) > 1:
+        pictures["training.png"] = "Mean score against trained parameters and against training time"
+    page = f"# {title}\n\n{markdown(comparison)}\n\n" + "\n\n".join(f"![{t}]({p})" for p, t in pictures.items()) + "\n"
+    body = converter.markdown(page, extensions=["tables"])
+    figures = {
+        name: {
+            "mean": round(comparison.mean(name), 2),
+            "ratio": None if comparison.to is None else round(comparison.ratio(name), 4),
+            "scores": {task: round(score, 2) for task, score in column.scores.items()},
+            "more": {row: round(score, 2) for row, score in column.more.items()},
+            "training": column.training,
+        }
+        for name, column in comparison.columns.items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".compare-", dir=folder) as place:
+            scratch = Path(place)
+            _draw_kinds(comparison, scratch / "by-kind.png")
+            if "training.png" in pictures:
+                _draw_training(comparison, scratch / "training.png")
+            (scratch / "report.md").write_text(page, encoding="utf-8")
+            (scratch / "report.html").write_text(_HTML.format(title=escape(title), body=body), encoding="utf-8")
+            (scratch / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            for file in scratch.iterdir():
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise PromptEmbedderError(f"cannot write the comparison to {folder}: {error.strerror or error}") from error
+
+
+_HTML = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; }} img {{ max-width: 100%; }}
+td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #ccc; text-align: right; font-variant-numeric: tabular-nums; }}
+td:first-child, th:first-child {{ text-align: left; }}
+</style>
+{body}
+</html>
+"""
+
+
+def _results(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.json") if path.name != _META)
+
+
+def _column(folder: Path, name: str) -> Column:
+    noted = folder / FACTS
+    facts = yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    scores, more, kinds, rows = {}, {}, {}, {}
+    for path in _results(folder):
+        try:
+            result = TaskResult.from_disk(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise PromptEmbedderError(f"{path} is no result of mteb: {' '.join(str(error).split())[:200]}") from error
+        task = result.task_name
+        scores[task] = 100 * float(result.get_score())
+        rows[task] = str(result.dataset_revision)
+        kinds[task] = facts.get("kinds", {}).get(task) or _kind(task)
+        both = [part["both_orders"] for parts in result.scores.values() for part in parts if "both_orders" in part]
+        if both:
+            more[f"{task}, both orders"] = 100 * statistics.mean(both)
+    return Column(name, scores, more, kinds, rows, facts.get("training"))
+
+
+def _kind(task: str) -> str:
+    try:
+        return str(mteb.get_task(task).metadata.type)
+    except (KeyError, ValueError):
+        return "Other"
+
+
+def _draw_kinds(comparison: Comparison, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    kinds = sorted({comparison.kinds[task] for task in comparison.shared})
+    names = list(comparison.columns)
+    figure = Figure(figsize=(max(7.0, 1.6 * len(kinds)), 4), layout="constrained")
+    axes = figure.subplots()
+    for n, name in enumerate(names):
+        places = [i + (n - (len(names) - 1) / 2) * 0.8 / len(names) for i in range(len(kinds))]
+        axes.bar(places, [comparison.mean(name, kind) for kind in kinds], 0.8 / len(names), label=name)
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set_ylabel("main score x 100")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _draw_training(comparison: Comparison, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key, title in zip(
+        figure.subplots(1, 2), ("trained_parameters", "seconds"), ("trained parameters", "seconds of training"),
+        strict=True,
+    ):  # fmt: skip
+        for name, column in comparison.columns.items():
+            at = (column.training or _NEVER_TRAINED)[key]
+            axes.scatter([at], [comparison.mean(name)])
+            axes.annotate(
+                name, (at, comparison.mean(name)), fontsize="small", xytext=(4, 4), textcoords="offset points"
+            )
+        axes.set_xscale("symlog")
+        axes.set(xlabel=title, ylabel="mean score x 100")
+    figure.savefig(path, dpi=120)

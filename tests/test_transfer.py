@@ -1,0 +1,228 @@
+"""Moving a model to another backbone: closed forms against known maps, both ways of training, prompter untouched."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import INSTRUCTION, TEXTS
+from promptembedder import PromptEmbedderError, alignment, base_models, load, save
+from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, TransferConfig
+from promptembedder.model import soft_prompt_module
+from promptembedder.prompter import trained_state
+from promptembedder.transfer import SimilarityDistillation, closed_forms, on_backbone, transfer
+
+
+@pytest.fixture
+def config(tiny_lm, tmp_path, run_config):
+    """`config(architecture, ...)`: a transfer to another tiny LLM, with the rows and pairs of `run_config`."""
+    run_config()  # writes rows.jsonl and pairs.jsonl
+
+    def make(backbone=("qwen2", 48, 5), **changes):
+        training = {"output": str(tmp_path / "moved"), "max_steps": 4, "batch_size": 4, "logging_steps": 1}
+        training |= changes.pop("training", {})
+        evaluation = {"dev": "pairs.jsonl", "every_steps": 2, "instruction": INSTRUCTION} | changes.pop(
+            "evaluation", {}
+        )
+        rows = DataConfig(
+            root=str(tmp_path), files=(DataFile(path="rows.jsonl"),) if changes.pop("rows", False) else ()
+        )
+        return TransferConfig(
+            backbone=str(tiny_lm(*backbone)) if isinstance(backbone, tuple) else backbone,
+            data=rows,
+            training=TrainingConfig(**training),
+            evaluation=EvaluationConfig(**evaluation),
+            **changes,
+        )
+
+    return make
+
+
+def test_ridge_without_penalty_and_with_equal_weights_is_least_squares():
+    first, second = torch.randn(50, 8), torch.randn(50, 12)
+    expected = alignment.least_squares(first, second)
+    assert torch.allclose(alignment.ridge(first, second, 1e-9), expected, atol=1e-4)
+    assert torch.allclose(alignment.ridge(first, second, 1e-9, torch.full((50,), 3.0)), expected, atol=1e-4)
+
+
+def test_ridge_counts_a_weight_as_repetitions():
+    first, second = torch.randn(30, 4), torch.randn(30, 5)
+    twice = torch.cat([first, first[:10]]), torch.cat([second, second[:10]])
+    weights = torch.tensor([2.0] * 10 + [1.0] * 20)
+    naive = torch.linalg.inv(twice[0].T @ twice[0]) @ twice[0].T @ twice[1]
+    assert torch.allclose(alignment.ridge(first, second, 1e-12, weights), naive, atol=1e-4)
+
+
+@pytest.mark.parametrize(("P", "D"), [(6, 6), (4, 7), (7, 4)])
+def test_procrustes_recovers_a_scaled_rotation(P, D):
+    left, _, right = torch.linalg.svd(torch.randn(P, D), full_matrices=False)
+    known = 2.5 * left @ right
+    first = torch.randn(80, P)
+    if P > D:  # only a map whose kernel the data do not see is determined
+        first = first @ left @ left.T
+    found = alignment.procrustes(first, first @ known)
+    assert torch.allclose(first @ found, first @ known, atol=1e-4)
+    small = found if P <= D else found.T
+    assert torch.allclose(small @ small.T, float(small[0].norm()) ** 2 * torch.eye(min(P, D)), atol=1e-4)
+
+
+def test_folded_sends_soft_tokens_where_they_are_to_go_and_changes_no_more():
+    weight, tokens, wanted = torch.randn(20, 9), torch.randn(5, 20), torch.randn(5, 9)
+    found = alignment.folded(weight, tokens, wanted, 1e-9)
+    assert torch.allclose(tokens @ found, wanted, atol=1e-4)
+    aside = torch.linalg.svd(tokens).Vh[5:]  # directions that no soft token has
+    assert torch.allclose(aside @ found, aside @ weight, atol=1e-4)
+
+
+def test_closed_forms_recover_a_known_map(tiny_model, tiny_lm):
+    """A new backbone whose embeddings are the old one's, rotated and doubled: every start maps words onto words."""
+    model = tiny_model("llama")
+    old = soft_prompt_module(model)
+    moved = on_backbone(model, base_models.locate(str(tiny_lm("llama", 32, 7))))
+    new = soft_prompt_module(moved)
+    rotation = torch.linalg.qr(torch.randn(32, 32)).Q
+    with torch.no_grad():
+        words = old.prompter.lm.get_input_embeddings().weight
+        new.backbone.lm.get_input_embeddings().weight.copy_(2 * words @ rotation)
+    starts = {start.name: start for start in closed_forms(old, new, [INSTRUCTION])}
+    for name in ("least_squares", "procrustes"):
+        assert torch.allclose(starts[name].weight_PD, 2 * rotation, atol=1e-3), name
+        assert starts[name].reconstruction == pytest.approx(1, abs=1e-3)
+    with torch.no_grad():
+        tokens = old.soft_tokens(INSTRUCTION).tokens_NKP[0]
+    for name in ("mixture", "mixture_and_drift"):
+        assert torch.allclose(tokens @ starts[name].weight_PD, 2 * tokens @ rotation, atol=0.02), name
+
+
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+@pytest.mark.parametrize("kind", ["rows", "texts"])
+def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, config, tmp_path, layout, kind):
+    model = tiny_model("llama", layout=layout)
+    save(model, tmp_path / "old")
+    before = {name: value.clone() for name, value in trained_state(model[0].prompter.lm).items()}
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    given = {"rows": True} if kind == "rows" else {"texts": ("texts.txt",)}
+    result = transfer(model, config(**given))
+    after = trained_state(result.model[0].prompter.lm)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [stage.name for stage in result.stages][1].startswith("alignment_")
+    assert result.stages[1].examples == 16
+    assert len(result.stages[1].curve) == 2
+    assert not torch.equal(result.model[0].alignment.weight.cpu(), result.starts[0].weight_PD)
+    opened = load(tmp_path / "moved" / "model")
+    expected = result.model.encode(TEXTS, prompt=INSTRUCTION)
+    assert np.allclose(opened.encode(TEXTS, prompt=INSTRUCTION), expected, atol=1e-5)
+    assert opened[0].base_models.prompter_fingerprint == model[0].base_models.prompter_fingerprint
+    report = json.loads((tmp_path / "moved" / "results.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == [stage.name for stage in result.stages]
+    assert (tmp_path / "moved" / "report.md").is_file()
+
+
+def test_starts_are_chosen_by_dev_or_else_by_reconstruction(tiny_model, config):
+    by_dev = transfer(tiny_model("llama"), config(("gemma3", 32, 0))).starts
+    assert [start.dev for start in by_dev] == sorted((start.dev for start in by_dev), reverse=True)
+    without = transfer(tiny_model("llama"), config(("gemma3", 32, 0), evaluation={"dev": None})).starts
+    assert without[0].name.startswith("mixture")
+    fitted = [start.reconstruction for start in without if start.reconstruction is not None]
+    assert fitted == sorted(fitted, reverse=True)
+
+
+def test_unfrozen_steps_train_the_prompter_too(tiny_model, config):
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in trained_state(model[0].prompter.lm).items()}
+    result = transfer(model, config(rows=True, unfrozen_steps=3))
+    assert result.stages[-1].name == "unfrozen"
+    after = trained_state(result.model[0].prompter.lm)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_distillation_loss_equals_a_naive_sum():
+    student, teacher = torch.randn(4, 6, requires_grad=True), torch.randn(4, 3)
+    unit = torch.nn.functional.normalize
+    loss = SimilarityDistillation(lambda features: {"sentence_embedding": unit(features["x"], dim=-1)}, 0.1)
+    found = loss([{"x": student}], teacher)
+    S, T = unit(student, dim=-1).detach().double().numpy(), unit(teacher, dim=-1).double().numpy()
+    naive = 0.0
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        p, q = (np.exp(np.array([X[i] @ X[j] / 0.1 for j in others])) for X in (T, S))
+        p, q = p / p.sum(), q / q.sum()
+        naive += float((p * np.log(p / q)).sum()) / 4
+    assert found.item() == pytest.approx(naive, rel=1e-4)
+    found.backward()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monkeypatch):
+    model = tiny_model("llama")
+    calls = []
+    made = type(model[0]).soft_tokens
+    monkeypatch.setattr(
+        type(model[0]), "soft_tokens", lambda self, i: calls.append(torch.is_grad_enabled()) or made(self, i)
+    )
+    transfer(model, config(rows=True, evaluation={"dev": None}, training={"max_steps": 6}))
+    # Once for each default instruction in the closed forms, once for each of the rows in all six steps.
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": ("llama", 32, 0)}, "is the backbone that the model has already"),
+        ({"backbone": "nowhere"}, "base model 'nowhere' not found"),
+        ({"rows": True, "texts": ("texts.txt",)}, "not both"),
+        ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
+        ({"unfrozen_steps": 3}, "needs labelled rows"),
+        ({"starts": ("guess",)}, "unknown start 'guess'; valid: least_squares, ridge"),
+    ],
+)
+def test_bad_input(tiny_model, config, tmp_path, changes, message):
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    with pytest.raises(PromptEmbedderError, match=re.escape(message)):
+        transfer(tiny_model("llama"), config(**changes))
+    assert not (tmp_path / "moved" / "model").exists()
+
+
+def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, config, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000, "total": 1000})())
+    monkeypatch.setattr(base_models, "load_causal_lm", lambda *a: pytest.fail("loaded"))
+    with pytest.raises(PromptEmbedderError, match=r"GiB of weights in float32, 0\.0 GiB are free on cpu"):
+        transfer(model, config())
+
+
+def test_without_a_shared_vocabulary(tiny_model, config, monkeypatch, caplog):
+    nothing = torch.zeros(0, dtype=torch.long)
+    monkeypatch.setattr(alignment, "shared_vocabulary", lambda *a: (nothing, nothing))
+    with pytest.raises(PromptEmbedderError, match="shares too few tokens with the prompter for a closed-form start"):
+        transfer(tiny_model("llama"), config())
+    result = transfer(tiny_model("llama"), config(rows=True))
+    assert result.starts[0].name == "random"
+    assert "W starts at random" in caplog.text
+
+
+def test_command(tiny_model, tiny_lm, tmp_path, run_cli, run_config):
+    run_config()
+    save(tiny_model("llama"), tmp_path / "model")
+    options = (
+        "--backbone",
+        tiny_lm("qwen2", 48, 5),
+        "--data",
+        tmp_path,
+        "--train",
+        "rows.jsonl",
+        "--dev",
+        "pairs.jsonl",
+    )
+    small = ("training.max_steps=2", "training.batch_size=4", "evaluation.every_steps=1")
+    done = run_cli("transfer", tmp_path / "model", *small, *options, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert set(line) == {"dev_spearman", "start", "model"}
+    assert run_cli("info", line["model"]).returncode == 0
+    wrong = run_cli("transfer", tmp_path / "model")
+    assert (wrong.returncode, wrong.stderr.strip()) == (2, "promptembedder: give the new backbone: --backbone NAME")
