@@ -7,13 +7,13 @@ loss as `promptembedder train` takes from a run's settings.
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -23,8 +23,10 @@ from transformers import set_seed
 from promptembedder import base_models
 from promptembedder.config import RunConfig
 from promptembedder.data import load_training_data, read_scored_pairs
-from promptembedder.training import TRAINING_FACTS, make_loss
+from promptembedder.training import TRAINING_FACTS, TrainingClock, make_loss
 
+ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
 TEMPLATE = "Instruct: {instruction}\nQuery: {text}"
 
 
@@ -67,8 +69,24 @@ def dev_score(model: SentenceTransformer, config: RunConfig) -> float:
     return 100 * float(evaluator(config)(model)["spearman_cosine"])
 
 
-def train(config: RunConfig, *, learning_rate: float, output: Path | None, callbacks: list[Any] | None = None) -> Any:
-    """Train on the run's rows; the model, and the trainer's seconds. With `output` the model is saved there."""
+@dataclass(frozen=True)
+class Trained:
+    """A LoRA model, seconds of its optimizer steps, and (examples, seconds, dev) where dev was followed."""
+
+    model: SentenceTransformer
+    seconds: float
+    curve: list[tuple[int, float, float]]
+
+
+def train(config: RunConfig, *, learning_rate: float, output: Path | None = None, follow: bool = False) -> Trained:
+    """Train on the run's rows.
+
+    Args:
+        config: rows, batches, loss and schedule.
+        learning_rate: of LoRA's weights, AdamW.
+        output: where the adapter is saved.
+        follow: score dev every `evaluation.every_steps` steps.
+    """
     settings = config.training
     set_seed(settings.seed)
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
@@ -87,7 +105,8 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None, callb
         lr_scheduler_type=settings.schedule,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.logging_steps,
-        eval_strategy="no",
+        eval_strategy="steps" if follow else "no",
+        eval_steps=config.evaluation.every_steps if follow else None,
         save_strategy="no",
         prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
         batch_sampler="no_duplicates",
@@ -103,14 +122,17 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None, callb
         model=model,
         args=arguments,
         train_dataset=data.datasets,
-        loss=make_loss(model, replace(settings, temperature=settings.temperature)),
-        callbacks=callbacks,
+        loss=make_loss(model, settings),
+        evaluator=evaluator(config) if follow else None,
+        callbacks=[TrainingClock()],
     )
-    start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - start
+    history = trainer.state.log_history
+    seconds = max(line["step_seconds"] for line in history if "step_seconds" in line)
     if output is not None:
-        model[0].auto_model.save_pretrained(str(output))
+        output.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(adapted(model), adapter_name=ADAPTER)
+        save_file({name: value.cpu().contiguous() for name, value in state.items()}, output / WEIGHTS)
         facts = {
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "steps": settings.max_steps,
@@ -120,13 +142,21 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None, callb
             "max_seq_length": model.max_seq_length,
         }
         (output / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    return model, seconds
+    curve = [
+        (line["step"] * settings.batch_size, line["step_seconds"], 100 * line["eval_spearman_cosine"])
+        for line in history
+        if "eval_spearman_cosine" in line
+    ]
+    return Trained(model, seconds, curve)
 
 
 def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTransformer:
     """Open a saved adapter on its LLM."""
     model = build(llm, dtype, device)
-    model[0].auto_model.load_adapter(str(adapter), adapter_name="trained")
-    model[0].auto_model.set_adapter("trained")
+    set_peft_model_state_dict(adapted(model), load_file(adapter / WEIGHTS), adapter_name=ADAPTER)
     model.max_seq_length = json.loads((adapter / TRAINING_FACTS).read_text())["max_seq_length"]
     return model
+
+
+def adapted(model: SentenceTransformer) -> Any:
+    return model[0].auto_model

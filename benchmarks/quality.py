@@ -88,8 +88,7 @@ def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
             ),
         )
         if family == "lora":
-            model, _ = lora.train(config, learning_rate=rate, output=None)
-            tried[f"{rate:g}"] = lora.dev_score(model, config)
+            tried[f"{rate:g}"] = lora.dev_score(lora.train(config, learning_rate=rate).model, config)
         else:
             tried[f"{rate:g}"] = train(config).scores["dev"]
         write(kept, json.dumps(tried, indent=1))
@@ -113,7 +112,6 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
         rate = chosen_rate(column, arguments)
         say(f"{column}, seed {seed}: {arguments.steps} steps of {arguments.batch} pairs, learning rate {rate:g}")
         if column == "lora":
-            folder.parent.mkdir(parents=True, exist_ok=True)
             lora.train(config, learning_rate=rate, output=folder)
         else:
             resume = any(folder.parent.glob("checkpoint-*"))

@@ -25,12 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor
 
+import lora
 from promptembedder import ModelConfig, base_models, build
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.text_cache import open_text_cache
@@ -64,19 +62,6 @@ def random_llm(shape: str, dtype: torch.dtype, folder: Path) -> str:
     return str(place)
 
 
-def lora_model(llm: str, dtype: torch.dtype, device: str, checkpointing: bool) -> SentenceTransformer:
-    from peft import LoraConfig
-
-    folder = str(base_models.locate(llm).folder)
-    transformer = Transformer(folder, model_kwargs={"dtype": dtype})
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
-    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
-    model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
 def resident_bytes(device: str, peak: bool) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
@@ -104,7 +89,7 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     name = str(dtype).removeprefix("torch.")
     leaves = None
     if variant.startswith("lora"):
-        model = lora_model(llm, dtype, device, variant == "lora_checkpointing")
+        model = lora.build(llm, dtype, device, checkpointing=variant == "lora_checkpointing")
     else:
         config = ModelConfig(
             prompter=prompter,

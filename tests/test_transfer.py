@@ -226,3 +226,35 @@ def test_command(tiny_model, tiny_lm, tmp_path, run_cli, run_config):
     assert run_cli("info", line["model"]).returncode == 0
     wrong = run_cli("transfer", tmp_path / "model")
     assert (wrong.returncode, wrong.stderr.strip()) == (2, "promptembedder: give the new backbone: --backbone NAME")
+
+
+def test_a_shared_prompter(tiny_model, config, tmp_path):
+    save(tiny_model("llama"), tmp_path / "old")
+    result = transfer(load(tmp_path / "old"), config(), share_prompter=tmp_path / "old")
+    folder = tmp_path / "moved" / "model"
+    assert not (folder / "prompter").exists()
+    expected = result.model.encode(TEXTS)
+    assert np.allclose(load(folder).encode(TEXTS), expected, atol=1e-5)
+    # The two folders may move together.
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("old", "moved"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    there = tmp_path / "elsewhere" / "moved" / "model"
+    assert np.allclose(load(there).encode(TEXTS), expected, atol=1e-5)
+    # Saved again, the model stands alone.
+    save(load(there), tmp_path / "alone")
+    assert np.allclose(load(tmp_path / "alone").encode(TEXTS), expected, atol=1e-5)
+    weights = tmp_path / "elsewhere" / "old" / "prompter" / "adapter_model.safetensors"
+    other = tiny_model("llama")
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if "lora_B" in n).add_(1)
+    save(other, tmp_path / "other")
+    with pytest.raises(PromptEmbedderError, match="is another one than the model's; it cannot be shared"):
+        save(load(there), tmp_path / "wrong", share_prompter=tmp_path / "other")
+    assert not (tmp_path / "wrong").exists()
+    weights.write_bytes((tmp_path / "other" / "prompter" / weights.name).read_bytes())
+    with pytest.raises(PromptEmbedderError, match="which has been altered since"):
+        load(there)
+    weights.unlink()
+    with pytest.raises(PromptEmbedderError, match="which is not there"):
+        load(there)

@@ -41,7 +41,9 @@ class TextFormat(StrEnum):
     parquet = "parquet"
 
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder of a saved model, or the name of a shipped one.")
+]
 
 
 @app.command()
@@ -82,18 +84,26 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions.")] = None,
     precision: Annotated[Precision, typer.Option(help="How values are stored.")] = Precision.float32,
+    bridge: Annotated[Path | None, typer.Option(help="Map the embeddings into an older model's space.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
 ) -> None:
     """Embed texts from a file or standard input into .npy or .parquet, in their order."""
     import numpy as np
 
+    from promptembedder.bridge import load as load_bridge
     from promptembedder.files import embedding_writer, read_texts
     from promptembedder.model import describe, load
 
     if instruction is not None and (document or not instruction.strip()):
         raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
+    if bridge is not None and (truncate_dim is not None or precision is Precision.ubinary):
+        raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
+    over = load_bridge(bridge) if bridge is not None else None
     chunks = _chunked(read_texts(texts, kind.value if kind else None, text_field, id_field), 32 * batch_size)
     width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
+    if over is not None:
+        over(np.zeros((0, width)))  # refuses a bridge of another width before the model opens
+        width = over.weight_DF.shape[1]
     binary = precision is Precision.ubinary
     dtype = np.dtype(np.uint8 if binary else precision.value)
     options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size, "truncate_dim": truncate_dim}
@@ -106,7 +116,8 @@ def encode(
         embedder = load(model, device=device)
         for chunk in _progress(itertools.chain(first, chunks)):
             ids, batch = zip(*chunk, strict=True)
-            writer.write(list(ids), embedder.encode(list(batch), show_progress_bar=False, **options))
+            embeddings = embedder.encode(list(batch), show_progress_bar=False, **options)
+            writer.write(list(ids), embeddings if over is None else over(embeddings).astype(dtype))
             count += len(ids)
     _say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision.value}")
 
@@ -172,6 +183,9 @@ def transfer(
         "runs/transfer"
     ),
     data: Annotated[Path | None, typer.Option(help="Folder of the data files; as data.root.")] = None,
+    share_prompter: Annotated[
+        bool, typer.Option("--share-prompter", help="Point to MODEL's prompter instead of copying it.")
+    ] = False,
 ) -> None:
     """Move a trained model to another backbone: a new alignment matrix, the same prompter."""
     from promptembedder.config import TransferConfig, parse_settings
@@ -183,12 +197,37 @@ def transfer(
     settings: dict[str, Any] = {"backbone": backbone, "texts": texts or [], "training": {"output": str(output)}}
     settings["data"] = {"files": [{"path": path} for path in train or []]} | ({"root": str(data)} if data else {})
     settings["evaluation"] = {"dev": dev} if dev else {}
-    result = move(load(model), parse_settings(TransferConfig, settings, overrides or [], where="transfer"))
+    config = parse_settings(TransferConfig, settings, overrides or [], where="transfer")
+    result = move(load(model), config, share_prompter=model if share_prompter else None)
     for stage in result.stages:
         score = "" if stage.dev is None else f"dev {stage.dev:6.2f}  "
         _say(f"{stage.name:22} {score}{stage.seconds:8.1f} s  {stage.examples} examples")
     line: dict[str, Any] = {f"{name}_spearman": round(score, 2) for name, score in result.scores.items()}
     print(json.dumps(line | {"start": result.starts[0].name, "model": str(result.folder)}))
+
+
+@app.command()
+def bridge(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Model that the index was made with.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Model that takes over.")],
+    texts: Annotated[str, typer.Argument(metavar="TEXTS", help="File of texts to fit on; the more the better.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file.")] = Path("bridge.safetensors"),
+    instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: each model's default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
+) -> None:
+    """Fit a linear map from a new model's embeddings to an old index; prints what it keeps, as one JSON line."""
+    from promptembedder.bridge import fit
+    from promptembedder.files import read_texts
+    from promptembedder.model import encode as embed
+    from promptembedder.model import load
+
+    lines = list(dict.fromkeys(text for _, text in read_texts(texts, None)))
+    embedded = [
+        embed(load(place), lines, instruction, batch_size=batch_size, show_progress_bar=True) for place in (new, old)
+    ]
+    fitted = fit(embedded[0], embedded[1])
+    fitted.save(output)
+    print(json.dumps(fitted.facts | {"bridge": str(output)}))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -37,12 +38,14 @@ from promptembedder.module import (
     CONFIG_FILE,
     FORMAT_VERSION,
     PROMPTER_FOLDER,
+    SHARED_PROMPTER,
     BaseModels,
     SoftPromptTransformer,
 )
 from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state
 
 _LORA_TARGETS = "all-linear"
+_SHIPPED = Path(__file__).parent / "models"
 
 
 def build(config: ModelConfig | None = None, *, device: str | None = None, seed: int = 13) -> SentenceTransformer:
@@ -66,7 +69,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
     """Open a saved model with its path alone; no remote code, no pickle.
 
     Args:
-        path: folder written by `save` or `SentenceTransformer.save_pretrained`.
+        path: folder written by `save` or `SentenceTransformer.save_pretrained`, or the name of a model that comes with
+            this package (`shipped`).
         device: where it runs; unset: the accelerator, if there is one.
         dtype: `bfloat16` or `float32` to run the backbone in another precision than saved.
 
@@ -74,7 +78,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
             LLM is not the one the model was trained with.
     """
-    folder = Path(path)
+    folder = find(path)
     saved = _read_json(folder / "config_sentence_transformers.json")
     modules: list[torch.nn.Module] = []
     for entry in _read_json(folder / "modules.json"):
@@ -92,25 +96,50 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
     )
 
 
-def save(model: SentenceTransformer, path: str | Path, *, card: str | None = None) -> None:
+def shipped() -> list[str]:
+    """Names of the trained models that come with this package."""
+    return sorted(folder.parent.name for folder in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
+
+
+def find(path: str | Path) -> Path:
+    """The folder of a saved model: as given, or that of a shipped model of this name where there is no such folder."""
+    folder = Path(path)
+    return _SHIPPED / str(path) if not folder.exists() and str(path) in shipped() else folder
+
+
+def save(
+    model: SentenceTransformer,
+    path: str | Path,
+    *,
+    card: str | None = None,
+    share_prompter: str | Path | None = None,
+) -> None:
     """Write a model to a folder, atomically: a temporary name first, then a rename.
 
     Args:
         model: made by `build` or `load`.
         path: the folder; an older model there is replaced.
         card: Markdown for its README; unset: a short one.
+        share_prompter: folder of a saved model with the same trained prompter. Its weights are then not written again;
+            the new folder points to them by relative path and sha256, and opens only while they are there.
 
     Raises:
-        PromptEmbedderError: the folder cannot be written, or holds something that is not a model.
+        PromptEmbedderError: the folder cannot be written, or holds something that is not a model; the prompter to share
+            is another one.
     """
     target = Path(path)
     refuse_foreign(target)
+    lender = None if share_prompter is None else find(share_prompter).resolve()
+    if lender is not None and lender == target.resolve():
+        raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         model.save_pretrained(str(scratch), create_model_card=False)
         (scratch / "README.md").write_text(card or _card(soft_prompt_module(model)), encoding="utf-8")
+        if lender is not None:
+            _share_prompter(scratch, lender, target.resolve())
         os.chmod(scratch, 0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -120,6 +149,43 @@ def save(model: SentenceTransformer, path: str | Path, *, card: str | None = Non
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share_prompter(written: Path, lender: Path, target: Path) -> None:
+    """Replace the prompter weights just written by a pointer to another model's."""
+    own, theirs = written / PROMPTER_FOLDER / PROMPTER_WEIGHTS, lender / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not theirs.is_file():
+        raise PromptEmbedderError(f"{lender} holds no prompter weights to share")
+    digest = _sha256(theirs)
+    if _sha256(own) != digest:
+        raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
+    shutil.rmtree(written / PROMPTER_FOLDER)
+    saved = _read_json(written / CONFIG_FILE)
+    saved[SHARED_PROMPTER] = {"folder": os.path.relpath(lender, target), "sha256": digest}
+    (written / CONFIG_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+def _prompter_weights(folder: Path, saved: dict[str, Any]) -> Path:
+    """Where a saved model's prompter weights are: in its folder, or in that of the model it shares them with."""
+    pointer = saved.get(SHARED_PROMPTER)
+    if pointer is None:
+        return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
+        raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'")
+    weights = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not weights.is_file():
+        raise PromptEmbedderError(f"{folder} shares the prompter of {weights.parent.parent}, which is not there")
+    if _sha256(weights) != pointer["sha256"]:
+        raise PromptEmbedderError(
+            f"{folder} shares the prompter of {weights.parent.parent}, which has been altered since "
+            f"(sha256 is not {pointer['sha256'][:12]})"
+        )
+    return weights
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_foreign(target: Path) -> None:
@@ -209,7 +275,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         PromptEmbedderError: not a saved model, or a file is missing.
     """
-    folder = Path(path)
+    folder = find(path)
     saved = _read_saved(folder)
     where = str(folder / CONFIG_FILE)
     settings = asdict(parse(ModelConfig, saved["model"], where=where))
@@ -266,7 +332,7 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
     saved = _read_saved(folder)
     config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
     expected = parse(BaseModels, saved["base_models"], where=str(folder / CONFIG_FILE))
-    weights_at, prompter_weights_at = folder / ALIGNMENT_FILE, folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    weights_at, prompter_weights_at = folder / ALIGNMENT_FILE, _prompter_weights(folder, saved)
     for needed in (weights_at, prompter_weights_at):
         if not needed.is_file():
             raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
@@ -406,8 +472,12 @@ def _library_class(type_name: str, folder: Path) -> type[Module]:
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
-        what = "model folder" if path.parent.is_dir() else "no model at"
-        raise PromptEmbedderError(f"{what} {path.parent}" + (f" has no {path.name}" if path.parent.is_dir() else ""))
+        if path.parent.is_dir():
+            raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
+        known = ", ".join(shipped())
+        raise PromptEmbedderError(
+            f"no model at {path.parent}" + (f"; models that come along: {known}" if known else "")
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -36,6 +36,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "promptembedder.json"
 ALIGNMENT_FILE = "alignment.safetensors"
 PROMPTER_FOLDER = "prompter"
+# In the settings file: another saved model that holds the prompter's weights.
+SHARED_PROMPTER = "shared_prompter"
 # Distinct instructions remembered at inference; a soft prompt is K x D floats, so this is about 3 MB.
 _REMEMBERED = 256
 

@@ -137,7 +137,9 @@ class SimilarityDistillation(nn.Module):
         return torch.log_softmax(similarity_BB.masked_fill(itself_BB, -1e4), dim=-1)
 
 
-def transfer(model: SentenceTransformer, config: TransferConfig) -> TransferResult:
+def transfer(
+    model: SentenceTransformer, config: TransferConfig, *, share_prompter: str | Path | None = None
+) -> TransferResult:
     """Move a trained model to another backbone, save it to `<output>/model` and report on it.
 
     The prompter's weights are not touched, unless `unfrozen_steps` asks for it.
@@ -145,6 +147,7 @@ def transfer(model: SentenceTransformer, config: TransferConfig) -> TransferResu
     Args:
         model: the trained model.
         config: all settings; the output folder is `config.training.output`.
+        share_prompter: see `promptembedder.save`.
 
     Raises:
         PromptEmbedderError: the same backbone again, one that does not fit into memory or shares no vocabulary;
@@ -152,7 +155,9 @@ def transfer(model: SentenceTransformer, config: TransferConfig) -> TransferResu
     """
     old = soft_prompt_module(model)
     settings, output = config.training, Path(config.training.output)
-    if settings.max_steps < 1 or (config.data.files and config.texts):
+    if share_prompter is not None and config.unfrozen_steps:
+        raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
+    if config.data.files and config.texts:
         raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
@@ -202,7 +207,7 @@ def transfer(model: SentenceTransformer, config: TransferConfig) -> TransferResu
         scores["dev"] = stages[-1].dev
     if test is not None:
         scores["test"] = 100 * test(moved)["test_spearman_cosine"]
-    save(moved, output / "model")
+    save(moved, output / "model", share_prompter=share_prompter)
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)
     return result

@@ -124,10 +124,10 @@ def markdown(comparison: Comparison) -> str:
     """The table: tasks, means per kind and over all, ratios."""
     names = list(comparison.columns)
     columns = comparison.columns.values()
-    lines = [f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+    lines = [f"| | {' | '.join(map(_cell, names))} |", "| --- |" + " ---: |" * len(names)]
 
     def row(title: str, values: Sequence[float | None], form: str = ".2f") -> None:
-        lines.append(f"| {title} | " + " | ".join("-" if v is None else format(v, form) for v in values) + " |")
+        lines.append(f"| {_cell(title)} | " + " | ".join("-" if v is None else format(v, form) for v in values) + " |")
 
     every = sorted(comparison.kinds, key=lambda task: (comparison.kinds[task], task))
     for task in every:
@@ -199,6 +199,10 @@ td:first-child, th:first-child {{ text-align: left; }}
 {body}
 </html>
 """
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _results(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from promptembedder import base_models
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import load, soft_prompt_module
+from promptembedder.model import find, load, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
 from promptembedder.training import TRAINING_FACTS
 
@@ -123,7 +123,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         width = lm.get_embedding_dimension()
         built = SentenceTransformer(modules=[lm, Pooling(width, pooling_mode=pooling), Normalize()], device=device)
         return InstructedEncoder(built, f"baseline/{Path(model).name}-{baseline}", _digest(template), _filled(template))
-    folder = Path(model)
+    folder = find(model)
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)
         name, revision = f"promptembedder/{folder.resolve().name}", _content(folder)

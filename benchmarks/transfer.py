@@ -1,0 +1,227 @@
+"""Transfer of a trained prompter to unseen backbones, next to training from scratch and to LoRA, on STSBenchmark.
+
+    PROMPTEMBEDDER_DATA=... python benchmarks/transfer.py --model runs/paraphrase-suffix/model \
+        --backbones gemma-3-270m qwen2.5-coder-0.5b-instruct --report benchmarks/results/transfer-cpu
+
+Rows, batches and loss are those of the recipe `paraphrase-suffix.yaml` for all; dev (pairs of STSBenchmark dev) is
+followed every `--every` steps, test is STSBenchmark. Per backbone:
+
+- `hard_cue`: PromptEOL, untrained; `closed_form`: the prompter moved, nothing trained; `alignment_only`: W trained on
+  the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old model's similarities;
+- `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`);
+- `examples_ratio`, `time_ratio`: examples and seconds LoRA takes to its best dev score, over those alignment-only takes
+  to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there.
+
+Every part is kept in `--output` and not run again. The last lines are one JSON object per backbone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+import lora
+import promptembedder
+from promptembedder import base_models
+from promptembedder.baselines import hard_cue
+from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
+from promptembedder.data import DATA_ENV, load_training_data, read_scored_pairs
+from promptembedder.model import soft_prompt_module
+from promptembedder.training import train
+from promptembedder.transfer import TransferResult, on_backbone, transfer
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
+Curve = list[tuple[int, float, float]]
+
+
+def recipe(arguments: argparse.Namespace) -> RunConfig:
+    config = load_run(RECIPE, arguments.set or [], root=str(arguments.data))
+    training = replace(config.training, max_steps=arguments.steps, batch_size=arguments.batch)
+    evaluation = replace(config.evaluation, dev_pairs=arguments.pairs, every_steps=arguments.every)
+    return replace(config, training=training, evaluation=evaluation)
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, from the file where it is there already."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = make()
+        scratch = path.with_name(f".{path.name}")
+        scratch.write_text(json.dumps(found, indent=1) + "\n")
+        scratch.replace(path)
+    return dict(json.loads(path.read_text()))
+
+
+def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None) -> dict[str, Any]:
+    """Closed form and, with rows or texts, W alone."""
+    config, output = recipe(arguments), arguments.output / backbone / name
+    files: tuple[str, ...] = ()
+    if texts is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files = (str((output / "texts.jsonl").resolve()),)
+    result: TransferResult = transfer(
+        promptembedder.load(arguments.model),
+        TransferConfig(
+            backbone=backbone,
+            data=config.data if texts is None else DataConfig(root=config.data.root),
+            texts=files,
+            text_instructions=() if texts is None else (config.evaluation.instruction,),
+            training=replace(config.training, output=str(output)),
+            evaluation=config.evaluation,
+        ),
+    )
+    start, trained = result.stages[0], result.stages[1]
+    curve = [(0, start.seconds, start.dev), *trained.curve]
+    return {"test": result.scores["test"], "start": result.starts[0].name, "curve": curve, "seconds": trained.seconds}
+
+
+def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
+    """Test scores of the hard cue and of the closed form alone."""
+    config = recipe(arguments)
+    old = promptembedder.load(arguments.model)
+    module = soft_prompt_module(on_backbone(old, base_models.locate(backbone)))
+    first, second, scores = read_scored_pairs(config.evaluation.test or "", config.data.root)
+    one, other = (hard_cue(module, texts, batch_size=64) for texts in (first, second))
+    cue = 100 * float(spearmanr((one * other).sum(-1), scores).statistic)
+    result = transfer(
+        old,
+        TransferConfig(
+            backbone=backbone,
+            data=DataConfig(root=config.data.root),
+            training=replace(config.training, output=str(arguments.output / backbone / "closed_form")),
+            evaluation=config.evaluation,
+        ),
+    )
+    starts = {start.name: round(start.dev or 0.0, 2) for start in result.starts}
+    return {"hard_cue": cue, "closed_form": result.scores["test"], "starts_dev": starts}
+
+
+def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
+    """Prompter and W trained anew before the new backbone."""
+    config = recipe(arguments)
+    output = str(arguments.output / backbone / "from_scratch")
+    prompter = soft_prompt_module(promptembedder.load(arguments.model)).settings.prompter
+    model = replace(config.model, prompter=prompter, backbone=backbone)
+    result = train(replace(config, model=model, training=replace(config.training, output=output)))
+    each = config.training.batch_size
+    curve = [
+        (line["step"] * each, line["step_seconds"], 100 * line["eval_dev_spearman_cosine"])
+        for line in result.history
+        if "eval_dev_spearman_cosine" in line
+    ]
+    return {"test": result.scores["test"], "curve": curve, "seconds": result.seconds}
+
+
+def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
+    config = recipe(arguments)
+    config = replace(config, model=replace(config.model, backbone=backbone))
+    done = lora.train(config, learning_rate=arguments.lora_rate, follow=True)
+    test = replace(config, evaluation=replace(config.evaluation, dev=config.evaluation.test, dev_pairs=None))
+    return {"test": lora.dev_score(done.model, test), "curve": done.curve, "seconds": done.seconds}
+
+
+def reached(curve: Curve, score: float) -> tuple[int, float] | None:
+    """Examples and seconds at which a curve first reaches a score."""
+    return next(((examples, seconds) for examples, seconds, dev in curve if dev is not None and dev >= score), None)
+
+
+def ratios(ours: Curve, theirs: Curve) -> dict[str, float | None]:
+    """How many times fewer examples and seconds ours takes to LoRA's best dev score, and to 95 % of it."""
+    best = max(dev for _, _, dev in theirs)
+    figures: dict[str, float | None] = {}
+    for name, score in (("", best), ("_95", 0.95 * best)):
+        we, they = reached(ours, score), reached(theirs, score)
+        figures[f"examples_ratio{name}"] = None if we is None or they is None else round(they[0] / max(we[0], 1), 1)
+        figures[f"time_ratio{name}"] = None if we is None or they is None else round(they[1] / max(we[1], 1e-9), 1)
+    return figures
+
+
+def draw(parts: dict[str, dict[str, Any]], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, at, label in zip(figure.subplots(1, 2), (0, 1), ("examples", "seconds of training"), strict=True):
+        for name, part in parts.items():
+            points = [point for point in part.get("curve", []) if point[2] is not None]
+            axes.plot([p[at] for p in points], [p[2] for p in points], marker="o", markersize=3, label=name)
+        axes.set(xlabel=label, ylabel="STSBenchmark dev, Spearman x 100", title=title)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
+    parser.add_argument("--model", type=Path, required=True, help="the trained model, as the recipe makes it")
+    parser.add_argument("--backbones", nargs="+", default=["gemma-3-270m", "qwen2.5-coder-0.5b-instruct"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--pairs", type=int, default=300, help="of dev")
+    parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
+    parser.add_argument("--lora-rate", type=float, default=2e-4)
+    parser.add_argument("--output", type=Path, default=Path("runs/transfer-benchmark"), help="all parts, kept")
+    parser.add_argument("--report", type=Path, help="folder of JSON, table and pictures")
+    parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error(f"give --data or set {DATA_ENV}")
+    arguments.data = Path(arguments.data)
+    figures: dict[str, dict[str, Any]] = {}
+    lines = ["| backbone | " + " | ".join(FIGURES) + " |", "| --- |" + " ---: |" * len(FIGURES)]
+    for backbone in arguments.backbones:
+        parts = {}
+        for name in arguments.parts:
+            print(f"{backbone}: {name}", file=sys.stderr, flush=True)
+            parts[name] = kept(arguments.output / backbone / f"{name}.json", partial(PARTS[name], arguments, backbone))
+        found: dict[str, Any] = {k: v for k, v in parts.get("untrained", {}).items() if k in FIGURES}
+        found |= {name: part["test"] for name, part in parts.items() if "test" in part}
+        found = {name: round(value, 2) for name, value in found.items()}
+        if {"alignment_only", "lora"} <= set(parts):
+            found |= ratios(parts["alignment_only"]["curve"], parts["lora"]["curve"])
+        figures[backbone] = found
+        lines.append(f"| {backbone} | " + " | ".join(str(found.get(name, "-")) for name in FIGURES) + " |")
+        if arguments.report:
+            arguments.report.mkdir(parents=True, exist_ok=True)
+            draw(parts, backbone, arguments.report / f"{backbone}.png")
+            record = {"command": " ".join(["python benchmarks/transfer.py", *sys.argv[1:]]), "parts": parts}
+            (arguments.report / f"{backbone}.json").write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.report:
+        (arguments.report / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    for backbone, found in figures.items():
+        print(json.dumps({"backbone": backbone} | found))
+
+
+def texts_of_rows(arguments: argparse.Namespace) -> list[str]:
+    """The anchors of the labelled rows, as plain texts."""
+    config = recipe(arguments)
+    data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
+    return sorted({text for rows in data.datasets.values() for text in rows["anchor"]})
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
+    "untrained": untrained,
+    "alignment_only": lambda a, backbone: moved(a, backbone, "alignment_only", None),
+    "unlabelled": lambda a, backbone: moved(a, backbone, "unlabelled", texts_of_rows(a)),
+    "from_scratch": scratch,
+    "lora": peer,
+}
+FIGURES = (
+    *("hard_cue", "closed_form", "alignment_only", "unlabelled", "from_scratch", "lora"),
+    *("examples_ratio", "time_ratio", "examples_ratio_95", "time_ratio_95"),
+)
+
+
+if __name__ == "__main__":
+    main()

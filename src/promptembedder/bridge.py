@@ -1,0 +1,139 @@
+"""Query an index of the old model with the new one: a linear bridge between two embedding spaces.
+
+Vectors of two models are not comparable. A bridge maps the new model's embeddings into the old model's space, so that
+an index can be searched while it is being re-encoded. It loses some of the quality; `fit` measures how much.
+
+Shapes: N texts, D width of the new model, F of the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from promptembedder.errors import PromptEmbedderError
+
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_FEWEST_TEXTS = 100
+_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A linear map from the new model's embeddings to the old model's space.
+
+    Attributes:
+        weight_DF: the map, float32.
+        facts: `texts` fitted on, `penalty`, and on texts held back: `cosine` between mapped and true embeddings,
+            `neighbours_kept`, the share of the old model's 10 nearest texts that the mapped query finds too.
+    """
+
+    weight_DF: NDArray[np.float32]
+    facts: dict[str, float]
+
+    def __call__(self, embeddings_ND: NDArray[Any]) -> NDArray[np.float32]:
+        """Embeddings (N, F) of unit length in the old model's space.
+
+        Raises:
+            PromptEmbedderError: embeddings of another width than the bridge was fitted on.
+        """
+        D = self.weight_DF.shape[0]
+        if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != D:
+            raise PromptEmbedderError(
+                f"the bridge takes embeddings of {D} dimensions, found shape {embeddings_ND.shape}"
+            )
+        return _unit(embeddings_ND.astype(np.float32) @ self.weight_DF)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, atomically.
+
+        Raises:
+            PromptEmbedderError: the path cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            os.close(handle)
+            try:
+                save_file({"weight": self.weight_DF}, scratch, metadata={"facts": json.dumps(self.facts)})
+                os.chmod(scratch, 0o644)
+                os.replace(scratch, path)
+            finally:
+                Path(scratch).unlink(missing_ok=True)
+        except OSError as error:
+            raise PromptEmbedderError(f"bridge {path} cannot be written: {error.strerror or error}") from error
+
+
+def load(path: Path) -> Bridge:
+    """Open a saved bridge.
+
+    Raises:
+        PromptEmbedderError: no such file, or not a bridge.
+    """
+    if not path.is_file():
+        raise PromptEmbedderError(f"no bridge at {path}")
+    try:
+        with safe_open(path, framework="np") as file:
+            return Bridge(file.get_tensor("weight"), json.loads((file.metadata() or {})["facts"]))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise PromptEmbedderError(f"{path} is not a bridge: {error}") from error
+
+
+def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, seed: int = 13) -> Bridge:
+    """Ridge regression from new to old embeddings of the same texts; its penalty is chosen on a tenth held back.
+
+    Args:
+        new_ND: embeddings by the new model.
+        old_NF: embeddings of the same texts, in the same order, by the old model.
+        seed: draws the texts held back.
+
+    Raises:
+        PromptEmbedderError: fewer than 100 texts, or not equally many.
+    """
+    if len(new_ND) != len(old_NF) or len(new_ND) < _FEWEST_TEXTS:
+        raise PromptEmbedderError(
+            f"a bridge needs at least {_FEWEST_TEXTS} texts encoded by both models, "
+            f"found {len(new_ND)} and {len(old_NF)}"
+        )
+    new_ND, old_NF = _unit(new_ND.astype(np.float64)), _unit(old_NF.astype(np.float64))
+    order = np.random.default_rng(seed).permutation(len(new_ND))
+    held, rest = order[: len(order) // 10], order[len(order) // 10 :]
+    scored: list[tuple[float, float]] = []
+    for penalty in _PENALTIES:
+        mapped = _unit(new_ND[held] @ _ridge(new_ND[rest], old_NF[rest], penalty))
+        scored.append((float((mapped * old_NF[held]).sum(-1).mean()), penalty))
+    cosine, penalty = max(scored)
+    mapped = _unit(new_ND[held] @ _ridge(new_ND[rest], old_NF[rest], penalty))
+    facts = {
+        "texts": float(len(new_ND)),
+        "penalty": penalty,
+        "cosine": round(cosine, 4),
+        "neighbours_kept": round(_neighbours_kept(mapped, old_NF[held], old_NF[rest]), 4),
+    }
+    return Bridge(_ridge(new_ND, old_NF, penalty).astype(np.float32), facts)
+
+
+def _ridge(new_ND: NDArray[Any], old_NF: NDArray[Any], penalty: float) -> NDArray[Any]:
+    gram_DD = new_ND.T @ new_ND
+    gram_DD += penalty * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
+    solved: NDArray[Any] = np.linalg.solve(gram_DD, new_ND.T @ old_NF)
+    return solved
+
+
+def _neighbours_kept(mapped_NF: NDArray[Any], true_NF: NDArray[Any], index_MF: NDArray[Any]) -> float:
+    nearest = [np.argsort(-(queries @ index_MF.T), axis=-1)[:, :_NEIGHBOURS] for queries in (mapped_NF, true_NF)]
+    return float(np.mean([len(set(a) & set(b)) / _NEIGHBOURS for a, b in zip(*nearest, strict=True)]))
+
+
+def _unit(embeddings: NDArray[Any]) -> NDArray[Any]:
+    scaled: NDArray[Any] = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), 1e-12)
+    return scaled

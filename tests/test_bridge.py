@@ -1,0 +1,88 @@
+"""The bridge between two models' spaces: a known map is found, what it keeps is measured, bad input is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import TEXTS
+from promptembedder import PromptEmbedderError, save
+from promptembedder.bridge import Bridge, fit, load
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.fixture
+def embedded():
+    drawn = np.random.default_rng(0)
+    new = unit(drawn.normal(size=(400, 12)))
+    rotation = np.linalg.qr(drawn.normal(size=(16, 16)))[0][:12]
+    return new, unit(new @ rotation), rotation
+
+
+def test_a_known_map_is_found(embedded):
+    new, old, rotation = embedded
+    bridge = fit(new, old)
+    assert np.allclose(bridge(new), old, atol=1e-3)
+    assert np.allclose(unit(bridge.weight_DF), rotation, atol=1e-3)
+    assert bridge.facts["cosine"] > 0.999
+    assert bridge.facts["neighbours_kept"] > 0.99
+
+
+def test_what_is_lost_is_measured_on_texts_held_back(embedded):
+    new, old, _ = embedded
+    unrelated = unit(np.random.default_rng(1).normal(size=old.shape))
+    lost = fit(new, unrelated).facts
+    assert lost["cosine"] < 0.3
+    assert lost["neighbours_kept"] < 0.2
+
+
+def test_saved_and_opened(embedded, tmp_path):
+    new, old, _ = embedded
+    bridge = fit(new, old)
+    bridge.save(tmp_path / "b.safetensors")
+    opened = load(tmp_path / "b.safetensors")
+    assert np.array_equal(opened(new), bridge(new))
+    assert opened.facts == bridge.facts
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_bad_input(embedded, tmp_path):
+    new, old, _ = embedded
+    with pytest.raises(PromptEmbedderError, match="at least 100 texts encoded by both models, found 50 and 50"):
+        fit(new[:50], old[:50])
+    with pytest.raises(PromptEmbedderError, match="found 400 and 399"):
+        fit(new, old[:399])
+    with pytest.raises(PromptEmbedderError, match=r"takes embeddings of 12 dimensions, found shape \(400, 16\)"):
+        fit(new, old)(old)
+    with pytest.raises(PromptEmbedderError, match="no bridge at"):
+        load(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_text("no")
+    with pytest.raises(PromptEmbedderError, match=r"bad.safetensors is not a bridge"):
+        load(tmp_path / "bad.safetensors")
+    (tmp_path / "file").touch()
+    with pytest.raises(PromptEmbedderError, match="cannot be written"):
+        Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "file" / "b.safetensors")
+
+
+def test_commands(tiny_model, tmp_path, run_cli):
+    save(tiny_model("llama"), tmp_path / "old")
+    save(tiny_model("qwen2"), tmp_path / "new")
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(25) for text in TEXTS))
+    done = run_cli(
+        "bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "b.safetensors"
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["texts"] == 125
+    encoded = ("encode", tmp_path / "new", tmp_path / "texts.txt", "--bridge", tmp_path / "b.safetensors")
+    assert run_cli(*encoded, "-o", tmp_path / "v.npy").returncode == 0
+    vectors = np.load(tmp_path / "v.npy")
+    assert vectors.shape == (125, 32)
+    assert np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
+    wrong = run_cli(*encoded, "--truncate-dim", 8, "-o", tmp_path / "w.npy")
+    assert (wrong.returncode, len(wrong.stderr.strip().splitlines())) == (2, 1)

@@ -1,0 +1,115 @@
+"""Comparison pages: means over what all columns have, ratios, refusal of different rows, and the files written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from promptembedder import PromptEmbedderError
+
+pytest.importorskip("mteb", reason="mteb is not installed: pip install 'promptembedder[evaluate]'")
+
+import yaml
+
+from promptembedder import evaluation
+
+KINDS = {"A": "STS", "B": "STS", "C": "Clustering"}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """`results(name, {"A": 0.5, ...})`: a folder of one model as mteb writes it, with what `evaluate` notes beside."""
+
+    def make(name, scores, rows="r1", revision="one", training=None, more=None):
+        folder = tmp_path / "out" / "results" / name.replace("/", "__") / revision
+        folder.mkdir(parents=True)
+        (folder / "model_meta.json").write_text(json.dumps({"name": name, "revision": revision}))
+        for task, score in scores.items():
+            part = {"main_score": score, "hf_subset": "default", "languages": ["eng-Latn"], **(more or {})}
+            record = {
+                "dataset_revision": rows,
+                "task_name": task,
+                "mteb_version": "2.26.24",
+                "scores": {"test": [part]},
+            }
+            (folder / f"{task}.json").write_text(
+                json.dumps({**record, "evaluation_time": 1.0, "kg_co2_emissions": None})
+            )
+        facts = {"kinds": {task: KINDS[task] for task in scores}, "training": training}
+        (folder / "promptembedder.yaml").write_text(yaml.safe_dump(facts))
+        return folder
+
+    return make
+
+
+def test_means_and_ratios_are_over_shared_tasks(results, tmp_path):
+    results("x/first", {"A": 0.5, "B": 0.7, "C": 0.3})
+    results("x/second", {"A": 0.4, "C": 0.2})
+    comparison = evaluation.compare(evaluation.read_columns([tmp_path / "out"]), to="first")
+    assert comparison.shared == ["C", "A"]  # kind by kind
+    assert comparison.mean("first") == pytest.approx(40)
+    assert comparison.mean("second") == pytest.approx(30)
+    assert comparison.mean("first", "STS") == pytest.approx(50)
+    assert comparison.ratio("second") == pytest.approx(0.75)
+    table = evaluation.markdown(comparison)
+    assert "| B | 70.00 | - |" in table
+    assert "| **mean of 2 tasks** | 40.00 | 30.00 |" in table
+    assert "| to first | 1.000 | 0.750 |" in table
+    assert "because a column lacks them: B." in table
+
+
+def test_report_is_written_whole(results, tmp_path):
+    training = {"trained_parameters": 5_000_000, "seconds": 600.0}
+    results("x/<b>", {"A": 0.5, "C": 0.3}, training=training, more={"both_orders": 0.25})
+    results("x/second", {"A": 0.4, "C": 0.2}, training={"trained_parameters": 100, "seconds": 60})
+    evaluation.write_report(evaluation.compare(evaluation.read_columns([tmp_path / "out"])), tmp_path / "page")
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert names == {"report.md", "report.html", "comparison.json", "by-kind.png", "training.png"}
+    html = (tmp_path / "page" / "report.html").read_text()
+    assert "<table>" in html
+    assert "5,000,000" in html
+    figures = json.loads((tmp_path / "page" / "comparison.json").read_text())
+    assert figures["second"]["mean"] == 30
+    assert figures["<b>"]["more"] == {"A, both orders": 25.0, "C, both orders": 25.0}
+    assert (tmp_path / "page" / "by-kind.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_revisions_of_a_model_are_two_columns(results, tmp_path):
+    for revision, score in (("aaaaaaaaa", 0.5), ("bbbbbbbbb", 0.6)):
+        results("x/model", {"A": score}, revision=revision)
+    comparison = evaluation.compare(evaluation.read_columns([tmp_path / "out"]))
+    assert set(comparison.columns) == {"x/model@aaaaaaa", "x/model@bbbbbbb"}
+
+
+@pytest.mark.parametrize(
+    ("other", "to", "message"),
+    [
+        ({"scores": {"A": 0.4}, "rows": "r2"}, None, "A of first and second was scored on different rows"),
+        ({"scores": {"C": 0.4}}, None, "no task in common among first, second"),
+        ({"scores": {"A": 0.4}}, "frist", "no column 'frist'; nearest: first; all: first, second"),
+    ],
+)
+def test_bad_comparisons(results, tmp_path, other, to, message):
+    results("x/first", {"A": 0.5})
+    results("x/second", **other)
+    with pytest.raises(PromptEmbedderError, match=message):
+        evaluation.compare(evaluation.read_columns([tmp_path / "out"]), to)
+
+
+def test_command(results, tmp_path, run_cli):
+    folder = results("x/first", {"A": 0.5, "C": 0.3})
+    done = run_cli("compare", folder, "--to", "first", "-o", tmp_path / "page")
+    assert done.returncode == 0, done.stderr
+    assert "| **mean of 2 tasks** | 40.00 |" in done.stdout
+    assert (tmp_path / "page" / "report.html").is_file()
+    (tmp_path / "empty").mkdir()
+    wrong = run_cli("compare", tmp_path / "empty", "-o", tmp_path / "page2")
+    assert wrong.returncode == 2
+    assert "no results in" in wrong.stderr
+    (folder / "A.json").write_text("{}")
+    broken = run_cli("compare", folder, "-o", tmp_path / "page2")
+    assert broken.returncode == 2
+    assert "A.json is no result of mteb" in broken.stderr
+    assert len(broken.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "page2").exists()
