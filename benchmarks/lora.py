@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.functional import cast_adapter_dtype
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import base_models
 from promptembedder.config import RunConfig
@@ -27,6 +29,8 @@ from promptembedder.training import TRAINING_FACTS, TrainingClock, make_loss
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
+# Room for instructions in the rows, which are not known before they are read.
+INSTRUCTION_TOKENS = 40
 TEMPLATE = "Instruct: {instruction}\nQuery: {text}"
 
 
@@ -39,9 +43,19 @@ def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = Fa
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
     model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    # As `get_peft_model` does for ours: bfloat16 swallows small updates.
+    cast_adapter_dtype(adapted(model), ADAPTER)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def longest_input(model: SentenceTransformer, config: RunConfig) -> int:
+    """As many tokens of the text as the others read, and the longest instruction on top."""
+    instructions = [config.evaluation.instruction, config.model.document_instruction]
+    instructions += [source.instruction for source in config.data.files if source.instruction]
+    head = max(len(model.tokenizer(prompt(text))["input_ids"]) for text in instructions)
+    return config.model.max_text_tokens + max(head, INSTRUCTION_TOKENS)
 
 
 def prompt(instruction: str) -> str:
@@ -69,9 +83,27 @@ def dev_score(model: SentenceTransformer, config: RunConfig) -> float:
     return 100 * float(evaluator(config)(model)["spearman_cosine"])
 
 
+class BestOnDev(TrainerCallback):
+    """Keeps the weights with the best dev score, as `promptembedder train` does; without dev scores the last ones."""
+
+    def __init__(self, trained: list[torch.nn.Parameter]) -> None:
+        self.trained = trained
+        self.best, self.kept = -2.0, [torch.empty(0)] * 0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if metrics["eval_spearman_cosine"] > self.best:
+            self.best = metrics["eval_spearman_cosine"]
+            self.kept = [parameter.detach().clone() for parameter in self.trained]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for parameter, kept in zip(self.trained, self.kept, strict=False):
+                parameter.copy_(kept)
+
+
 @dataclass(frozen=True)
 class Trained:
-    """A LoRA model, seconds of its optimizer steps, and (examples, seconds, dev) where dev was followed."""
+    """A LoRA model (the best on dev where that was followed), seconds of its steps, and (examples, seconds, dev)."""
 
     model: SentenceTransformer
     seconds: float
@@ -84,7 +116,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     Args:
         config: rows, batches, loss and schedule.
         learning_rate: of LoRA's weights, AdamW.
-        output: where the adapter is saved.
+        output: where the adapter is saved; checkpoints go beside it, and a run that was stopped goes on from there.
         follow: score dev every `evaluation.every_steps` steps.
     """
     settings = config.training
@@ -92,11 +124,10 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config.model.backbone, base_models.resolve_dtype(config.model.dtype, device), device)
-    # As many tokens of the text as the others read, and the instruction on top.
-    longest = max(len(model.tokenizer(prompt(text))["input_ids"]) for text in data.instructions)
-    model.max_seq_length = config.model.max_text_tokens + longest
+    model.max_seq_length = longest_input(model, config)
+    checkpoints = (output or Path(settings.output)).with_name("checkpoints")
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str((output or Path(settings.output)).with_name("checkpoints")),
+        output_dir=str(checkpoints),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=learning_rate,
@@ -107,7 +138,9 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         logging_steps=settings.logging_steps,
         eval_strategy="steps" if follow else "no",
         eval_steps=config.evaluation.every_steps if follow else None,
-        save_strategy="no",
+        save_strategy="no" if output is None else "steps",
+        save_steps=25,
+        save_total_limit=1,
         prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
         batch_sampler="no_duplicates",
         multi_dataset_batch_sampler="proportional",
@@ -116,6 +149,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         data_seed=settings.seed,
         report_to=[],
     )
+    best = BestOnDev([p for p in model.parameters() if p.requires_grad])
     arguments._n_gpu = min(1, arguments.n_gpu)
     model.model_card_data.generate_widget_examples = False
     trainer = SentenceTransformerTrainer(
@@ -124,9 +158,12 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         train_dataset=data.datasets,
         loss=make_loss(model, settings),
         evaluator=evaluator(config) if follow else None,
-        callbacks=[TrainingClock()],
+        callbacks=[TrainingClock(), best],
     )
-    trainer.train()
+    if follow:
+        start = dev_score(model, config)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    best.restore()
     history = trainer.state.log_history
     seconds = max(line["step_seconds"] for line in history if "step_seconds" in line)
     if output is not None:
@@ -147,7 +184,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         for line in history
         if "eval_spearman_cosine" in line
     ]
-    return Trained(model, seconds, curve)
+    return Trained(model, seconds, [(0, 0.0, start), *curve] if follow else [])
 
 
 def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTransformer:

@@ -32,6 +32,7 @@ from promptembedder.training import TRAINING_FACTS, train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 UNTRAINED = {"mean_pooling": "mean", "prompt_eol": "prompt_eol"}
+UNTRAINED_TEMPLATES = {column: evaluation.BASELINES[name] for column, name in UNTRAINED.items()}
 TRAINED = ("lora", "prefix", "suffix")
 LEARNING_RATES = {"lora": (1e-4, 2e-4, 5e-4), "ours": (1e-4, 2e-4, 4e-4)}
 DEFAULT = {"lora": 2e-4, "ours": 2e-4}
@@ -117,7 +118,6 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
             resume = any(folder.parent.glob("checkpoint-*"))
             train(with_rate(config, rate), resume=resume)
     facts = training_facts(folder)
-    revision = f"seed-{seed}-steps-{arguments.steps}"
     if column == "lora":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = base_models.resolve_dtype(config.model.dtype, device)
@@ -125,14 +125,29 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
         return evaluation.InstructedEncoder(
             model,
             f"quality/{column}-{seed}",
-            revision,
+            revision(seed, arguments),
             wrap=lambda text, instruction: lora.TEMPLATE.format(instruction=instruction, text=text),
             document_instruction=config.model.document_instruction,
             training=facts,
         )
     return evaluation.InstructedEncoder(
-        promptembedder.load(folder), f"quality/{column}-{seed}", revision, training=facts
+        promptembedder.load(folder), f"quality/{column}-{seed}", revision(seed, arguments), training=facts
     )
+
+
+def revision(seed: int, arguments: argparse.Namespace) -> str:
+    return f"seed-{seed}-steps-{arguments.steps}"
+
+
+def one_setting(arguments: argparse.Namespace) -> None:
+    """Refuse an output folder whose models were made with other settings."""
+    settings = {"batch": arguments.batch, "set": arguments.set, "choose": arguments.choose}
+    place = arguments.output / "settings.json"
+    if not place.is_file():
+        write(place, json.dumps(settings))
+    found = json.loads(place.read_text())
+    if different := [name for name in settings if found.get(name) != settings[name]]:
+        sys.exit(f"{arguments.output} was made with other settings ({', '.join(different)}); choose another --output")
 
 
 def untrained_encoder(column: str, arguments: argparse.Namespace) -> evaluation.InstructedEncoder:
@@ -141,8 +156,14 @@ def untrained_encoder(column: str, arguments: argparse.Namespace) -> evaluation.
         return evaluation.InstructedEncoder(opened.model, "quality/minilm", "published")
     config = run_config("suffix", 0, 1, arguments)
     opened = evaluation.open_model(config.model.backbone, baseline=UNTRAINED[column])
-    opened.model.max_seq_length = config.model.max_text_tokens + 16
-    return evaluation.InstructedEncoder(opened.model, f"quality/{column}", "untrained", wrap=opened._wrap)
+    tokenizer, limit, (_, template) = opened.model.tokenizer, config.model.max_text_tokens, UNTRAINED_TEMPLATES[column]
+
+    def wrap(text: str, instruction: str) -> str:
+        # The text is cut as the others cut it; the cue after it stays.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return template.format(text=text if len(ids) <= limit else tokenizer.decode(ids[:limit]))
+
+    return evaluation.InstructedEncoder(opened.model, f"quality/{column}", "untrained", wrap=wrap, instructed=False)
 
 
 def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
@@ -154,7 +175,10 @@ def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
 
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Table and figures of everything that is there; seeds of a column are averaged."""
-    comparison = evaluation.compare(evaluation.read_columns([arguments.output / arguments.suite]))
+    place = arguments.output / arguments.suite / "results"
+    wanted = [place / f"quality__{c}-{s}" / revision(s, arguments) for c in TRAINED for s in arguments.seeds]
+    wanted += [place / f"quality__{column}" for column in (*UNTRAINED, "minilm")]
+    comparison = evaluation.compare(evaluation.read_columns([folder for folder in wanted if folder.is_dir()]))
     seeds: dict[str, list[str]] = {}
     for name in comparison.columns:
         base, _, seed = name.rpartition("-")
@@ -212,6 +236,7 @@ def main() -> None:
     columns = known if arguments.columns is None else arguments.columns
     if wrong := set(columns) - set(known):
         parser.error(f"unknown columns {sorted(wrong)}; valid: {', '.join(known)}")
+    one_setting(arguments)
     for column in columns:
         if column in TRAINED:
             for seed in arguments.seeds:

@@ -10,7 +10,8 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old model's similarities;
 - `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`);
 - `examples_ratio`, `time_ratio`: examples and seconds LoRA takes to its best dev score, over those alignment-only takes
-  to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there.
+  to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there, `Infinity` where
+  the closed form is there before any training. Scoring dev is in nobody's time.
 
 Every part is kept in `--output` and not run again. The last lines are one JSON object per backbone.
 """
@@ -82,7 +83,7 @@ def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[s
     )
     start, trained = result.stages[0], result.stages[1]
     curve = [(0, start.seconds, start.dev), *trained.curve]
-    return {"test": result.scores["test"], "start": result.starts[0].name, "curve": curve, "seconds": trained.seconds}
+    return {"test": result.scores["test"], "start": result.starts[0].name, "curve": curve}
 
 
 def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
         for line in result.history
         if "eval_dev_spearman_cosine" in line
     ]
-    return {"test": result.scores["test"], "curve": curve, "seconds": result.seconds}
+    return {"test": result.scores["test"], "curve": curve}
 
 
 def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     config = replace(config, model=replace(config.model, backbone=backbone))
     done = lora.train(config, learning_rate=arguments.lora_rate, follow=True)
     test = replace(config, evaluation=replace(config.evaluation, dev=config.evaluation.test, dev_pairs=None))
-    return {"test": lora.dev_score(done.model, test), "curve": done.curve, "seconds": done.seconds}
+    return {"test": lora.dev_score(done.model, test), "curve": done.curve}
 
 
 def reached(curve: Curve, score: float) -> tuple[int, float] | None:
@@ -141,8 +142,12 @@ def ratios(ours: Curve, theirs: Curve) -> dict[str, float | None]:
     figures: dict[str, float | None] = {}
     for name, score in (("", best), ("_95", 0.95 * best)):
         we, they = reached(ours, score), reached(theirs, score)
-        figures[f"examples_ratio{name}"] = None if we is None or they is None else round(they[0] / max(we[0], 1), 1)
-        figures[f"time_ratio{name}"] = None if we is None or they is None else round(they[1] / max(we[1], 1e-9), 1)
+        known = we is not None and they is not None
+        if known and we[0] == 0:  # the closed form is there already: no examples to compare
+            figures[f"examples_ratio{name}"] = float("inf") if they[0] else 1.0
+        else:
+            figures[f"examples_ratio{name}"] = round(they[0] / we[0], 1) if known else None
+        figures[f"time_ratio{name}"] = round(they[1] / max(we[1], 1e-9), 1) if known else None
     return figures
 
 
@@ -177,6 +182,7 @@ def main() -> None:
     if arguments.data is None:
         parser.error(f"give --data or set {DATA_ENV}")
     arguments.data = Path(arguments.data)
+    one_setting(arguments)
     figures: dict[str, dict[str, Any]] = {}
     lines = ["| backbone | " + " | ".join(FIGURES) + " |", "| --- |" + " ---: |" * len(FIGURES)]
     for backbone in arguments.backbones:
@@ -201,6 +207,15 @@ def main() -> None:
     print("\n".join(lines))
     for backbone, found in figures.items():
         print(json.dumps({"backbone": backbone} | found))
+
+
+def one_setting(arguments: argparse.Namespace) -> None:
+    """Refuse an output folder whose parts were made with other settings."""
+    names = ("steps", "batch", "pairs", "every", "lora_rate", "set")
+    settings = {name: getattr(arguments, name) for name in names} | {"model": str(arguments.model.resolve())}
+    found = kept(arguments.output / "settings.json", lambda: settings)
+    if different := [name for name in settings if found.get(name) != settings[name]]:
+        sys.exit(f"{arguments.output} was made with other settings ({', '.join(different)}); choose another --output")
 
 
 def texts_of_rows(arguments: argparse.Namespace) -> list[str]:

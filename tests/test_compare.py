@@ -82,6 +82,26 @@ def test_two_revisions_of_a_model_are_two_columns(results, tmp_path):
     assert set(comparison.columns) == {"x/model@aaaaaaa", "x/model@bbbbbbb"}
 
 
+def test_names_stay_short_where_they_can(results, tmp_path):
+    for name in ("x/model", "y/model", "y/other"):
+        results(name, {"A": 0.5})
+    names = {column.name for column in evaluation.read_columns([tmp_path / "out"])}
+    assert names == {"x/model", "y/model", "other"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x/first"}'])
+def test_a_damaged_description(results, tmp_path, content):
+    (results("x/first", {"A": 0.5}) / "model_meta.json").write_text(content)
+    with pytest.raises(PromptEmbedderError, match=r"model_meta.json does not describe a model"):
+        evaluation.read_columns([tmp_path / "out"])
+
+
+def test_a_score_that_is_not_a_number(results, tmp_path):
+    results("x/first", {"A": float("nan")})
+    with pytest.raises(PromptEmbedderError, match=r"A.json is no result of mteb: its main score is not a number"):
+        evaluation.read_columns([tmp_path / "out"])
+
+
 @pytest.mark.parametrize(
     ("other", "to", "message"),
     [

@@ -160,6 +160,37 @@ def test_changed_rows_are_another_revision(data):
     assert before.metadata.dataset["revision"] != after.metadata.dataset["revision"]
 
 
+def test_results_of_other_rows_are_made_again(data, tmp_path, encoder):
+    before = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "results")
+    rows = [{"sentence1": MANY[n], "sentence2": MANY[n + 3], "score": -n % 4} for n in range(12)]
+    write(data / "sts" / "Similar.jsonl.gz", rows)
+    after = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "results")
+    fresh = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "elsewhere")
+    assert after.scores == pytest.approx(fresh.scores, abs=1e-3)
+    assert after.scores["Similar"] != pytest.approx(before.scores["Similar"], abs=1e-2)
+
+
+def test_quick_classes_are_thinned_per_label(data, monkeypatch):
+    monkeypatch.setattr(evaluation.tasks, "QUICK", {"Class": 7})
+    monkeypatch.setattr(evaluation.tasks, "_QUICK_TRAIN_PER_LABEL", 4)
+    (task,) = evaluation.local_tasks(data, quick=True)
+    task.load_data()
+    assert len(task.dataset["test"]) == 7
+    assert sorted(task.dataset["train"]["label"]) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_facts_of_the_training_are_kept_beside_the_results(data, tmp_path, tiny_model):
+    save(tiny_model(), tmp_path / "model")
+    facts = {"trained_parameters": 5, "seconds": 1.5}
+    (tmp_path / "model" / "training.json").write_text(json.dumps(facts))
+    encoder = evaluation.open_model(str(tmp_path / "model"), device="cpu")
+    for names in (["Similar"], ["Groups"]):
+        evaluation.evaluate(encoder, evaluation.local_tasks(data, names), tmp_path / "results")
+    (column,) = evaluation.read_columns([tmp_path / "results"])
+    assert column.training == facts
+    assert column.kinds == {"Similar": "STS", "Groups": "Clustering"}
+
+
 @pytest.mark.parametrize("baseline", list(evaluation.BASELINES))
 def test_baselines(data, tmp_path, tiny_lm, baseline):
     encoder = evaluation.open_model(str(tiny_lm()), baseline=baseline, device="cpu")
@@ -191,14 +222,19 @@ def test_command(data, tmp_path, tiny_model, run_cli):
         (["{empty}/nothing", "--data", "{data}"], "no model at "),
         (["{model}", "--data", "{data}", "--baseline", "guess"], "unknown baseline 'guess'; valid: mean, last"),
         (["{model}", "--data", "{data}", "--instructions", "{empty}/none.json"], "no instructions at "),
+        (
+            ["{lm}", "--baseline", "mean", "--data", "{data}", "--instructions", "{data}/instructions.json"],
+            "reads no instructions; leave --instructions out",
+        ),
     ],
 )
-def test_bad_input_is_one_line(data, tmp_path, tiny_model, run_cli, arguments, message):
+def test_bad_input_is_one_line(data, tmp_path, tiny_model, tiny_lm, run_cli, arguments, message):
     import re
 
     save(tiny_model(), tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    places = {"model": tmp_path / "model", "data": data, "empty": tmp_path / "empty"}
+    (data / "instructions.json").write_text("{}")
+    places = {"model": tmp_path / "model", "data": data, "empty": tmp_path / "empty", "lm": tiny_lm()}
     done = run_cli("evaluate", *(a.format(**places) for a in arguments), "--output", tmp_path / "out")
     assert done.returncode == 2
     assert re.search(message, done.stderr)

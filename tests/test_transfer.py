@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -131,13 +132,42 @@ def test_starts_are_chosen_by_dev_or_else_by_reconstruction(tiny_model, config):
     assert fitted == sorted(fitted, reverse=True)
 
 
-def test_unfrozen_steps_train_the_prompter_too(tiny_model, config):
+def test_unfrozen_steps_train_a_prompter_of_its_own(tiny_model, config):
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in trained_state(model[0].prompter.lm).items()}
     result = transfer(model, config(rows=True, unfrozen_steps=3))
     assert result.stages[-1].name == "unfrozen"
     after = trained_state(result.model[0].prompter.lm)
     assert not all(torch.equal(before[name], after[name]) for name in before)
+    untouched = trained_state(model[0].prompter.lm)
+    assert all(torch.equal(before[name], untouched[name]) for name in before)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_old_model_stays_as_it_was(tiny_model, config, monkeypatch, fails):
+    model = tiny_model("llama")
+    open_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = model.encode(TEXTS, prompt=INSTRUCTION)
+    if fails:
+        monkeypatch.setattr("promptembedder.transfer._train_stages", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            transfer(model, config(rows=True))
+    else:
+        transfer(model, config(rows=True))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == open_before
+    assert np.array_equal(model.encode(TEXTS, prompt=INSTRUCTION), expected)
+
+
+def test_texts_are_read_under_the_models_default_unless_told(tiny_model, config, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    seen = []
+    place = sys.modules["promptembedder.transfer"]
+    made = place._distillation_rows
+    monkeypatch.setattr(place, "_distillation_rows", lambda t, x, i: seen.append(tuple(i)) or made(t, x, i))
+    model = tiny_model("llama")
+    for given in ((), ("One thing.", "Another.")):
+        transfer(model, config(texts=("texts.txt",), text_instructions=given))
+    assert seen == [(model[0].settings.default_instruction,), ("One thing.", "Another.")]
 
 
 def test_distillation_loss_equals_a_naive_sum():
@@ -249,6 +279,10 @@ def test_a_shared_prompter(tiny_model, config, tmp_path):
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if "lora_B" in n).add_(1)
     save(other, tmp_path / "other")
+    # A model that shares a prompter can lend it on.
+    again = config(("gemma3", 32, 0), training={"output": str(tmp_path / "third")})
+    transfer(load(there), again, share_prompter=there)
+    assert load(tmp_path / "third" / "model").encode(TEXTS).shape == (5, 32)
     with pytest.raises(PromptEmbedderError, match="is another one than the model's; it cannot be shared"):
         save(load(there), tmp_path / "wrong", share_prompter=tmp_path / "other")
     assert not (tmp_path / "wrong").exists()

@@ -63,6 +63,13 @@ def test_no_copy_of_the_weights_and_no_part_of_the_model(tiny_model, emulated):
     assert module.backbone.__getstate__()["_copies"] == {}
 
 
+def test_left_alone_are_llms_with_layers_it_does_not_know(emulated):
+    known = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+    assert widened.helps(known)
+    known.append(nn.LayerNorm(4).to(torch.bfloat16))
+    assert not widened.helps(known)
+
+
 def test_left_alone_where_bfloat16_is_native_or_weights_are_float32(tiny_model, monkeypatch):
     monkeypatch.setattr(widened, "cpu_has_bfloat16", lambda: True)
     assert not widened.helps(tiny_model(dtype="bfloat16")[0].backbone.lm)

@@ -129,7 +129,7 @@ def save(
     """
     target = Path(path)
     refuse_foreign(target)
-    lender = None if share_prompter is None else find(share_prompter).resolve()
+    lender = None if share_prompter is None else prompter_owner(share_prompter)
     if lender is not None and lender == target.resolve():
         raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
     scratch = None
@@ -151,11 +151,22 @@ def save(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def prompter_owner(path: str | Path) -> Path:
+    """The folder that holds the prompter weights of a saved model: its own, or the one it shares them with.
+
+    Raises:
+        PromptEmbedderError: not a saved model, or the weights are not there or altered.
+    """
+    folder = find(path).resolve()
+    weights = _prompter_weights(folder, _read_saved(folder))
+    if not weights.is_file():
+        raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
+    return weights.parent.parent
+
+
 def _share_prompter(written: Path, lender: Path, target: Path) -> None:
     """Replace the prompter weights just written by a pointer to another model's."""
     own, theirs = written / PROMPTER_FOLDER / PROMPTER_WEIGHTS, lender / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    if not theirs.is_file():
-        raise PromptEmbedderError(f"{lender} holds no prompter weights to share")
     digest = _sha256(theirs)
     if _sha256(own) != digest:
         raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
@@ -172,7 +183,7 @@ def _prompter_weights(folder: Path, saved: dict[str, Any]) -> Path:
         return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
     if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
         raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'")
-    weights = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    weights: Path = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
     if not weights.is_file():
         raise PromptEmbedderError(f"{folder} shares the prompter of {weights.parent.parent}, which is not there")
     if _sha256(weights) != pointer["sha256"]:

@@ -36,7 +36,7 @@ from promptembedder.text_cache import TextStateCache, open_text_cache
 
 logger = logging.getLogger(__name__)
 
-# Facts of a run, beside the model it saved: trained_parameters, steps, examples, seconds.
+# Facts of a run, beside the model it saved: trained_parameters, steps, examples, and seconds of warm start and steps.
 TRAINING_FACTS = "training.json"
 _DEV_METRIC = "eval_dev_spearman_cosine"
 
@@ -127,10 +127,19 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class TrainingClock(TrainerCallback):  # type: ignore[misc]
-    """Adds to every log line the seconds spent in optimizer steps so far; evaluations are left out."""
+    """Adds to every log line the seconds spent in optimizer steps so far, `step_seconds`; evaluations are left out.
 
-    def __init__(self) -> None:
-        self._spent = self._began = 0.0
+    Args:
+        spent: seconds of what came before the first step. A run that goes on counts from its last log line instead.
+    """
+
+    def __init__(self, spent: float = 0.0) -> None:
+        self.spent = spent
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from what an earlier part of the run took."""
+        self.spent = max([self.spent, *(line.get("step_seconds", 0.0) for line in state.log_history)])
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -138,12 +147,12 @@ class TrainingClock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop it."""
-        self._spent += time.perf_counter() - self._began
+        self.spent += time.perf_counter() - self._began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the time down."""
         if logs is not None:
-            logs["step_seconds"] = state.log_history[-1]["step_seconds"] = round(self._spent, 2)
+            logs["step_seconds"] = state.log_history[-1]["step_seconds"] = round(self.spent, 2)
 
 
 def train(
@@ -197,10 +206,12 @@ def train(
     if settings.train_prompter and config.model.prompter_training == "lora":
         for name, parameter in module.prompter.lm.named_parameters():
             parameter.requires_grad_("lora_" in name)
+    began = time.perf_counter()
     if settings.train_prompter and settings.warm_start.steps and checkpoint is None:
         known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
         warm_start(module, sorted(known), settings.warm_start, settings.seed)
-    trainer = _trainer(model, module, config, data, loss, dev, output)
+    clock = TrainingClock(time.perf_counter() - began)
+    trainer = _trainer(model, module, config, data, loss, dev, output, clock)
     with workers.stopping_together():
         module.backbone.text_cache = cache
         try:
@@ -216,7 +227,7 @@ def train(
                 "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
                 "steps": trainer.state.global_step,
                 "examples": trainer.state.global_step * settings.batch_size * settings.gradient_accumulation,
-                "seconds": round(outcome.metrics["train_runtime"], 1),
+                "seconds": round(clock.spent, 1),
             }
             (folder / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         scores: dict[str, float] = {}
@@ -329,13 +340,14 @@ def _trainer(
     loss: nn.Module,
     dev: EmbeddingSimilarityEvaluator | None,
     output: Path,
+    clock: TrainingClock,
 ) -> SentenceTransformerTrainer:
     settings = config.training
     every = config.evaluation.every_steps
     several = workers.count() > 1
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
     leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
-    callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), TrainingClock()]
+    callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), clock]
     if settings.early_stop_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
     # The library would draw examples for a hub page before every training, with a progress bar of their own.

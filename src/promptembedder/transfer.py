@@ -9,6 +9,7 @@ the old backbone, S shared vocabulary, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
@@ -36,10 +37,11 @@ from promptembedder.config import ModelConfig, Precision, RunConfig, TransferCon
 from promptembedder.data import TrainingData, data_path
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
-from promptembedder.model import encode, refuse_foreign, save, soft_prompt_module
+from promptembedder.model import encode, prompter_owner, refuse_foreign, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
+from promptembedder.prompter import Prompter
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import TrainingResult, pair_evaluator, train
+from promptembedder.training import pair_evaluator, train
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +73,14 @@ class Start:
 class Stage:
     """One step of a transfer.
 
+    The time that scoring the closed forms and following dev takes is in none of these figures.
+
     Attributes:
         name: `closed_form`, `alignment_labelled`, `alignment_unlabelled` or `unfrozen`.
         dev: Spearman x 100 after it, where dev pairs are given.
-        seconds: wall time of it, evaluations left out.
+        seconds: wall time of its fit or optimizer steps.
         examples: rows or texts it was trained on, repetitions counted.
-        curve: (examples, seconds, dev) during it.
+        curve: (examples, seconds since the transfer began, dev) during it.
     """
 
     name: str
@@ -154,9 +158,13 @@ def transfer(
             bad data or settings.
     """
     old = soft_prompt_module(model)
-    settings, output = config.training, Path(config.training.output)
-    if share_prompter is not None and config.unfrozen_steps:
-        raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
+    output = Path(config.training.output)
+    if share_prompter is not None:
+        if config.unfrozen_steps:
+            raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
+        prompter_owner(share_prompter)
+    if config.unfrozen_steps and not config.data.files:
+        raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
     if config.data.files and config.texts:
         raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
@@ -167,41 +175,19 @@ def transfer(
     # No device is asked for: the new model goes where the old one is.
     moved = on_backbone(model, located, dtype=config.dtype)
     new = soft_prompt_module(moved)
-    instructions = _instructions(old, config)
-    begin = time.perf_counter()
-    starts = closed_forms(old, new, instructions, only=config.starts)
-    fitting = time.perf_counter() - begin
-    if not starts:
-        logger.warning("the vocabularies share too little for a closed-form start; W starts at random")
-        if not (config.data.files or texts):
-            raise PromptEmbedderError(
-                f"{located.name} shares too few tokens with the prompter for a closed-form start; give rows or texts "
-                "to train the alignment on"
-            )
-        P, D = new.alignment.weight.shape
-        starts = [Start("random", alignment.random(P, D, torch.Generator().manual_seed(settings.seed)), None)]
-    starts = _ranked(moved, starts, dev)
-    _set_weight(new, starts[0].weight_PD)
-    stages = [Stage("closed_form", starts[0].dev, fitting, 0)]
-    run = RunConfig(
-        model=new.settings,
-        data=config.data,
-        training=replace(settings, train_prompter=False, warm_start=replace(settings.warm_start, steps=0)),
-        evaluation=replace(config.evaluation, test=None),
-    )
-    if config.data.files:
-        stages.append(_trained("alignment_labelled", moved, run, output))
-    elif texts:
-        rows = _distillation_rows(
-            model, texts, instructions if config.text_instructions else instructions[:1], settings
-        )
-        loss = SimilarityDistillation(moved, config.distillation_temperature)
-        stages.append(_trained("alignment_unlabelled", moved, run, output, data=rows, loss=loss))
     if config.unfrozen_steps:
-        if not config.data.files:
-            raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
-        opened = replace(run.training, train_prompter=True, max_steps=config.unfrozen_steps)
-        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output))
+        new.prompter = _own_copy(old)
+    trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
+    try:
+        starts, fitting = _starts(old, new, config, bool(texts))
+        starts = _ranked(moved, starts, dev)
+        _set_weight(new, starts[0].weight_PD)
+        stages = [Stage("closed_form", starts[0].dev, fitting, 0)]
+        stages += _train_stages(model, moved, config, texts, fitting)
+    finally:
+        # The two models share the prompter: what is open to training stays as the caller had it.
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
     scores: dict[str, float] = {}
     if stages[-1].dev is not None:
         scores["dev"] = stages[-1].dev
@@ -211,6 +197,54 @@ def transfer(
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)
     return result
+
+
+def _starts(
+    old: SoftPromptTransformer, new: SoftPromptTransformer, config: TransferConfig, texts: bool
+) -> tuple[list[Start], float]:
+    """Closed forms, or a random start where there are none and something to train on; seconds it took."""
+    begin = time.perf_counter()
+    starts = closed_forms(old, new, _instructions(old, config), only=config.starts)
+    if not starts:
+        if not (config.data.files or texts):
+            raise PromptEmbedderError(
+                f"{config.backbone} shares too few tokens with the prompter for a closed-form start; give rows or "
+                "texts to train the alignment on"
+            )
+        logger.warning("the vocabularies share too little for a closed-form start; W starts at random")
+        P, D = new.alignment.weight.shape
+        generator = torch.Generator().manual_seed(config.training.seed)
+        starts = [Start("random", alignment.random(P, D, generator), None)]
+    return starts, time.perf_counter() - begin
+
+
+def _train_stages(
+    model: SentenceTransformer, moved: SentenceTransformer, config: TransferConfig, texts: list[str], before: float
+) -> list[Stage]:
+    """The steps with training that the settings ask for."""
+    settings, output = config.training, Path(config.training.output)
+    module = soft_prompt_module(moved)
+    run = RunConfig(
+        model=module.settings,
+        data=config.data,
+        training=replace(settings, train_prompter=False, warm_start=replace(settings.warm_start, steps=0)),
+        evaluation=replace(config.evaluation, test=None),
+    )
+    stages: list[Stage] = []
+    if config.data.files:
+        stages.append(_trained("alignment_labelled", moved, run, output, before))
+    elif texts:
+        begin = time.perf_counter()
+        instructions = config.text_instructions or (module.settings.default_instruction,)
+        rows = _distillation_rows(model, texts, instructions)
+        before += time.perf_counter() - begin
+        loss = SimilarityDistillation(moved, config.distillation_temperature)
+        stages.append(_trained("alignment_unlabelled", moved, run, output, before, rows, loss))
+    if config.unfrozen_steps:
+        before += sum(stage.seconds for stage in stages)
+        opened = replace(run.training, train_prompter=True, max_steps=config.unfrozen_steps)
+        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, before))
+    return stages
 
 
 def on_backbone(
@@ -301,25 +335,29 @@ def closed_forms(
     mixed_MF = _mixed(mixtures_MV, *old_ids_of_prompter, embeddings_old_VF)
     drift_MD = (tokens_MP @ trained_PF - mixed_MF) @ to_new_FD
 
+    held = torch.zeros(len(ids_prompter), dtype=torch.bool)
+    held[random.Random(0).sample(range(len(held)), max(1, int(_HELD_BACK * len(held))))] = True
+    held_old = torch.isin(ids_new_too, ids_new[held])
+
+    def closeness(weight_PD: Tensor) -> float:
+        cosines = nn.functional.cosine_similarity(prompter_SP[held] @ weight_PD, backbone_SD[held], dim=-1)
+        return float(cosines.mean())
+
     def fitted(fit: Callable[[Tensor, Tensor, Tensor | None], Tensor], weights_S: Tensor | None = None) -> Start:
-        held = torch.zeros(len(ids_prompter), dtype=torch.bool)
-        drawn = random.Random(0).sample(range(len(held)), max(1, int(_HELD_BACK * len(held))))
-        held[drawn] = True
         part = fit(prompter_SP[~held], backbone_SD[~held], None if weights_S is None else weights_S[~held])
-        close = nn.functional.cosine_similarity(prompter_SP[held] @ part, backbone_SD[held], dim=-1).mean()
         weight_PD = fit(prompter_SP, backbone_SD, weights_S)
-        return Start("", alignment.matched_norm(weight_PD, prompter_SP, backbone_SD), float(close))
+        return Start("", alignment.matched_norm(weight_PD, prompter_SP, backbone_SD), closeness(part))
+
+    def through_old() -> Start:
+        part_FD = alignment.ridge(embeddings_old_VF[ids_old[~held_old]], embeddings_new_VD[ids_new_too[~held_old]])
+        return Start("", alignment.matched_norm(through_PD, prompter_SP, backbone_SD), closeness(trained_PF @ part_FD))
 
     makers: dict[str, Callable[[], Start]] = {
         "least_squares": lambda: fitted(lambda a, b, _: alignment.ridge(a, b, penalty=1e-6)),
         "ridge": lambda: fitted(lambda a, b, _: alignment.ridge(a, b)),
         "procrustes": lambda: fitted(lambda a, b, _: alignment.procrustes(a, b)),
         "weighted": lambda: fitted(lambda a, b, w: alignment.ridge(a, b, weights_S=w), used_S),
-        "through_old": lambda: Start(
-            "",
-            alignment.matched_norm(through_PD, prompter_SP, backbone_SD),
-            _closeness(through_PD, prompter_SP, backbone_SD),
-        ),
+        "through_old": through_old,
         "mixture": lambda: Start(
             "", alignment.folded(alignment.ridge(prompter_SP, backbone_SD), tokens_MP, words_MD), None
         ),
@@ -395,22 +433,28 @@ def _trained(
     model: SentenceTransformer,
     run: RunConfig,
     output: Path,
+    before: float,
     data: TrainingData | None = None,
     loss: nn.Module | None = None,
 ) -> Stage:
+    """Train; the times of the curve count from the beginning of the transfer, `before` seconds ago."""
     run = replace(run, training=replace(run.training, output=str(output / name)))
     result = train(run, model=model, data=data, loss=loss)
     each = run.training.batch_size * run.training.gradient_accumulation
     curve = tuple(
-        (line["step"] * each, line["step_seconds"], 100 * line["eval_dev_spearman_cosine"])
+        (line["step"] * each, round(before + line["step_seconds"], 2), 100 * line["eval_dev_spearman_cosine"])
         for line in result.history
         if "eval_dev_spearman_cosine" in line
     )
-    return Stage(name, result.scores.get("dev"), _step_seconds(result), result.steps * each, curve)
+    seconds = max((line["step_seconds"] for line in result.history if "step_seconds" in line), default=result.seconds)
+    return Stage(name, result.scores.get("dev"), seconds, result.steps * each, curve)
 
 
-def _step_seconds(result: TrainingResult) -> float:
-    return max((line["step_seconds"] for line in result.history if "step_seconds" in line), default=result.seconds)
+def _own_copy(module: SoftPromptTransformer) -> Prompter:
+    """The prompter with trained weights of its own; frozen ones are shared."""
+    lora = module.settings.prompter_training == "lora"
+    shared: dict[int, Any] = {id(p): p for n, p in module.prompter.named_parameters() if lora and "lora_" not in n}
+    return copy.deepcopy(module.prompter, shared)
 
 
 def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[Start]:
@@ -459,10 +503,6 @@ def _embeddings(lm: Any) -> Tensor:
     return matrix_VX.detach().float().cpu() * scale
 
 
-def _closeness(weight_PD: Tensor, prompter_SP: Tensor, backbone_SD: Tensor) -> float:
-    return float(nn.functional.cosine_similarity(prompter_SP @ weight_PD, backbone_SD, dim=-1).mean())
-
-
 def _instructions(old: SoftPromptTransformer, config: TransferConfig) -> list[str]:
     """Those that matter in this transfer: of the texts, the evaluation and the model."""
     named = [*config.text_instructions, config.evaluation.instruction if config.evaluation.dev else None]
@@ -483,9 +523,7 @@ def _read_texts(config: TransferConfig) -> list[str]:
     return texts if len(texts) <= config.max_texts else drawn.sample(texts, config.max_texts)
 
 
-def _distillation_rows(
-    teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str], settings: Any
-) -> TrainingData:
+def _distillation_rows(teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str]) -> TrainingData:
     """Texts with the old model's embeddings of them, one dataset per instruction."""
     embedded_INE = encode(teacher, texts, list(instructions), show_progress_bar=True)
     datasets = {

@@ -52,9 +52,19 @@ class WidenedLinear(nn.Module):
 
 
 def helps(lm: nn.Module) -> bool:
-    """Whether an LLM's products are faster widened: bfloat16 weights on a CPU without bfloat16 instructions."""
+    """Whether an LLM's products are faster widened: bfloat16 weights on a CPU without bfloat16 instructions.
+
+    Only LLMs of linear layers, embeddings and root-mean-square norms (which compute in float32 anyway) are; others hold
+    layers that want inputs of their weights' own dtype.
+    """
     weight = next(lm.parameters())
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not cpu_has_bfloat16()
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or cpu_has_bfloat16():
+        return False
+    return all(_is_known(module) for module in lm.modules() if any(True for _ in module.parameters(recurse=False)))
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, nn.Embedding) or type(module).__name__.endswith("RMSNorm")
 
 
 def widened(lm: nn.Module) -> nn.Module:

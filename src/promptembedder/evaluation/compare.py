@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -86,12 +88,8 @@ def read_columns(places: Sequence[Path]) -> list[Column]:
         if not found:
             raise PromptEmbedderError(f"no results in {place}: expected a folder that `promptembedder evaluate` wrote")
         folders.update(dict.fromkeys(found))
-    metas = {folder: json.loads((folder / _META).read_text(encoding="utf-8")) for folder in folders}
-    short = {folder: str(meta.get("name") or folder.parent.name).split("/")[-1] for folder, meta in metas.items()}
-    for folder, name in list(short.items()):
-        if list(short.values()).count(name) > 1:
-            short[folder] = f"{metas[folder].get('name')}@{str(metas[folder].get('revision'))[:7]}"
-    return [_column(folder, short[folder]) for folder in folders]
+    names = _names(list(folders))
+    return [_column(folder, names[folder]) for folder in folders]
 
 
 def compare(columns: Sequence[Column], to: str | None = None) -> Comparison:
@@ -201,6 +199,28 @@ td:first-child, th:first-child {{ text-align: left; }}
 """
 
 
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """The model's name without its owner; with owner and as much of the revision as it takes where two are alike."""
+    full: dict[Path, str] = {}
+    revisions: dict[Path, str] = {}
+    for folder in folders:
+        try:
+            meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+            full[folder], revisions[folder] = str(meta["name"] or folder.parent.name), str(meta["revision"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise PromptEmbedderError(f"{folder / _META} does not describe a model: {error}") from error
+    names = {folder: name.split("/")[-1] for folder, name in full.items()}
+    for length in (0, 7, 40):
+        counts = Counter(names.values())
+        twice = [folder for folder, name in names.items() if counts[name] > 1]
+        for folder in twice:
+            names[folder] = full[folder] + (f"@{revisions[folder][:length]}" if length else "")
+    if len(set(names.values())) < len(names):
+        name = Counter(names.values()).most_common(1)[0][0]
+        raise PromptEmbedderError(f"two folders hold results of {name}; give one of them")
+    return names
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
@@ -211,15 +231,18 @@ def _results(folder: Path) -> list[Path]:
 
 def _column(folder: Path, name: str) -> Column:
     noted = folder / FACTS
-    facts = yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    facts = (yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.is_file() else None) or {}
     scores, more, kinds, rows = {}, {}, {}, {}
     for path in _results(folder):
         try:
             result = TaskResult.from_disk(path)
-        except (OSError, ValueError, KeyError) as error:
+            score = 100 * float(result.get_score())
+            if not math.isfinite(score):
+                raise ValueError("its main score is not a number")
+        except (OSError, ValueError, KeyError, ZeroDivisionError) as error:
             raise PromptEmbedderError(f"{path} is no result of mteb: {' '.join(str(error).split())[:200]}") from error
         task = result.task_name
-        scores[task] = 100 * float(result.get_score())
+        scores[task] = score
         rows[task] = str(result.dataset_revision)
         kinds[task] = facts.get("kinds", {}).get(task) or _kind(task)
         both = [part["both_orders"] for parts in result.scores.values() for part in parts if "both_orders" in part]

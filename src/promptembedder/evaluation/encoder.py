@@ -41,6 +41,7 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
         wrap: makes the text that is embedded of text and instruction; unset: models of ours read the instruction as a
             prompt, others read the bare text.
         document_instruction: what `wrap` gets for documents.
+        instructed: whether `wrap` uses the instruction.
         training: facts of the training to keep with the results, see `promptembedder.training.TRAINING_FACTS`.
     """
 
@@ -51,11 +52,13 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
         revision: str,
         wrap: Callable[[str, str], str] | None = None,
         document_instruction: str = "",
+        instructed: bool = True,
         training: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.training = training
         self._wrap = wrap
+        self._instructed = instructed
         self._document_instruction = document_instruction
         self._ours = isinstance(model[0], SoftPromptTransformer)
         self.mteb_model_meta = ModelMeta.create_empty(
@@ -72,7 +75,7 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
     @property
     def reads_instructions(self) -> bool:
         """Whether instructions reach the model."""
-        return self._ours or self._wrap is not None
+        return self._ours or (self._wrap is not None and self._instructed)
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: PromptType | None = None, **kwargs: Any) -> Any:
         """Embed the texts of a task: its instruction for queries and symmetric tasks, the document's for documents."""
@@ -122,7 +125,13 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
             lm.tokenizer.pad_token = lm.tokenizer.eos_token
         width = lm.get_embedding_dimension()
         built = SentenceTransformer(modules=[lm, Pooling(width, pooling_mode=pooling), Normalize()], device=device)
-        return InstructedEncoder(built, f"baseline/{Path(model).name}-{baseline}", _digest(template), _filled(template))
+        return InstructedEncoder(
+            built,
+            f"baseline/{Path(model).name}-{baseline}",
+            _digest(template),
+            _filled(template),
+            instructed="{instruction}" in template,
+        )
     folder = find(model)
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)

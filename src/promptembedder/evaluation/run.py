@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import warnings
@@ -50,7 +51,7 @@ def evaluate(
 
     Args:
         encoder: see `open_model`.
-        tasks: see `local_tasks`; mteb's own work too.
+        tasks: see `local_tasks`; mteb's own work too. Results made on other rows of the same task are replaced.
         output: results go to `output/results/<model>/<revision>/<task>.json`, in mteb's format.
         batch_size: texts per forward.
 
@@ -64,6 +65,7 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PromptEmbedderError(f"results folder {output} cannot be written: {error.strerror or error}") from error
+    _forget_other_rows(folder, tasks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = mteb.evaluate(
@@ -78,8 +80,22 @@ def evaluate(
     return EvaluationResult(scores, kinds, folder)
 
 
+def _forget_other_rows(folder: Path, tasks: Sequence[AbsTask]) -> None:
+    """Remove results of these tasks that were made on other rows; mteb takes them whatever their revision."""
+    for task in tasks:
+        path = folder / f"{task.metadata.name}.json"
+        if not path.is_file():
+            continue
+        try:
+            revision = json.loads(path.read_text(encoding="utf-8")).get("dataset_revision")
+        except (ValueError, AttributeError):
+            revision = None
+        if revision != task.metadata.dataset["revision"]:
+            path.unlink()
+
+
 def _note(path: Path, kinds: dict[str, str], training: dict[str, Any] | None) -> None:
-    known = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
     facts = {"kinds": {**known.get("kinds", {}), **kinds}, "training": training}
     scratch = path.with_name(f".{path.name}")
     scratch.write_text(yaml.safe_dump(facts, sort_keys=True), encoding="utf-8")
