@@ -50,12 +50,12 @@ def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = Fa
     return model
 
 
-def longest_input(model: SentenceTransformer, config: RunConfig) -> int:
+def longest_input(model: SentenceTransformer, config: RunConfig, text_tokens: int | None = None) -> int:
     """As many tokens of the text as the others read, and the longest instruction on top."""
     instructions = [config.evaluation.instruction, config.model.document_instruction]
     instructions += [source.instruction for source in config.data.files if source.instruction]
     head = max(len(model.tokenizer(prompt(text))["input_ids"]) for text in instructions)
-    return config.model.max_text_tokens + max(head, INSTRUCTION_TOKENS)
+    return (text_tokens or config.model.max_text_tokens) + max(head, INSTRUCTION_TOKENS)
 
 
 def prompt(instruction: str) -> str:
@@ -124,7 +124,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config.model.backbone, base_models.resolve_dtype(config.model.dtype, device), device)
-    model.max_seq_length = longest_input(model, config)
+    model.max_seq_length = longest_input(model, config, config.data.max_text_tokens)
     checkpoints = (output or Path(settings.output)).with_name("checkpoints")
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints),
@@ -176,7 +176,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
             "examples": settings.max_steps * settings.batch_size,
             "seconds": round(seconds, 1),
             "learning_rate": learning_rate,
-            "max_seq_length": model.max_seq_length,
+            "max_seq_length": longest_input(model, config),
         }
         (output / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     curve = [

@@ -86,7 +86,7 @@ def test_long_text_is_cut_and_said_once(tiny_model, caplog):
     first = model.encode([long])
     again = model.encode([long + " thirteen"])
     assert np.allclose(first, again, atol=1e-6)
-    assert len([r for r in caplog.records if "cut to max_text_tokens = 6" in r.message]) == 1
+    assert len([r for r in caplog.records if "is read up to max_text_tokens = 6" in r.message]) == 1
 
 
 def test_multi_process_encoding(tiny_model):

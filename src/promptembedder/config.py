@@ -129,11 +129,14 @@ class DataConfig:
         root: folder that relative paths start from; unset: `$PROMPTEMBEDDER_DATA`, else the current folder.
         files: the sources; batches never mix instructions.
         max_negatives: hard negatives used per row; a row with fewer repeats its own.
+        max_text_tokens: cut texts here while training; unset: where the model cuts them. Cheaper steps, and layout
+            `suffix` reads longer texts afterwards all the same.
     """
 
     files: tuple[DataFile, ...] = ()
     root: str | None = None
     max_negatives: Count = 1
+    max_text_tokens: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

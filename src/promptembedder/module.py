@@ -134,6 +134,7 @@ class SoftPromptTransformer(InputModule):
         self.settings = config
         self.base_models = base_models
         self.leaves: SoftPromptLeaves | None = None
+        self.training_text_tokens: int | None = None
         self._remembered: OrderedDict[str, Tensor] = OrderedDict()
         self._remembered_for: Tensor | None = None
         self._said_truncated = False
@@ -184,11 +185,11 @@ class SoftPromptTransformer(InputModule):
             raise PromptEmbedderError(f"text {n} is empty, expected at least one word")
         if not is_unicode(text):
             raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")
-        limit = self.settings.max_text_tokens
+        limit = min(self.settings.max_text_tokens, self.training_text_tokens or self.settings.max_text_tokens)
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > limit and not self._said_truncated:
             self._said_truncated = True
-            logger.warning("text of %d tokens cut to max_text_tokens = %d (said once)", len(ids), limit)
+            logger.warning("a text of %d tokens is read up to max_text_tokens = %d (said once)", len(ids), limit)
         return self._head_ids + ids[:limit] + self._tail_ids
 
     def _padded(self, rows: list[list[int]]) -> dict[str, Any]:

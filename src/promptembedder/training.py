@@ -214,11 +214,13 @@ def train(
     trainer = _trainer(model, module, config, data, loss, dev, output, clock)
     with workers.stopping_together():
         module.backbone.text_cache = cache
+        module.training_text_tokens = config.data.max_text_tokens
         try:
             outcome = trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             module.backbone.text_cache = None
             module.leaves = None
+            module.training_text_tokens = None
         folder = output / "model"
         if workers.number() == 0:
             save(model, folder)

@@ -1,0 +1,52 @@
+"""What reading texts in dynamic int8 does to quality: the same model, both ways, on mteb's evaluators.
+
+    PROMPTEMBEDDER_DATA=... python benchmarks/int8_quality.py runs/mine/model --report benchmarks/results/int8-quality-cpu
+
+Any saved model of layout `suffix`. The last line is one JSON object with the mean of both and the largest loss of a task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import promptembedder
+from promptembedder import evaluation
+from promptembedder.data import DATA_ENV
+from promptembedder.model import soft_prompt_module
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or name of a saved model")
+    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
+    parser.add_argument("--task", nargs="+", help="unset: the quick suite")
+    parser.add_argument("--output", type=Path, default=Path("runs/int8-quality"), help="results, kept")
+    parser.add_argument("--report", type=Path, help="folder of table and pictures")
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error(f"give --data or set {DATA_ENV}")
+    data = Path(arguments.data)
+    given = json.loads((data / "instructions.json").read_text())
+    revision = evaluation.open_model(arguments.model).mteb_model_meta.revision
+    for text_pass in ("same", "int8"):
+        model = promptembedder.load(arguments.model)
+        soft_prompt_module(model).backbone.text_pass = text_pass
+        encoder = evaluation.InstructedEncoder(model, f"text-pass/{text_pass}", str(revision))
+        tasks = evaluation.local_tasks(data, arguments.task, instructions=given, quick=True)
+        evaluation.evaluate(encoder, tasks, arguments.output, batch_size=64)
+    places = [arguments.output / "results" / f"text-pass__{name}" / str(revision) for name in ("same", "int8")]
+    comparison = evaluation.compare(evaluation.read_columns(places), to="same")
+    if arguments.report:
+        evaluation.write_report(comparison, arguments.report, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    print(evaluation.markdown(comparison))
+    same, int8 = (comparison.columns[name].scores for name in ("same", "int8"))
+    figures = {name: round(comparison.mean(name), 2) for name in ("same", "int8")}
+    print(json.dumps(figures | {"largest_loss": round(max(same[task] - int8[task] for task in same), 2)}))
+
+
+if __name__ == "__main__":
+    main()
