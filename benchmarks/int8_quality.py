@@ -1,8 +1,8 @@
 """What reading texts in dynamic int8 does to quality: the same model, both ways, on mteb's evaluators.
 
-    PROMPTEMBEDDER_DATA=... python benchmarks/int8_quality.py runs/mine/model --report benchmarks/results/int8-quality-cpu
+    python benchmarks/int8_quality.py MODEL --data FOLDER --report benchmarks/results/int8-quality-cpu
 
-Any saved model of layout `suffix`. The last line is one JSON object with the mean of both and the largest loss of a task.
+Any saved model of layout `suffix`. The last line is one JSON object: the mean of both and the largest loss of a task.
 """
 
 from __future__ import annotations

@@ -17,16 +17,29 @@ _WORD_MARK = "\u2581"  # sentencepiece's visible blank
 
 
 class Alignment(nn.Module):
-    """`W` (P, D), float32: soft prompt (..., K, D) = soft tokens (..., K, P) @ W."""
+    """`W` (P, D), float32: soft prompt (..., K, D) = soft tokens (..., K, P) @ W.
 
-    def __init__(self, weight_PD: Tensor) -> None:
+    Args:
+        weight_PD: W.
+        layers: of the backbone, for a deep soft prompt: one more map each, started at zero; 0: none.
+    """
+
+    def __init__(self, weight_PD: Tensor, layers: int = 0) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_PD.detach().to(torch.float32).clone())
+        self.deep = nn.Parameter(torch.zeros(layers, *weight_PD.shape)) if layers else None
 
     def forward(self, tokens_NKP: Tensor) -> Tensor:
-        """Map soft tokens (N, K, P) to a soft prompt (N, K, D), float32."""
-        soft_NKD: Tensor = tokens_NKP.to(self.weight.dtype) @ self.weight
-        return soft_NKD
+        """Map soft tokens (N, K, P) to a soft prompt (N, K, D), float32; a deep one is (N, (1 + layers) K, D).
+
+        The first K rows enter the backbone, the next K are added to the input of its first layer, and so on.
+        """
+        tokens_NKP = tokens_NKP.to(self.weight.dtype)
+        soft_NKD: Tensor = tokens_NKP @ self.weight
+        if self.deep is None:
+            return soft_NKD
+        deep_NJKD = tokens_NKP[:, None] @ self.deep  # J: layers
+        return torch.cat([soft_NKD, deep_NJKD.flatten(1, 2)], dim=1)
 
 
 def identity(P: int, D: int) -> Tensor:

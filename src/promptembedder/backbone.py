@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -45,6 +47,8 @@ class Backbone(nn.Module):
         layout: where the soft prompt stands, see the module's docstring.
         readout: `suffix`: the last soft token or the mean over the K soft tokens; `prefix`: the last text token
             or the mean over the text tokens.
+        num_soft_tokens: K of a deep soft prompt (layout `suffix`), of which K rows enter and K more are added to each
+            layer's input; unset: soft prompts are not deep.
         text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
             int8 (CPU); the soft prompt is read in the model's own precision all the same.
 
@@ -55,12 +59,21 @@ class Backbone(nn.Module):
         PromptEmbedderError: int8 with layout `prefix`.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, layout: Layout, readout: Readout, text_pass: TextPass = "same") -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        layout: Layout,
+        readout: Readout,
+        text_pass: TextPass = "same",
+        num_soft_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
         self.layout = layout
         self.readout = readout
         self.text_pass = text_pass
+        self.num_soft_tokens = num_soft_tokens
         self.text_cache: TextStateCache | None = None
         self._can_stay_apart = layout == "suffix" and attention.install(lm)
         # In a dict, so that the copies are no part of the module tree: not saved, not moved, not counted.
@@ -145,10 +158,26 @@ class Backbone(nn.Module):
     def read_soft_prompt(self, states: States, soft_NKD: Tensor) -> Tensor:
         """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`."""
         batch = len(states.mask_BL)
-        soft_BKD = soft_NKD.expand(batch, -1, -1)
+        K = self.num_soft_tokens or soft_NKD.shape[1]
+        soft_BKD = soft_NKD[:, :K].expand(batch, -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
-        hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)
+        with self._deepened(soft_NKD[:, K:]):
+            hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)
         return pool(hidden_BKD, mask_BK, self.readout)
+
+    @contextmanager
+    def _deepened(self, deep_NMD: Tensor) -> Iterator[None]:
+        """Add K rows of a deep soft prompt (N, J K, D) to the input of each of the J layers, while inside."""
+        hooks = []
+        if deep_NMD.shape[1]:
+            layers: Any = self._reader(text=False).layers
+            for layer, deep_NKD in zip(layers, deep_NMD.unflatten(1, (len(layers), -1)).unbind(1), strict=True):
+                hooks.append(layer.register_forward_pre_hook(partial(_add_to_input, deep_NKD)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _read_head(self, instruction_ids_I: Tensor, soft_NKD: Tensor) -> States:
         """Layout `prefix`, first segment: instruction and soft prompt, once for all texts that share them."""
@@ -236,6 +265,11 @@ class Backbone(nn.Module):
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids_BT)  # type: ignore[no-any-return]
+
+
+def _add_to_input(offset_NKD: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden_BKD, *others = inputs
+    return (hidden_BKD + offset_NKD.to(hidden_BKD.dtype), *others)
 
 
 def pool(hidden_BLD: Tensor, mask_BL: Tensor, readout: Readout) -> Tensor:

@@ -51,6 +51,10 @@ class ModelConfig:
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
         text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU), see docs/performance.md.
+        backbone_layers: read with the first so many layers of the backbone only, which also saves time; unset: all.
+        deep_soft_prompt: add an alignment per layer, whose output is added at the soft positions of that layer's
+            input (layout `suffix`); these start at zero.
+        linear_head: a trained square matrix after pooling, started as the identity.
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
         text_template: what the backbone reads as text; `{text}` stands for it.
@@ -73,6 +77,9 @@ class ModelConfig:
     condition_on: Literal["instruction", "instruction_and_text"] = "instruction"
     dtype: Precision = "auto"
     text_pass: Literal["same", "int8"] = "same"
+    backbone_layers: PositiveInt | None = None
+    deep_soft_prompt: bool = False
+    linear_head: bool = False
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
     text_template: str = 'This sentence : "{text}"'
@@ -82,6 +89,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.text_template.count("{text}") != 1:
             raise ValueError("text_template must hold {text} exactly once")
+        if self.deep_soft_prompt and self.layout != "suffix":
+            raise ValueError(f"deep_soft_prompt needs layout 'suffix', found {self.layout!r}")
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

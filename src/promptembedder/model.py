@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
-from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 from tqdm import tqdm
@@ -62,7 +62,7 @@ def build(config: ModelConfig | None = None, *, device: str | None = None, seed:
     config = config or ModelConfig()
     prompter_at = base_models.locate(config.prompter, config.prompter_revision)
     backbone_at = base_models.locate(config.backbone, config.backbone_revision)
-    return _assemble(_build_module(config, prompter_at, backbone_at, device, seed), device)
+    return assemble(_build_module(config, prompter_at, backbone_at, device, seed), device)
 
 
 def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> SentenceTransformer:
@@ -353,13 +353,21 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
         config = replace(config, dtype=dtype)  # type: ignore[arg-type]
     try:
         stored = load_file(weights_at)
-        if list(stored) != ["weight"]:
-            raise PromptEmbedderError(f"{weights_at} holds {sorted(stored)}, expected one tensor 'weight'")
+        wanted = ["deep", "weight"] if config.deep_soft_prompt else ["weight"]
+        if sorted(stored) != wanted:
+            raise PromptEmbedderError(
+                f"{weights_at} holds {sorted(stored)}, expected {' and '.join(map(repr, wanted))}"
+            )
         weight_PD = stored["weight"]
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
         module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
         load_trained_state(module.prompter.lm, prompter_weights_at)
+        if module.alignment.deep is not None:
+            have, want = tuple(stored["deep"].shape), tuple(module.alignment.deep.shape)
+            if have != want:
+                raise PromptEmbedderError(f"{weights_at}: 'deep' is {have}, expected {want}")
+            module.alignment.deep.data.copy_(stored["deep"])
     except SafetensorError as error:
         raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
     for role in ("prompter", "backbone"):
@@ -417,10 +425,39 @@ def _build_module(
         temperature=config.softmax_temperature,
         max_request_tokens=config.max_instruction_tokens,
     )
+    matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
+    return SoftPromptTransformer(prompter, matrix, backbone, tokenizer, config, identity)
+
+
+def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str) -> tuple[Alignment, Backbone]:
+    """Backbone and alignment that fit each other, as the settings want them.
+
+    Raises:
+        PromptEmbedderError: more layers asked for than there are, or layers that cannot be reached.
+    """
+    decoder: Any = lm.base_model
+    settings = decoder.config.get_text_config(decoder=True)
+    if config.backbone_layers is not None or config.deep_soft_prompt:
+        layers = getattr(decoder, "layers", None)
+        if layers is None or len(layers) != settings.num_hidden_layers:
+            raise PromptEmbedderError(f"{name}: backbone_layers and deep_soft_prompt need an LLM with a list of layers")
+    if config.backbone_layers is not None:
+        if config.backbone_layers > settings.num_hidden_layers:
+            raise PromptEmbedderError(
+                f"backbone_layers = {config.backbone_layers}, but {name} has {settings.num_hidden_layers}"
+            )
+        decoder.layers = decoder.layers[: config.backbone_layers]
+        settings.num_hidden_layers = config.backbone_layers
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[: config.backbone_layers]
     backbone = Backbone(
-        backbone_lm.base_model, layout=config.layout, readout=config.readout, text_pass=config.text_pass
+        decoder,
+        layout=config.layout,
+        readout=config.readout,
+        text_pass=config.text_pass,
+        num_soft_tokens=config.num_soft_tokens if config.deep_soft_prompt else None,
     )
-    return SoftPromptTransformer(prompter, Alignment(start), backbone, tokenizer, config, identity)
+    return Alignment(weight_PD, settings.num_hidden_layers if config.deep_soft_prompt else 0), backbone
 
 
 def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:
@@ -468,9 +505,15 @@ def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(lm, shared)
 
 
-def _assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:
+def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:
+    """A `SentenceTransformer` of a module and what the settings put after it."""
     # Prompts stay empty: the module holds the instructions to fall back on, for queries and for documents.
-    return SentenceTransformer(modules=[module, Normalize()], device=device, similarity_fn_name="cosine")
+    modules: list[torch.nn.Module] = [module]
+    if module.settings.linear_head:
+        width = module.get_embedding_dimension()
+        head = Dense(width, width, bias=False, activation_function=None, init_weight=torch.eye(width))
+        modules.append(head)
+    return SentenceTransformer(modules=[*modules, Normalize()], device=device, similarity_fn_name="cosine")
 
 
 def _library_class(type_name: str, folder: Path) -> type[Module]:

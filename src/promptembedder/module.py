@@ -297,7 +297,8 @@ class SoftPromptTransformer(InputModule):
         """Write settings, alignment and the prompter's trained weights; the two LLMs are named, not copied."""
         folder = Path(output_path)
         (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
-        save_file({"weight": self.alignment.weight.detach().cpu().contiguous()}, folder / ALIGNMENT_FILE)
+        stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
+        save_file(stored, folder / ALIGNMENT_FILE)
         save_file(trained_state(self.prompter.lm), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
         peft_config = getattr(self.prompter.lm, "peft_config", None)
         if peft_config is not None:

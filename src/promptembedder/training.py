@@ -86,15 +86,19 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         self._module = module
         self._max_grad_norm = max_grad_norm
         self._instructions = instructions
-        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._trained: list[nn.Parameter] = []
+        self._elsewhere: list[nn.Parameter] = []
         # Prompts conditioned on texts are no leaves: their gradients go the wrapper's way.
         self._summed_here = workers.count() > 1 and module.settings.condition_on == "instruction"
         self._exchanged: dict[str, int] = {}
         self.grad_norm = 0.0
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Start sharing soft prompts."""
         self._module.leaves = SoftPromptLeaves()
+        ours = {id(parameter) for parameter in self._module.parameters()}
+        self._trained = [p for p in (model or self._module).parameters() if p.requires_grad]
+        self._elsewhere = [p for p in self._trained if id(p) not in ours]  # such as a linear head's
         if self._summed_here:
             if self.trainer is None or not self._instructions:
                 raise PromptEmbedderError("with several workers SoftPromptLeafCallback needs instructions and trainer")
@@ -107,6 +111,7 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         assert leaves is not None
         if self._summed_here:
             gradients = workers.sum_soft_prompt_gradients(self._module, self._instructions)
+            gradients += workers.average_gradients(self._elsewhere)
             self._exchanged = {"soft_prompt_gradient_bytes": gradients, "embedding_bytes": leaves.embedding_bytes}
         leaves.embedding_bytes = 0
         leaves.backward()

@@ -24,20 +24,25 @@ import psutil
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from promptembedder import alignment, base_models
-from promptembedder.alignment import Alignment
-from promptembedder.backbone import Backbone
 from promptembedder.base_models import LocatedModel
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
 from promptembedder.data import TrainingData, data_path
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
-from promptembedder.model import encode, prompter_owner, refuse_foreign, save, soft_prompt_module
+from promptembedder.model import (
+    assemble,
+    encode,
+    pair,
+    prompter_owner,
+    refuse_foreign,
+    save,
+    soft_prompt_module,
+)
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.text_cache import open_text_cache
@@ -252,6 +257,8 @@ def on_backbone(
 ) -> SentenceTransformer:
     """The same prompter before another backbone, with an alignment of zeros; the two models share the prompter.
 
+    A deep soft prompt starts at zero again, a linear head at the identity: both belong to a backbone.
+
     Raises:
         PromptEmbedderError: the backbone is the same, or does not fit into memory.
     """
@@ -269,23 +276,24 @@ def on_backbone(
     fingerprint = base_models.fingerprint(lm)
     if fingerprint == old.base_models.backbone_fingerprint:
         raise PromptEmbedderError(f"{located.name} is the backbone that the model has already; name another one")
-    backbone = Backbone(lm.base_model, layout=settings.layout, readout=settings.readout, text_pass=settings.text_pass)
+    P = old.alignment.weight.shape[0]
+    width = lm.get_input_embeddings().weight.shape[1]
+    matrix, backbone = pair(settings, lm, torch.zeros(P, width), located.name)
     identity = replace(
         old.base_models,
         backbone=located.name,
         backbone_revision=located.revision,
         backbone_fingerprint=fingerprint,
     )
-    P = old.alignment.weight.shape[0]
     module = SoftPromptTransformer(
         old.prompter,
-        Alignment(torch.zeros(P, backbone.width)).to(device),
+        matrix.to(device),
         backbone,
         base_models.load_tokenizer(located),
         settings,
         identity,
     )
-    return SentenceTransformer(modules=[module, Normalize()], device=str(device), similarity_fn_name="cosine")
+    return assemble(module, str(device))
 
 
 def closed_forms(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
@@ -109,6 +109,16 @@ def sum_soft_prompt_gradients(module: SoftPromptTransformer, instructions: Seque
     for name, gradient_KD in zip(names, gradients_NKD / count(), strict=True):
         leaf_of[name].grad = gradient_KD[None]
     return used_I.nbytes + gradients_NKD.nbytes
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> int:
+    """Average the gradients of weights that are no part of a soft prompt; returns the bytes this worker gave."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= count()
+    return sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
 
 
 @contextmanager

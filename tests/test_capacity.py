@@ -1,0 +1,125 @@
+"""Options that give the soft prompt more to work with: fewer layers, deep soft prompts, a linear head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from promptembedder import PromptEmbedderError, build, load, save
+from promptembedder.training import train
+
+
+def naive(module, text, instruction, layers=None):
+    """One full forward of one row without a cache; a deep soft prompt is added by hand in every layer."""
+    lm = module.backbone.lm
+    K = module.settings.num_soft_tokens
+    soft = module.soft_prompt(instruction)[0]
+    text_TD = lm.get_input_embeddings()(module.preprocess([text])["input_ids"][0])
+    hooks = []
+    for n, layer in enumerate(lm.layers if len(soft) > K else []):
+
+        def add(_, inputs, rows=soft[K * (n + 1) : K * (n + 2)]):
+            changed = inputs[0].clone()
+            changed[0, -K:] += rows
+            return (changed, *inputs[1:])
+
+        hooks.append(layer.register_forward_pre_hook(add))
+    out = lm(
+        inputs_embeds=torch.cat([text_TD, soft[:K]])[None], use_cache=False, output_hidden_states=layers is not None
+    )
+    for hook in hooks:
+        hook.remove()
+    return out.last_hidden_state[0, -1] if layers is None else lm.norm(out.hidden_states[layers])[0, -1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fewer_layers_read_what_an_inner_layer_of_the_whole_gives(tiny_model, architecture):
+    whole, short = tiny_model(architecture)[0], tiny_model(architecture, backbone_layers=1)[0]
+    assert len(short.backbone.lm.layers) == 1
+    assert short.prompter.lm.config.num_hidden_layers == 2  # the prompter, which shares the weights, keeps its own
+    assert short.base_models == whole.base_models
+    with torch.no_grad():
+        found = short(short.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"]
+        for n, text in enumerate(TEXTS):
+            assert torch.allclose(found[n], naive(whole, text, INSTRUCTION, layers=1), atol=1e-5)
+
+
+def deepened(tiny_model, architecture="llama", **changes):
+    model = tiny_model(architecture, deep_soft_prompt=True, **changes)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        model[0].alignment.deep.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_deep_soft_prompt_starts_as_a_plain_one_and_equals_one_full_forward(tiny_model, architecture):
+    plain, deep = tiny_model(architecture), tiny_model(architecture, deep_soft_prompt=True)
+    assert np.array_equal(plain.encode(TEXTS), deep.encode(TEXTS))
+    module = deepened(tiny_model, architecture)[0]
+    with torch.no_grad():
+        found = module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"]
+        for n, text in enumerate(TEXTS):
+            expected = naive(module, text, INSTRUCTION)
+            assert torch.allclose(found[n], expected, atol=1e-5)
+        plain_too = naive(plain[0], TEXTS[0], INSTRUCTION)
+        assert not torch.allclose(found[0], plain_too, atol=1e-2)
+
+
+def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
+    from promptembedder import widened
+
+    monkeypatch.setattr(widened, "cpu_has_bfloat16", lambda: False)
+    module = deepened(tiny_model, dtype="bfloat16")[0]
+    with torch.no_grad():
+        found = module(module.preprocess(TEXTS))["sentence_embedding"]
+        module.alignment.deep.zero_()
+        without = module(module.preprocess(TEXTS))["sentence_embedding"]
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found, without, atol=1e-2)
+
+
+@pytest.mark.parametrize("option", [{"deep_soft_prompt": True}, {"linear_head": True}, {"backbone_layers": 1}])
+def test_trained_saved_and_opened(run_config, tmp_path, option):
+    config = run_config(model=option, prompter_learning_rate=1e-2, alignment_learning_rate=1e-2)
+    before = build(config.model, seed=config.training.seed)
+    result = train(config)
+    if "deep_soft_prompt" in option:
+        assert (result.model[0].alignment.deep != 0).any(-1).any(-1).all()  # every layer's
+    if "linear_head" in option:
+        assert not torch.equal(result.model[1].linear.weight, before[1].linear.weight)
+    assert not torch.equal(result.model[0].alignment.weight, before[0].alignment.weight)
+    expected = result.model.encode(TEXTS, prompt=INSTRUCTION)
+    assert np.allclose(np.linalg.norm(expected, axis=-1), 1, atol=1e-5)
+    assert np.allclose(load(result.folder).encode(TEXTS, prompt=INSTRUCTION), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"deep_soft_prompt": True}, {"linear_head": True}])
+def test_leaf_and_plain_training_are_the_same(run_config, option):
+    """The callback clips all trained weights, those after pooling too."""
+    trained = [
+        train(run_config(str(leaf), model=option, soft_prompt_leaf=leaf, max_grad_norm=0.05)).model
+        for leaf in (True, False)
+    ]
+    one, other = (dict(model.named_parameters()) for model in trained)
+    for name, parameter in one.items():
+        assert torch.allclose(parameter, other[name], atol=1e-5), name
+
+
+def test_bad_input(tiny_model, tiny_settings, tmp_path):
+    with pytest.raises(PromptEmbedderError, match=r"backbone_layers = 3, but .* has 2"):
+        build(tiny_settings(backbone_layers=3), device="cpu")
+    with pytest.raises(ValueError, match="deep_soft_prompt needs layout 'suffix', found 'prefix'"):
+        tiny_settings(deep_soft_prompt=True, layout="prefix")
+    save(deepened(tiny_model), tmp_path / "model")
+    file = tmp_path / "model" / "alignment.safetensors"
+    stored = load_file(file)
+    save_file({"weight": stored["weight"]}, file)
+    with pytest.raises(PromptEmbedderError, match=r"holds \['weight'\], expected 'deep' and 'weight'"):
+        load(tmp_path / "model")
+    save_file({"weight": stored["weight"], "deep": stored["deep"][:1].clone()}, file)
+    with pytest.raises(PromptEmbedderError, match=r"'deep' is \(1, 32, 32\), expected \(2, 32, 32\)"):
+        load(tmp_path / "model")
