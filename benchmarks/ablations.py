@@ -1,0 +1,206 @@
+"""What each choice is worth: one change at a time, scored on parts that are nobody's test set.
+
+    PROMPTEMBEDDER_DATA=... python benchmarks/ablations.py --report benchmarks/results/ablations-cpu
+
+Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
+(`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
+of tasks that were trained on (`seen`) and of two that were not (`unseen`). Seconds are those of warm start and steps.
+Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
+from promptembedder.data import DATA_ENV, Row, read_rows
+from promptembedder.evaluation.encoder import training_facts
+from promptembedder.training import pair_evaluator, train
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "general-suffix.yaml"
+SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
+PAIRS_ONLY = ("quora_paraphrases", "conala_rewrites")
+UNSEEN = ("snips_intent", "subj")
+
+# Name: settings that differ from the base. Several of a family stand next to each other in the table.
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "layout prefix": (
+        "model.layout=prefix",
+        """model.text_template='This sentence : "{text}" means in one word:"'""",
+        "training.warm_start.steps=0",
+    ),
+    "K = 1": ("model.num_soft_tokens=1",),
+    "K = 2": ("model.num_soft_tokens=2",),
+    "K = 10": ("model.num_soft_tokens=10",),
+    "K = 20": ("model.num_soft_tokens=20",),
+    "softmax temperature 0.5": ("model.softmax_temperature=0.5",),
+    "softmax temperature 2": ("model.softmax_temperature=2",),
+    "read-out mean": ("model.readout=mean",),
+    "20 of 30 layers": ("model.backbone_layers=20",),
+    "25 of 30 layers": ("model.backbone_layers=25",),
+    "no warm start": ("training.warm_start.steps=0",),
+    "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
+    "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
+    "whole prompter": ("model.prompter_training=full", "training.prompter_learning_rate=5e-5"),
+    "prompter frozen": ("training.train_prompter=false",),
+    "conditioned on text too": ("model.condition_on=instruction_and_text",),
+    "contrastive temperature 0.02": ("training.temperature=0.02",),
+    "contrastive temperature 0.1": ("training.temperature=0.1",),
+    "no hard negatives": ("data.max_negatives=0",),
+    "2 hard negatives": ("data.max_negatives=2",),
+    "false negatives masked": ("training.mask_false_negatives=true",),
+    "deep soft prompt": ("model.deep_soft_prompt=true",),
+    "linear head": ("model.linear_head=true",),
+    "texts in int8": ("model.text_pass=int8",),
+    "one instruction for all": (),
+}
+
+
+def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
+    config = load_run(RECIPE, [*(arguments.set or []), *ABLATIONS[name]], root=str(arguments.data))
+    files = tuple(
+        DataFile(path=f"train/{source}.jsonl.gz", max_rows=count_rows(source, arguments) - arguments.held)
+        for source in (*SEEN, *PAIRS_ONLY)
+    )
+    training = replace(
+        config.training,
+        output=str(arguments.output / "models" / f"{name.replace(' ', '-')}-{seed}"),
+        max_steps=arguments.steps,
+        batch_size=arguments.batch,
+        save_every_steps=arguments.steps,
+        seed=seed,
+    )
+    data: DataConfig = replace(config.data, files=files)
+    evaluation = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.steps)
+    return replace(config, data=data, training=training, evaluation=replace(evaluation, dev_pairs=arguments.pairs))
+
+
+def count_rows(source: str, arguments: argparse.Namespace) -> int:
+    return len(rows_of(source, arguments))
+
+
+def rows_of(source: str, arguments: argparse.Namespace) -> list[Row]:
+    return list(read_rows(DataFile(path=f"train/{source}.jsonl.gz"), str(arguments.data)))
+
+
+def triplets_right(
+    model: Any, sources: tuple[str, ...], arguments: argparse.Namespace, instruction: str | None
+) -> float:
+    """Share x 100 of held-back rows in the right order; the mean over sources."""
+    shares = []
+    for source in sources:
+        rows = [row for row in rows_of(source, arguments)[-arguments.held :] if row.neg]
+        under = instruction or rows[0].instruction
+        anchor, positive, negative = (
+            model.encode(texts, prompt=under, batch_size=64)
+            for texts in ([r.query for r in rows], [r.pos[0] for r in rows], [r.neg[0] for r in rows])
+        )
+        shares.append(100 * float(np.mean((anchor * positive).sum(-1) > (anchor * negative).sum(-1))))
+    return statistics.mean(shares)
+
+
+def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = config_of(name, seed, arguments)
+    instruction = config.model.default_instruction if name == "one instruction for all" else None
+    with tempfile.TemporaryDirectory() as scratch:
+        if instruction is not None:
+            files = []
+            for n, file in enumerate(config.data.files):
+                rows = list(read_rows(file, config.data.root))
+                place = Path(scratch) / f"{n}.jsonl"
+                records = [{"query": r.query, "pos": r.pos, "neg": r.neg, "instruction": instruction} for r in rows]
+                place.write_text("".join(json.dumps(record) + "\n" for record in records))
+                files.append(DataFile(path=str(place)))
+            config = replace(config, data=replace(config.data, files=tuple(files)))
+        result = train(config)
+    facts = training_facts(result.folder) or {}
+    evaluator = pair_evaluator(config.evaluation, config.data.root, "dev")
+    assert evaluator is not None
+    start = time.perf_counter()
+    sts = 100 * evaluator(result.model)["dev_spearman_cosine"]
+    return {
+        "sts": round(sts, 2),
+        "seen": round(triplets_right(result.model, SEEN, arguments, instruction), 2),
+        "unseen": round(triplets_right(result.model, UNSEEN, arguments, instruction), 2),
+        "seconds": facts.get("seconds"),
+        "evaluation_seconds": round(time.perf_counter() - start, 1),
+        "trained_parameters": facts.get("trained_parameters"),
+        "megabytes": round(sum(p.stat().st_size for p in Path(result.folder).rglob("*") if p.is_file()) / 1e6, 1),
+    }
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    base = mean_of(found["base"]) if "base" in found else None
+    lines = [
+        "| change | sts | seen | unseen | seconds | trained | MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, runs in found.items():
+        figures = mean_of(runs)
+        shown = [
+            f"{figures[key]:.1f}" + (f" ({figures[key] - base[key]:+.1f})" if base and name != "base" else "")
+            for key in ("sts", "seen", "unseen")
+        ]
+        lines.append(
+            f"| {name} | {' | '.join(shown)} | {figures['seconds']:.0f} | {figures['trained_parameters'] / 1e6:.1f} M "
+            f"| {figures['megabytes']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def mean_of(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"), help="figures, kept")
+    parser.add_argument("--report", type=Path, help="write NAME.json and NAME.md")
+    parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--pairs", type=int, default=250, help="of STSBenchmark dev")
+    parser.add_argument("--held", type=int, default=80, help="rows held back of each file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[13])
+    parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the base")
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error(f"give --data or set {DATA_ENV}")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in ABLATIONS:
+        for seed in arguments.seeds:
+            kept = arguments.output / f"{name.replace(' ', '-')}-{seed}-{arguments.steps}x{arguments.batch}.json"
+            if not kept.is_file() and (arguments.only is None or name in arguments.only):
+                print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+                figures = run(name, seed, arguments)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(figures) + "\n")
+                print(json.dumps({"change": name, "seed": seed} | figures), flush=True)
+            if kept.is_file():
+                found.setdefault(name, []).append(json.loads(kept.read_text()))
+    print(table(found))
+    if arguments.report:
+        command = " ".join(["python benchmarks/ablations.py", *sys.argv[1:]])
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
+        arguments.report.with_suffix(".md").write_text(f"`{command}`\n\n{table(found)}\n")
+        arguments.report.with_suffix(".json").write_text(
+            json.dumps({"command": command, "runs": found}, indent=1) + "\n"
+        )
+    print(json.dumps({name: mean_of(runs)["sts"] for name, runs in found.items()}))
+
+
+if __name__ == "__main__":
+    main()
