@@ -3,7 +3,7 @@
     python benchmarks/ship.py runs/general-suffix/model smollm2-135m
 
 Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`: in layout `suffix` nothing
-that reads the text is trained, so it reads longer ones than it was trained on. The card's figures come from `--results`,
+that reads the text is trained, so longer ones than in training are no trouble. The card takes figures from `--results`,
 the folder that `promptembedder evaluate NAME` wrote; run it once without, evaluate, and once more with.
 """
 
