@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from promptembedder.errors import PromptEmbedderError
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_FEWEST_TEXTS = 100
+FEWEST_TEXTS = 100
 _NEIGHBOURS = 10
 
 
@@ -99,9 +99,9 @@ def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, seed: int = 13) -> Bridge
     Raises:
         PromptEmbedderError: fewer than 100 texts, or not equally many.
     """
-    if len(new_ND) != len(old_NF) or len(new_ND) < _FEWEST_TEXTS:
+    if len(new_ND) != len(old_NF) or len(new_ND) < FEWEST_TEXTS:
         raise PromptEmbedderError(
-            f"a bridge needs at least {_FEWEST_TEXTS} texts encoded by both models, "
+            f"a bridge needs at least {FEWEST_TEXTS} texts encoded by both models, "
             f"found {len(new_ND)} and {len(old_NF)}"
         )
     new_ND, old_NF = _unit(new_ND.astype(np.float64)), _unit(old_NF.astype(np.float64))

@@ -134,7 +134,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Saved model, sentence-transformers model, or LLM with --baseline.")],
     data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,
-    suite: Annotated[Suite, typer.Option(help="quick samples large tasks (minutes), full is all of the folder.")] = (
+    suite: Annotated[Suite, typer.Option(help="quick: eleven tasks by name, sampled (minutes); full: all.")] = (
         Suite.quick
     ),
     output: Annotated[Path, typer.Option("--output", "-o", help="Results, in mteb's layout.")] = Path("results"),
@@ -216,12 +216,14 @@ def bridge(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
 ) -> None:
     """Fit a linear map from a new model's embeddings to an old index; prints what it keeps, as one JSON line."""
-    from promptembedder.bridge import fit
+    from promptembedder.bridge import FEWEST_TEXTS, fit
     from promptembedder.files import read_texts
     from promptembedder.model import encode as embed
     from promptembedder.model import load
 
     lines = list(dict.fromkeys(text for _, text in read_texts(texts, None)))
+    if len(lines) < FEWEST_TEXTS:
+        raise PromptEmbedderError(f"a bridge needs at least {FEWEST_TEXTS} different texts, {texts} has {len(lines)}")
     embedded = [
         embed(load(place), lines, instruction, batch_size=batch_size, show_progress_bar=True) for place in (new, old)
     ]
@@ -300,7 +302,7 @@ def _evaluation() -> Any:
     try:
         from promptembedder import evaluation
     except ImportError as error:
-        raise PromptEmbedderError("this command needs mteb: pip install 'promptembedder[evaluate]'") from error
+        raise PromptEmbedderError("this command needs mteb; install the extra: pip install '.[evaluate]'") from error
     return evaluation
 
 

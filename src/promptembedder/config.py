@@ -193,13 +193,13 @@ class TrainingConfig:
         train_prompter: off: only W is trained.
         warm_start: see `WarmStartConfig`.
         early_stop_patience: stop after so many dev scores without a better one.
-        save_every_steps: checkpoint distance; unset: as often as dev is scored.
+        save_every_steps: checkpoint distance; with dev pairs checkpoints come with their scores instead.
         keep_checkpoints: older ones are deleted.
         logging_steps: distance of log lines.
         soft_prompt_leaf: run the prompter once per instruction and step; off: once per forward, with the same
             gradients.
-        text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers, so
-            that a text seen again is not read again (layout `suffix`); unset: off.
+        text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers of
+            a machine, so that a text seen again is not read again (layout `suffix`); unset: off.
         text_state_folder: keep them here, from run to run; unset: in memory.
         text_state_precision: of what is kept; `same` changes nothing, `bfloat16` and `int8` are smaller.
         seed: of everything drawn.

@@ -46,7 +46,7 @@ from promptembedder.model import (
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import pair_evaluator, train
+from promptembedder.training import TRAINING_FACTS, pair_evaluator, train
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,16 @@ def transfer(
     if test is not None:
         scores["test"] = 100 * test(moved)["test_spearman_cosine"]
     save(moved, output / "model", share_prompter=share_prompter)
+    opened = config.unfrozen_steps > 0
+    facts = {
+        "trained_parameters": sum(
+            p.numel() for n, p in moved.named_parameters() if p.requires_grad and (opened or ".prompter." not in n)
+        ),
+        "steps": sum(stage.examples for stage in stages) // config.training.batch_size,
+        "examples": sum(stage.examples for stage in stages),
+        "seconds": round(sum(stage.seconds for stage in stages), 1),
+    }
+    (output / "model" / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)
     return result
@@ -423,7 +433,7 @@ def _draw(curves: dict[str, Any], start: Stage, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no picture: it needs matplotlib (pip install 'promptembedder[demo]')")
+        logger.warning("no picture: it needs matplotlib (pip install matplotlib)")
         return
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, at, title in zip(figure.subplots(1, 2), (0, 1), ("examples", "seconds of training"), strict=True):
@@ -468,7 +478,7 @@ def _own_copy(module: SoftPromptTransformer) -> Prompter:
 def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[Start]:
     """Starts, best first: by dev score, or by reconstruction with the mixtures of words before all that are fitted."""
     if dev is None:
-        # Nothing to measure mixtures of words by; they come first because they beat fits (docs/research-log.md).
+        # Nothing to measure mixtures of words by; first, because they beat the fits (docs/research-log.md).
         return sorted(starts, key=lambda s: 2.0 if s.reconstruction is None else s.reconstruction, reverse=True)
     module = soft_prompt_module(model)
     scored = []

@@ -135,7 +135,10 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
     folder = find(model)
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)
-        name, revision = f"promptembedder/{folder.resolve().name}", _content(folder)
+        # `train` saves every model as `<run>/model`: the run's name tells more.
+        place = folder.resolve()
+        name = f"promptembedder/{place.parent.name if place.name == 'model' and place.parent.name else place.name}"
+        revision = _content(folder)
         return InstructedEncoder(opened, name, revision, training=training_facts(folder))
     if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
         raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name")

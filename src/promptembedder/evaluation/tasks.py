@@ -107,7 +107,8 @@ def local_tasks(
         quick: sample large tasks by a fixed seed, as `QUICK` says; the sample size goes into the task's description.
 
     Raises:
-        PromptEmbedderError: no tasks in the folder; a name that is not there (the nearest are named).
+        PromptEmbedderError: no tasks in the folder, or none of the quick suite; a name that is not there (the nearest
+            are named).
     """
     found: dict[str, tuple[str, Path]] = {}
     for kind in KINDS:
@@ -118,6 +119,8 @@ def local_tasks(
     if not found:
         raise PromptEmbedderError(f"no tasks in {folder}: expected folders such as {', '.join(list(KINDS)[:3])}")
     wanted = list(names) if names else [name for name in (QUICK if quick else found) if name in found]
+    if not wanted:
+        raise PromptEmbedderError(f"{folder} holds none of the quick suite's tasks; take the full suite, or name tasks")
     for name in wanted:
         if name not in found:
             near = difflib.get_close_matches(name, found, n=3, cutoff=0.4) or sorted(found)
