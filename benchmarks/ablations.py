@@ -54,6 +54,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
     "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
     "whole prompter": ("model.prompter_training=full", "training.prompter_learning_rate=5e-5"),
+    "alignment frozen": ("training.train_alignment=false",),
     "prompter frozen": ("training.train_prompter=false",),
     "conditioned on text too": ("model.condition_on=instruction_and_text",),
     "contrastive temperature 0.02": ("training.temperature=0.02",),

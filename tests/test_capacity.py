@@ -109,6 +109,15 @@ def test_leaf_and_plain_training_are_the_same(run_config, option):
         assert torch.allclose(parameter, other[name], atol=1e-5), name
 
 
+def test_a_frozen_alignment_stays_as_it_starts(run_config):
+    before = build(run_config().model, seed=13)
+    model = train(run_config(train_alignment=False, prompter_learning_rate=1e-2)).model
+    assert torch.equal(model[0].alignment.weight, before[0].alignment.weight)
+    assert not np.allclose(model.encode(TEXTS), before.encode(TEXTS), atol=1e-4)
+    with pytest.raises(PromptEmbedderError, match="nothing to train"):
+        train(run_config("none", train_alignment=False, train_prompter=False))
+
+
 def test_bad_input(tiny_model, tiny_settings, tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"backbone_layers = 3, but .* has 2"):
         build(tiny_settings(backbone_layers=3), device="cpu")

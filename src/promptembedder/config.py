@@ -191,6 +191,8 @@ class TrainingConfig:
         mask_false_negatives: leave out negatives that the model itself finds closer to the anchor than its
             positive (GISTEmbed with the model as its own guide).
         train_prompter: off: only W is trained.
+        train_alignment: off: W stays as it starts. From an identity the soft prompt then stays a mixture of the
+            backbone's own words, which carries over to other backbones best.
         warm_start: see `WarmStartConfig`.
         early_stop_patience: stop after so many dev scores without a better one.
         save_every_steps: checkpoint distance; with dev pairs checkpoints come with their scores instead.
@@ -221,6 +223,7 @@ class TrainingConfig:
     matryoshka_dims: tuple[PositiveInt, ...] = ()
     mask_false_negatives: bool = False
     train_prompter: bool = True
+    train_alignment: bool = True
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     early_stop_patience: PositiveInt | None = None
     save_every_steps: PositiveInt | None = None

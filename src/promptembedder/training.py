@@ -185,6 +185,8 @@ def train(
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     if resume and checkpoint is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
+    if not (settings.train_prompter or settings.train_alignment):
+        raise PromptEmbedderError("nothing to train: training.train_prompter and training.train_alignment are both off")
     if settings.early_stop_patience is not None and config.evaluation.dev is None:
         raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
     layout = config.model.layout if model is None else soft_prompt_module(model).settings.layout
@@ -207,6 +209,7 @@ def train(
     module = soft_prompt_module(model)
     cache = _text_cache(module, settings)
     loss = loss or make_loss(model, settings)
+    module.alignment.requires_grad_(settings.train_alignment)
     module.prompter.lm.requires_grad_(settings.train_prompter and config.model.prompter_training == "full")
     if settings.train_prompter and config.model.prompter_training == "lora":
         for name, parameter in module.prompter.lm.named_parameters():

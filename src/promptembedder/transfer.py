@@ -242,7 +242,9 @@ def _train_stages(
     run = RunConfig(
         model=module.settings,
         data=config.data,
-        training=replace(settings, train_prompter=False, warm_start=replace(settings.warm_start, steps=0)),
+        training=replace(
+            settings, train_prompter=False, train_alignment=True, warm_start=replace(settings.warm_start, steps=0)
+        ),
         evaluation=replace(config.evaluation, test=None),
     )
     stages: list[Stage] = []
