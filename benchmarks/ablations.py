@@ -4,7 +4,8 @@
 
 Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
 (`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
-of tasks that were trained on (`seen`) and of two that were not (`unseen`). Seconds are those of warm start and steps.
+of tasks that were trained on (`seen`) and of two that were not (`unseen`); `spread`: mean distance between the soft
+prompts of instructions over their mean norm, 0 where the instruction is ignored. Seconds are of warm start and steps.
 Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
 """
 
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
 from promptembedder.data import DATA_ENV, Row, read_rows
 from promptembedder.evaluation.encoder import training_facts
+from promptembedder.model import soft_prompt_module
 from promptembedder.training import pair_evaluator, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "general-suffix.yaml"
@@ -50,6 +53,24 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "read-out mean": ("model.readout=mean",),
     "20 of 30 layers": ("model.backbone_layers=20",),
     "25 of 30 layers": ("model.backbone_layers=25",),
+    "warm start to 0.5": ("training.warm_start.target_probability=0.5",),
+    "warm start to 0.2": ("training.warm_start.target_probability=0.2",),
+    "prompter rate 1e-3": ("training.prompter_learning_rate=1e-3",),
+    "warm start to 0.5, prompter rate 1e-3": (
+        "training.warm_start.target_probability=0.5",
+        "training.prompter_learning_rate=1e-3",
+    ),
+    "warm start to 0.2, prompter rate 1e-3": (
+        "training.warm_start.target_probability=0.2",
+        "training.prompter_learning_rate=1e-3",
+    ),
+    "cue on the last 3 of 5": ("training.warm_start.cue_tokens=3",),
+    "cue on the last 3 of 5, to 0.5, prompter rate 1e-3": (
+        "training.warm_start.cue_tokens=3",
+        "training.warm_start.target_probability=0.5",
+        "training.prompter_learning_rate=1e-3",
+    ),
+    "instruction in words": ('model.instruction_template="\\n{instruction}\\nThis sentence"',),
     "no warm start": ("training.warm_start.steps=0",),
     "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
     "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
@@ -112,6 +133,15 @@ def triplets_right(
     return statistics.mean(shares)
 
 
+def spread(model: Any, arguments: argparse.Namespace) -> float:
+    """How far apart the soft prompts of different instructions are: mean distance over their mean norm."""
+    module = soft_prompt_module(model)
+    with torch.no_grad():
+        prompts = [module.soft_prompt(rows_of(source, arguments)[0].instruction) for source in (*SEEN, *UNSEEN)]
+    flat = torch.cat(prompts).flatten(1).float().cpu()
+    return float(torch.pdist(flat).mean() / flat.norm(dim=-1).mean())
+
+
 def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_of(name, seed, arguments)
     instruction = config.model.default_instruction if name == "one instruction for all" else None
@@ -135,6 +165,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "sts": round(sts, 2),
         "seen": round(triplets_right(result.model, SEEN, arguments, instruction), 2),
         "unseen": round(triplets_right(result.model, UNSEEN, arguments, instruction), 2),
+        "spread": round(spread(result.model, arguments), 4),
         "seconds": facts.get("seconds"),
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         "trained_parameters": facts.get("trained_parameters"),
@@ -145,8 +176,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     base = mean_of(found["base"]) if "base" in found else None
     lines = [
-        "| change | sts | seen | unseen | seconds | trained | MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| change | sts | seen | unseen | spread | seconds | trained | MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, runs in found.items():
         figures = mean_of(runs)
@@ -155,8 +186,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             for key in ("sts", "seen", "unseen")
         ]
         lines.append(
-            f"| {name} | {' | '.join(shown)} | {figures['seconds']:.0f} | {figures['trained_parameters'] / 1e6:.1f} M "
-            f"| {figures['megabytes']:.0f} |"
+            f"| {name} | {' | '.join(shown)} | {figures['spread']:.3f} | {figures['seconds']:.0f} "
+            f"| {figures['trained_parameters'] / 1e6:.1f} M | {figures['megabytes']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ def naive_embedding(module, text, instruction):
     embed = lm.get_input_embeddings()
     text_TD = embed(module.preprocess([text])["input_ids"][0])
     soft_KD = module.soft_prompt(instruction)[0]
-    head_ID = embed(module._instruction_ids(instruction))
+    head_ID = embed(module.instruction_ids(instruction))
     suffix = module.settings.layout == "suffix"
     parts = [text_TD, soft_KD] if suffix else [head_ID, soft_KD, text_TD]
     hidden = lm(inputs_embeds=torch.cat(parts)[None], use_cache=False).last_hidden_state[0]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, build, load, save
+from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS
+from promptembedder import PromptEmbedderError, build, encode, load, save
+from promptembedder.text_cache import open_text_cache
 from promptembedder.training import train
 
 
@@ -82,7 +83,15 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
     assert not torch.allclose(found, without, atol=1e-2)
 
 
-@pytest.mark.parametrize("option", [{"deep_soft_prompt": True}, {"linear_head": True}, {"backbone_layers": 1}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"deep_soft_prompt": True},
+        {"linear_head": True},
+        {"backbone_layers": 1},
+        {"instruction_template": "\n{instruction}\nThis"},
+    ],
+)
 def test_trained_saved_and_opened(run_config, tmp_path, option):
     config = run_config(model=option, prompter_learning_rate=1e-2, alignment_learning_rate=1e-2)
     before = build(config.model, seed=config.training.seed)
@@ -109,6 +118,40 @@ def test_leaf_and_plain_training_are_the_same(run_config, option):
         assert torch.allclose(parameter, other[name], atol=1e-5), name
 
 
+WORDS = "\n{instruction}\nThis sentence"
+
+
+@pytest.mark.parametrize("readout", ["last", "mean"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_instruction_in_words_stands_between_text_and_soft_prompt(tiny_model, architecture, readout):
+    model = tiny_model(architecture, instruction_template=WORDS, readout=readout)
+    module, embed = model[0], model[0].backbone.lm.get_input_embeddings()
+    with torch.no_grad():
+        found = module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"]
+        soft_KD = module.soft_prompt(INSTRUCTION)[0]
+        words = module.tokenizer(f"\n{INSTRUCTION}\nThis sentence", add_special_tokens=False)["input_ids"]
+        for n, text in enumerate(TEXTS):
+            text_TD = embed(module.preprocess([text])["input_ids"][0])
+            parts = torch.cat([text_TD, embed(torch.tensor(words)), soft_KD])[None]
+            hidden = module.backbone.lm(inputs_embeds=parts, use_cache=False).last_hidden_state[0, -len(soft_KD) :]
+            expected = hidden[-1] if readout == "last" else hidden.mean(0)
+            assert torch.allclose(found[n], expected, atol=1e-5), text
+    several = encode(model, TEXTS, [INSTRUCTION, SECOND])
+    for i, instruction in enumerate((INSTRUCTION, SECOND)):
+        assert np.allclose(several[i], model.encode(TEXTS, prompt=instruction), atol=1e-5)
+    assert not np.allclose(several[0], several[1], atol=1e-3)
+
+
+def test_an_instruction_in_words_leaves_the_states_of_texts_alone(tiny_model):
+    module = tiny_model(instruction_template=WORDS)[0]
+    module.backbone.text_cache = open_text_cache(2**24, identity="test")
+    with torch.no_grad():
+        for instruction in (INSTRUCTION, SECOND, INSTRUCTION):
+            cached = module(module.preprocess(TEXTS, prompt=instruction))["sentence_embedding"]
+        module.backbone.text_cache = None
+        assert torch.equal(cached, module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"])
+
+
 def test_a_frozen_alignment_stays_as_it_starts(run_config):
     before = build(run_config().model, seed=13)
     model = train(run_config(train_alignment=False, prompter_learning_rate=1e-2)).model
@@ -121,6 +164,10 @@ def test_a_frozen_alignment_stays_as_it_starts(run_config):
 def test_bad_input(tiny_model, tiny_settings, tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"backbone_layers = 3, but .* has 2"):
         build(tiny_settings(backbone_layers=3), device="cpu")
+    with pytest.raises(ValueError, match=r"instruction_template must hold \{instruction\} exactly once"):
+        tiny_settings(instruction_template="no place")
+    with pytest.raises(ValueError, match="instruction_template needs layout 'suffix', found 'prefix'"):
+        tiny_settings(instruction_template=WORDS, layout="prefix")
     with pytest.raises(ValueError, match="deep_soft_prompt needs layout 'suffix', found 'prefix'"):
         tiny_settings(deep_soft_prompt=True, layout="prefix")
     save(deepened(tiny_model), tmp_path / "model")

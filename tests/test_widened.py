@@ -42,7 +42,7 @@ def test_a_bfloat16_model_gives_what_its_float32_copy_gives(tiny_model, emulated
     found, gradients = [], []
     for backbone in (narrow, wide):
         soft = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        embedding = backbone(tokens["input_ids"], tokens["attention_mask"], soft, module._instruction_ids(INSTRUCTION))
+        embedding = backbone(tokens["input_ids"], tokens["attention_mask"], soft, module.instruction_ids(INSTRUCTION))
         embedding[:, :7].sum().backward()
         found.append(embedding.detach())
         gradients.append(soft.grad)

@@ -5,6 +5,8 @@ Both layouts are one idea: run the first segment, keep its key/value states, con
     prefix:  [instruction, soft prompt] -> [text]      gradient through every text token
     suffix:  [text] -> [soft prompt]                   gradient through the K soft tokens only
 
+In `suffix` the instruction may stand between the two, in words: [text] -> [instruction] -> [soft prompt].
+
 Shapes: B texts, T text tokens, I instruction tokens, K soft tokens, D backbone width, E embedding width (= D),
 N soft prompts (1, shared by the batch, or B), L tokens of the segment at hand.
 """
@@ -103,13 +105,13 @@ class Backbone(nn.Module):
             ids_BT: text token ids, padded on either side.
             mask_BT: 1 for tokens, 0 for padding.
             soft_NKD: one soft prompt for all texts (N = 1) or one per text (N = B).
-            instruction_ids_I: the instruction in the backbone's tokens; read by layout `prefix` only.
+            instruction_ids_I: the instruction in the backbone's tokens; layout `suffix` may have none.
 
         Returns:
             (B, E) float32, not normalised.
         """
         if self.layout == "suffix":
-            return self.read_soft_prompt(self.read_text(ids_BT, mask_BT), soft_NKD)
+            return self.read_soft_prompt(self.read_text(ids_BT, mask_BT), soft_NKD, instruction_ids_I)
         head = self._read_head(instruction_ids_I, soft_NKD)
         # Text follows the states without a gap, so padding goes to the right: sliding windows count places.
         ids_BT, mask_BT = pad_side(ids_BT, mask_BT, "right")
@@ -155,8 +157,16 @@ class Backbone(nn.Module):
         empty = DynamicCache(config=self.lm.config)
         return unpacked((found[n] for n in range(len(keys))), mask_BT, empty, self.lm.dtype)
 
-    def read_soft_prompt(self, states: States, soft_NKD: Tensor) -> Tensor:
-        """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`."""
+    def read_soft_prompt(self, states: States, soft_NKD: Tensor, instruction_ids_I: Tensor | None = None) -> Tensor:
+        """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`.
+
+        An instruction in words, where there is one, is read in between, without gradient.
+        """
+        if instruction_ids_I is not None and len(instruction_ids_I):
+            with torch.no_grad():
+                inputs_BID = self._embed(instruction_ids_I).expand(len(states.mask_BL), -1, -1)
+                mask_BI = states.mask_BL.new_ones(inputs_BID.shape[:2])
+                states = self._continue(states, inputs_BID, mask_BI, text=True)[1].to(self._embedding_dtype())
         batch = len(states.mask_BL)
         K = self.num_soft_tokens or soft_NKD.shape[1]
         soft_BKD = soft_NKD[:, :K].expand(batch, -1, -1)
@@ -171,7 +181,7 @@ class Backbone(nn.Module):
         hooks = []
         if deep_NMD.shape[1]:
             layers: Any = self._reader(text=False).layers
-            for layer, deep_NKD in zip(layers, deep_NMD.unflatten(1, (len(layers), -1)).unbind(1), strict=True):
+            for layer, deep_NKD in zip(layers, deep_NMD.chunk(len(layers), dim=1), strict=True):
                 hooks.append(layer.register_forward_pre_hook(partial(_add_to_input, deep_NKD)))
         try:
             yield

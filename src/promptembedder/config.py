@@ -58,6 +58,8 @@ class ModelConfig:
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
         text_template: what the backbone reads as text; `{text}` stands for it.
+        instruction_template: layout `suffix`: what the backbone reads between text and soft prompt, `{instruction}` in
+            it, such as ` {instruction} This sentence`; unset: the soft prompt alone carries the instruction.
         default_instruction: used where none is given.
         document_instruction: used for the document side (`encode_document`) where none is given.
     """
@@ -83,12 +85,18 @@ class ModelConfig:
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
     text_template: str = 'This sentence : "{text}"'
+    instruction_template: str | None = None
     default_instruction: str = "Represent the meaning of the text."
     document_instruction: str = "Represent the document so that a search finds it."
 
     def __post_init__(self) -> None:
         if self.text_template.count("{text}") != 1:
             raise ValueError("text_template must hold {text} exactly once")
+        if self.instruction_template is not None:
+            if self.layout != "suffix":
+                raise ValueError(f"instruction_template needs layout 'suffix', found {self.layout!r}")
+            if self.instruction_template.count("{instruction}") != 1:
+                raise ValueError("instruction_template must hold {instruction} exactly once")
         if self.deep_soft_prompt and self.layout != "suffix":
             raise ValueError(f"deep_soft_prompt needs layout 'suffix', found {self.layout!r}")
 
@@ -99,7 +107,9 @@ class WarmStartConfig:
 
     Attributes:
         steps: optimizer steps at most; 0 leaves the warm start out.
-        cue: its last K tokens are the target.
+        cue: its last tokens are the target.
+        cue_tokens: how many of the K soft tokens, the last ones, are fitted to the cue; those before are free to say
+            what the instruction is about. Unset: all K.
         learning_rate: of the prompter, AdamW.
         target_probability: stop once every cue token has this weight in its mixture. Well below 1, because a
             saturated softmax passes no gradient on to the contrastive training.
@@ -107,6 +117,7 @@ class WarmStartConfig:
 
     steps: Count = 60
     cue: str = 'said in a few short words, and as clearly as one can, which means in one word:"'
+    cue_tokens: PositiveInt | None = None
     learning_rate: PositiveFloat = 5e-4
     target_probability: Annotated[float, Field(gt=0, lt=1)] = 0.9
 

@@ -273,7 +273,10 @@ def _encode_batch(
     states = module.backbone.read_text(tokens["input_ids"], tokens["attention_mask"])
     embeddings = []
     for instruction in instructions:
-        features = {"sentence_embedding": module.backbone.read_soft_prompt(states, module.soft_prompt(instruction))}
+        read = module.backbone.read_soft_prompt(
+            states, module.soft_prompt(instruction), module.instruction_ids(instruction)
+        )
+        features = {"sentence_embedding": read}
         for later in list(model)[1:]:
             features = later(features)
         embeddings.append(features["sentence_embedding"])
@@ -310,6 +313,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "linear_head": settings["linear_head"],
         "softmax_temperature": settings["softmax_temperature"],
         "text_template": settings["text_template"],
+        "instruction_template": settings["instruction_template"],
         "max_text_tokens": settings["max_text_tokens"],
         "default_instruction": settings["default_instruction"],
         "document_instruction": settings["document_instruction"],

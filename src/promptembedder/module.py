@@ -218,7 +218,7 @@ class SoftPromptTransformer(InputModule):
         else:
             soft_NKD = self.soft_prompt(instruction)
         embedding_BE = self.backbone(
-            features["input_ids"], features["attention_mask"], soft_NKD, self._instruction_ids(instruction)
+            features["input_ids"], features["attention_mask"], soft_NKD, self.instruction_ids(instruction)
         )
         if self.leaves is not None and torch.is_grad_enabled():
             self.leaves.embedding_bytes += embedding_BE.nbytes
@@ -268,9 +268,19 @@ class SoftPromptTransformer(InputModule):
         self._remembered.move_to_end(instruction)
         return self._remembered[instruction]
 
-    def _instruction_ids(self, instruction: str) -> Tensor:
-        ids = self._without_closing(self.tokenizer(f"{instruction}\n")["input_ids"])
-        return torch.tensor(ids[-self.settings.max_instruction_tokens :], device=self.alignment.weight.device)
+    def instruction_ids(self, instruction: str) -> Tensor:
+        """The instruction (I,) as the backbone reads it; empty in layout `suffix` without an `instruction_template`."""
+        template = self.settings.instruction_template
+        if self.settings.layout == "prefix":
+            ids = self._without_closing(self.tokenizer(f"{instruction}\n")["input_ids"])
+        elif template is None:
+            ids = []
+        else:
+            words = template.replace("{instruction}", instruction)
+            ids = list(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+        return torch.tensor(
+            ids[-self.settings.max_instruction_tokens :], dtype=torch.long, device=self.alignment.weight.device
+        )
 
     # -- what sentence-transformers asks of a module ------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Training: sentence-transformers' trainer and losses; ours are the soft-prompt leaf and the warm start.
 
-Shapes: N instructions, K soft tokens, P prompter width, V vocabulary.
+Shapes: N instructions, K soft tokens, C cue tokens, P prompter width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -273,11 +273,14 @@ def warm_start(
         PromptEmbedderError: the cue has fewer than K tokens.
     """
     K = module.settings.num_soft_tokens
+    if config.cue_tokens is not None and config.cue_tokens > K:
+        raise PromptEmbedderError(f"warm_start.cue_tokens = {config.cue_tokens} of {K} soft tokens")
+    C = config.cue_tokens or K
     ids = module.prompter.tokenizer(" " + config.cue.strip(), add_special_tokens=False)["input_ids"]
-    if len(ids) < K:
-        raise PromptEmbedderError(f"warm_start.cue has {len(ids)} tokens for {K} soft tokens; give a longer one")
+    if len(ids) < C:
+        raise PromptEmbedderError(f"warm_start.cue has {len(ids)} tokens for {C} soft tokens; give a longer one")
     device = module.alignment.weight.device
-    cue_K = torch.tensor(ids[-K:], device=device)
+    cue_C = torch.tensor(ids[-C:], device=device)
     trained = [p for p in module.prompter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
     drawn = random.Random(seed)
@@ -287,15 +290,15 @@ def warm_start(
         picked = drawn.sample(list(instructions), min(batch_size, len(instructions)))
         ids_NS, mask_NS = module.prompter.tokenize(picked)
         logits_NKV = module.prompter(ids_NS.to(device), mask_NS.to(device)).logits_NKV
-        log_weights_NKV = torch.log_softmax(logits_NKV / module.prompter.temperature, dim=-1)
-        cue_NK = log_weights_NKV.gather(-1, cue_K.expand(len(picked), -1)[..., None])[..., 0]
-        reached = float(cue_NK.detach().min().exp())
+        log_weights_NCV = torch.log_softmax(logits_NKV[:, -C:] / module.prompter.temperature, dim=-1)
+        cue_NC = log_weights_NCV.gather(-1, cue_C.expand(len(picked), -1)[..., None])[..., 0]
+        reached = float(cue_NC.detach().min().exp())
         bar.set_postfix(cue_weight=f"{reached:.2f}")
         if reached >= config.target_probability:
             bar.close()
             break
         optimizer.zero_grad()
-        torch.autograd.backward(-cue_NK.mean())
+        torch.autograd.backward(-cue_NC.mean())
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     optimizer.zero_grad()
