@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -27,7 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from promptembedder import ModelConfig, RunConfig, build
+from promptembedder import ModelConfig, RunConfig, build, cli
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, WarmStartConfig
 
 TEXTS = [
@@ -169,9 +171,35 @@ def tiny_model(tiny_settings: Callable[..., ModelConfig]) -> Callable[..., Sente
     return make
 
 
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the `promptembedder` command in this process: an import saved, and a traceback is a test failure."""
+
+    def run(*arguments: object, stdin: str = "") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["promptembedder", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture
 def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the `promptembedder` command as a user does."""
+    """Run the `promptembedder` command as a user does: a process of its own, seconds of imports; see `command`."""
 
     def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -69,20 +69,20 @@ def test_bad_input(embedded, tmp_path):
         Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "file" / "b.safetensors")
 
 
-def test_commands(tiny_model, tmp_path, run_cli):
+def test_commands(tiny_model, tmp_path, command):
     save(tiny_model("llama"), tmp_path / "old")
     save(tiny_model("qwen2"), tmp_path / "new")
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(25) for text in TEXTS))
-    done = run_cli(
+    done = command(
         "bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "b.safetensors"
     )
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
+    assert done.code == 0, done.err
+    facts = json.loads(done.out.splitlines()[-1])
     assert facts["texts"] == 125
     encoded = ("encode", tmp_path / "new", tmp_path / "texts.txt", "--bridge", tmp_path / "b.safetensors")
-    assert run_cli(*encoded, "-o", tmp_path / "v.npy").returncode == 0
+    assert command(*encoded, "-o", tmp_path / "v.npy").code == 0
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.shape == (125, 32)
     assert np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
-    wrong = run_cli(*encoded, "--truncate-dim", 8, "-o", tmp_path / "w.npy")
-    assert (wrong.returncode, len(wrong.stderr.strip().splitlines())) == (2, 1)
+    wrong = command(*encoded, "--truncate-dim", 8, "-o", tmp_path / "w.npy")
+    assert (wrong.code, len(wrong.err.strip().splitlines())) == (2, 1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -20,38 +18,12 @@ import yaml
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import INSTRUCTION, TEXTS
-from promptembedder import ModelConfig, PromptEmbedderError, build, cli, load, save
+from conftest import INSTRUCTION, TEXTS, Outcome
+from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
 from promptembedder.config import load_run
 from promptembedder.model import describe
 
 WIDTH = 32
-
-
-class Outcome(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run the `promptembedder` command in this process: an import saved, and a traceback is a test failure."""
-
-    def run(*arguments: object, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["promptembedder", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Outcome(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

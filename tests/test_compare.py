@@ -117,19 +117,19 @@ def test_bad_comparisons(results, tmp_path, other, to, message):
         evaluation.compare(evaluation.read_columns([tmp_path / "out"]), to)
 
 
-def test_command(results, tmp_path, run_cli):
+def test_command(results, tmp_path, command):
     folder = results("x/first", {"A": 0.5, "C": 0.3})
-    done = run_cli("compare", folder, "--to", "first", "-o", tmp_path / "page")
-    assert done.returncode == 0, done.stderr
-    assert "| **mean of 2 tasks** | 40.00 |" in done.stdout
+    done = command("compare", folder, "--to", "first", "-o", tmp_path / "page")
+    assert done.code == 0, done.err
+    assert "| **mean of 2 tasks** | 40.00 |" in done.out
     assert (tmp_path / "page" / "report.html").is_file()
     (tmp_path / "empty").mkdir()
-    wrong = run_cli("compare", tmp_path / "empty", "-o", tmp_path / "page2")
-    assert wrong.returncode == 2
-    assert "no results in" in wrong.stderr
+    wrong = command("compare", tmp_path / "empty", "-o", tmp_path / "page2")
+    assert wrong.code == 2
+    assert "no results in" in wrong.err
     (folder / "A.json").write_text("{}")
-    broken = run_cli("compare", folder, "-o", tmp_path / "page2")
-    assert broken.returncode == 2
-    assert "A.json is no result of mteb" in broken.stderr
-    assert len(broken.stderr.strip().splitlines()) == 1
+    broken = command("compare", folder, "-o", tmp_path / "page2")
+    assert broken.code == 2
+    assert "A.json is no result of mteb" in broken.err
+    assert len(broken.err.strip().splitlines()) == 1
     assert not (tmp_path / "page2").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -202,12 +203,12 @@ def test_baselines(data, tmp_path, tiny_lm, baseline):
     assert np.allclose(embeddings["one thing"], alone, atol=1e-4)
 
 
-def test_command(data, tmp_path, tiny_model, run_cli):
+def test_command(data, tmp_path, tiny_model, command):
     save(tiny_model(), tmp_path / "model")
     options = ("--data", data, "--suite", "full", "--task", "Similar", "--output", tmp_path / "out")
-    done = run_cli("evaluate", tmp_path / "model", *options)
-    assert done.returncode == 0, done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
+    done = command("evaluate", tmp_path / "model", *options)
+    assert done.code == 0, done.err
+    line = json.loads(done.out.splitlines()[-1])
     assert set(line["scores"]) == {"Similar"}
     assert line["mean"] == line["scores"]["Similar"]
     assert list((tmp_path / "out").rglob("Similar.json"))
@@ -218,27 +219,29 @@ def test_command(data, tmp_path, tiny_model, run_cli):
     [
         (["{model}", "--data", "{data}", "--task", "Similer"], "unknown task 'Similer' in .*nearest: Similar"),
         (["{model}", "--data", "{empty}"], "no tasks in .*expected folders such as sts, classification"),
+        (["{model}", "--data", "{data}"], "holds none of the quick suite's tasks; take the full suite, or name tasks"),
         (["{model}"], "give --data FOLDER, or --task NAME"),
-        (["{empty}/nothing", "--data", "{data}"], "no model at "),
-        (["{model}", "--data", "{data}", "--baseline", "guess"], "unknown baseline 'guess'; valid: mean, last"),
+        (["{empty}/nothing", "--data", "{data}", "--suite", "full"], "no model at "),
+        (
+            ["{model}", "--data", "{data}", "--task", "Similar", "--baseline", "guess"],
+            "unknown baseline 'guess'; valid: mean, last",
+        ),
         (["{model}", "--data", "{data}", "--instructions", "{empty}/none.json"], "no instructions at "),
         (
-            ["{lm}", "--baseline", "mean", "--data", "{data}", "--instructions", "{data}/instructions.json"],
+            ["{lm}", "--baseline", "mean", "--data", "{data}", "--task", "Similar", "--instructions", "{data}/i.json"],
             "reads no instructions; leave --instructions out",
         ),
     ],
 )
-def test_bad_input_is_one_line(data, tmp_path, tiny_model, tiny_lm, run_cli, arguments, message):
-    import re
-
+def test_bad_input_is_one_line(data, tmp_path, tiny_model, tiny_lm, command, arguments, message):
     save(tiny_model(), tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    (data / "instructions.json").write_text("{}")
+    (data / "i.json").write_text("{}")
     places = {"model": tmp_path / "model", "data": data, "empty": tmp_path / "empty", "lm": tiny_lm()}
-    done = run_cli("evaluate", *(a.format(**places) for a in arguments), "--output", tmp_path / "out")
-    assert done.returncode == 2
-    assert re.search(message, done.stderr)
-    assert len(done.stderr.strip().splitlines()) == 1
+    done = command("evaluate", *(a.format(**places) for a in arguments), "--output", tmp_path / "out")
+    assert done.code == 2
+    assert re.search(message, done.err)
+    assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

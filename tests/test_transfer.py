@@ -235,7 +235,7 @@ def test_without_a_shared_vocabulary(tiny_model, config, monkeypatch, caplog):
     assert "W starts at random" in caplog.text
 
 
-def test_command(tiny_model, tiny_lm, tmp_path, run_cli, run_config):
+def test_command(tiny_model, tiny_lm, tmp_path, command, run_config):
     run_config()
     save(tiny_model("llama"), tmp_path / "model")
     options = (
@@ -249,13 +249,13 @@ def test_command(tiny_model, tiny_lm, tmp_path, run_cli, run_config):
         "pairs.jsonl",
     )
     small = ("training.max_steps=2", "training.batch_size=4", "evaluation.every_steps=1")
-    done = run_cli("transfer", tmp_path / "model", *small, *options, "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
+    done = command("transfer", tmp_path / "model", *small, *options, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    line = json.loads(done.out.splitlines()[-1])
     assert set(line) == {"dev_spearman", "start", "model"}
-    assert run_cli("info", line["model"]).returncode == 0
-    wrong = run_cli("transfer", tmp_path / "model")
-    assert (wrong.returncode, wrong.stderr.strip()) == (2, "promptembedder: give the new backbone: --backbone NAME")
+    assert command("info", line["model"]).code == 0
+    wrong = command("transfer", tmp_path / "model")
+    assert (wrong.code, wrong.err.strip()) == (2, "promptembedder: give the new backbone: --backbone NAME")
 
 
 def test_a_shared_prompter(tiny_model, config, tmp_path):

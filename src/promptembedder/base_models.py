@@ -170,7 +170,7 @@ def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel
         PromptEmbedderError: see `load_config`.
     """
     load_config(located)
-    with _quiet_transformers(), _opening(located, "weights"):
+    with quiet_transformers(), _opening(located, "weights"):
         lm = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
     lm.eval()
     lm.requires_grad_(False)
@@ -179,7 +179,7 @@ def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel
 
 def load_tokenizer(located: LocatedModel) -> PreTrainedTokenizerBase:
     """Open a base LLM's tokenizer; a missing pad token becomes the end-of-text token (it is masked anyway)."""
-    with _quiet_transformers(), _opening(located, "tokenizer"):
+    with quiet_transformers(), _opening(located, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(located.folder, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -324,7 +324,7 @@ def _sha256(paths: list[Path]) -> str:
 def _convert_gguf(gguf: Path, output: Path) -> None:
     """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other."""
     options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             lm = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -355,7 +355,7 @@ def _opening(located: LocatedModel, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No per-tensor progress bars or advice meant for other uses while a model opens."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

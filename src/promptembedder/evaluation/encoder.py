@@ -119,7 +119,8 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
             raise PromptEmbedderError(f"unknown baseline {baseline!r}; valid: {', '.join(BASELINES)}")
         pooling, template = BASELINES[baseline]
         located = base_models.locate(model)
-        lm = Transformer(str(located.folder))
+        with base_models.quiet_transformers():
+            lm = Transformer(str(located.folder))
         lm.tokenizer.padding_side = "right"
         if lm.tokenizer.pad_token is None:
             lm.tokenizer.pad_token = lm.tokenizer.eos_token
@@ -143,7 +144,8 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
     if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
         raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name")
     try:
-        opened = SentenceTransformer(model, device=device)
+        with base_models.quiet_transformers():
+            opened = SentenceTransformer(model, device=device)
     except (OSError, ValueError) as error:
         raise PromptEmbedderError(f"cannot open {model}: {' '.join(str(error).split())[:300]}") from error
     name = f"local/{folder.resolve().name}" if folder.is_dir() else model
