@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--cache-gib", type=int, default=12, help="of suffix_cached")
-    parser.add_argument("--quick", action="store_true", help="batch 8, one round of one step at 32 and 128 tokens")
+    parser.add_argument("--quick", action="store_true", help="batch 8, one round of one step at 32 and 128 tokens, no checkpointing")
     parser.add_argument("--output", type=Path, help="write NAME.json, NAME.md and NAME.png")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "promptembedder-shapes")
     parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "LENGTH"), help=argparse.SUPPRESS)
@@ -290,6 +290,7 @@ def main() -> None:
         parser.error(f"--variants must hold {', '.join(sorted(missing))}: ratios need them")
     if arguments.quick:
         arguments.batch, arguments.steps, arguments.rounds, arguments.lengths = 8, 1, 1, [32, 128]
+        arguments.variants = [variant for variant in arguments.variants if variant != "lora_checkpointing"]
     if arguments.worker:
         print(json.dumps(measure(arguments.worker[0], int(arguments.worker[1]), arguments)))
         return
