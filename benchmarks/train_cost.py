@@ -281,7 +281,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--cache-gib", type=int, default=12, help="of suffix_cached")
-    parser.add_argument("--quick", action="store_true", help="batch 8, one round of one step at 32 and 128 tokens, no checkpointing")
+    help_quick = "batch 8, one round of one step at 32 and 128 tokens, without checkpointing"
+    parser.add_argument("--quick", action="store_true", help=help_quick)
     parser.add_argument("--output", type=Path, help="write NAME.json, NAME.md and NAME.png")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "promptembedder-shapes")
     parser.add_argument("--worker", nargs=2, metavar=("VARIANT", "LENGTH"), help=argparse.SUPPRESS)

@@ -50,7 +50,8 @@ class ModelConfig:
         alignment_start: `auto` is identity where the two LLMs are the same, least squares otherwise.
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
-        text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU), see docs/performance.md.
+        text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU): faster, but docs/performance.md says what
+            it loses.
         backbone_layers: read with the first so many layers of the backbone only, which also saves time; unset: all.
         deep_soft_prompt: add an alignment per layer, whose output is added at the soft positions of that layer's
             input (layout `suffix`); these start at zero.
