@@ -45,7 +45,6 @@ from promptembedder.module import (
 from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state
 
 _LORA_TARGETS = "all-linear"
-_SHIPPED = Path(__file__).parent / "models"
 
 
 def build(config: ModelConfig | None = None, *, device: str | None = None, seed: int = 13) -> SentenceTransformer:
@@ -69,8 +68,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
     """Open a saved model with its path alone; no remote code, no pickle.
 
     Args:
-        path: folder written by `save` or `SentenceTransformer.save_pretrained`, or the name of a model that comes with
-            this package (`shipped`).
+        path: folder written by `save` or `SentenceTransformer.save_pretrained`.
         device: where it runs; unset: the accelerator, if there is one.
         dtype: `bfloat16` or `float32` to run the backbone in another precision than saved.
 
@@ -78,7 +76,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
             LLM is not the one the model was trained with.
     """
-    folder = find(path)
+    folder = Path(path)
     saved = _read_json(folder / "config_sentence_transformers.json")
     modules: list[torch.nn.Module] = []
     for entry in _read_json(folder / "modules.json"):
@@ -94,17 +92,6 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
         similarity_fn_name=saved.get("similarity_fn_name"),
         truncate_dim=saved.get("truncate_dim"),
     )
-
-
-def shipped() -> list[str]:
-    """Names of the trained models that come with this package."""
-    return sorted(folder.parent.name for folder in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
-
-
-def find(path: str | Path) -> Path:
-    """The folder of a saved model: as given, or that of a shipped model of this name where there is no such folder."""
-    folder = Path(path)
-    return _SHIPPED / str(path) if not folder.exists() and str(path) in shipped() else folder
 
 
 def save(
@@ -157,7 +144,7 @@ def prompter_owner(path: str | Path) -> Path:
     Raises:
         PromptEmbedderError: not a saved model, or the weights are not there or altered.
     """
-    folder = find(path).resolve()
+    folder = Path(path).resolve()
     weights = _prompter_weights(folder, _read_saved(folder))
     if not weights.is_file():
         raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
@@ -289,7 +276,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         PromptEmbedderError: not a saved model, or a file is missing.
     """
-    folder = find(path)
+    folder = Path(path)
     saved = _read_saved(folder)
     where = str(folder / CONFIG_FILE)
     settings = asdict(parse(ModelConfig, saved["model"], where=where))

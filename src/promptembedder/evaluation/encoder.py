@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from promptembedder import base_models
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import find, load, soft_prompt_module
+from promptembedder.model import load, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
 from promptembedder.training import TRAINING_FACTS
 
@@ -133,7 +133,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
             _filled(template),
             instructed="{instruction}" in template,
         )
-    folder = find(model)
+    folder = Path(model)
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)
         # `train` saves every model as `<run>/model`: the run's name tells more.
