@@ -41,9 +41,7 @@ class TextFormat(StrEnum):
     parquet = "parquet"
 
 
-ModelPath = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a saved model, or the name of a shipped one.")
-]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
 
 
 @app.command()

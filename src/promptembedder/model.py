@@ -522,10 +522,7 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         if path.parent.is_dir():
             raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
-        known = ", ".join(shipped())
-        raise PromptEmbedderError(
-            f"no model at {path.parent}" + (f"; models that come along: {known}" if known else "")
-        )
+        raise PromptEmbedderError(f"no model at {path.parent}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
