@@ -27,9 +27,9 @@ import torch
 
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
 from promptembedder.data import DATA_ENV, Row, read_rows
-from promptembedder.evaluation.encoder import training_facts
 from promptembedder.model import soft_prompt_module
 from promptembedder.training import pair_evaluator, train
+from promptembedder.training_facts import read_facts
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "general-suffix.yaml"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
@@ -156,7 +156,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 files.append(DataFile(path=str(place)))
             config = replace(config, data=replace(config.data, files=tuple(files)))
         result = train(config)
-    facts = training_facts(result.folder) or {}
+    facts = read_facts(result.folder) or {}
     evaluator = pair_evaluator(config.evaluation, config.data.root, "dev")
     assert evaluator is not None
     start = time.perf_counter()

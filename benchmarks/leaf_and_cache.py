@@ -20,7 +20,8 @@ from typing import Any
 import promptembedder
 from promptembedder.config import load_run
 from promptembedder.model import save, soft_prompt_module
-from promptembedder.training import train, warm_start
+from promptembedder.training import train
+from promptembedder.warm_start import warm_start
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
 SETTINGS = {"off": {"soft_prompt_leaf": False}, "on": {"soft_prompt_leaf": True, "text_state_cache": 8 * 2**30}}

@@ -6,7 +6,6 @@ loss as `promptembedder train` takes from a run's settings.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import base_models
+from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import load_training_data, read_scored_pairs
-from promptembedder.training import TRAINING_FACTS, TrainingClock, make_loss
+from promptembedder.training import make_loss
+from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -107,7 +108,7 @@ class Trained:
 
     model: SentenceTransformer
     seconds: float
-    curve: list[tuple[int, float, float]]
+    curve: Curve
 
 
 def train(config: RunConfig, *, learning_rate: float, output: Path | None = None, follow: bool = False) -> Trained:
@@ -165,25 +166,21 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     best.restore()
     history = trainer.state.log_history
-    seconds = max(line["step_seconds"] for line in history if "step_seconds" in line)
+    seconds = seconds_of(history)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         state = get_peft_model_state_dict(adapted(model), adapter_name=ADAPTER)
         save_file({name: value.cpu().contiguous() for name, value in state.items()}, output / WEIGHTS)
-        facts = {
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "steps": settings.max_steps,
-            "examples": settings.max_steps * settings.batch_size,
-            "seconds": round(seconds, 1),
-            "learning_rate": learning_rate,
-            "max_seq_length": longest_input(model, config),
-        }
-        (output / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    curve = [
-        (line["step"] * settings.batch_size, line["step_seconds"], 100 * line["eval_spearman_cosine"])
-        for line in history
-        if "eval_spearman_cosine" in line
-    ]
+        write_facts(
+            output,
+            trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            steps=settings.max_steps,
+            examples=settings.max_steps * settings.batch_size,
+            seconds=seconds,
+            learning_rate=learning_rate,
+            max_seq_length=longest_input(model, config),
+        )
+    curve = dev_curve(history, settings.batch_size, "eval_spearman_cosine")
     return Trained(model, seconds, [(0, 0.0, start), *curve] if follow else [])
 
 
@@ -191,7 +188,7 @@ def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTr
     """Open a saved adapter on its LLM."""
     model = build(llm, dtype, device)
     set_peft_model_state_dict(adapted(model), load_file(adapter / WEIGHTS), adapter_name=ADAPTER)
-    model.max_seq_length = json.loads((adapter / TRAINING_FACTS).read_text())["max_seq_length"]
+    model.max_seq_length = (read_facts(adapter) or {})["max_seq_length"]
     return model
 
 

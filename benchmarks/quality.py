@@ -27,8 +27,8 @@ import promptembedder
 from promptembedder import base_models, evaluation
 from promptembedder.config import RunConfig, load_run
 from promptembedder.data import DATA_ENV
-from promptembedder.evaluation.encoder import training_facts
-from promptembedder.training import TRAINING_FACTS, train
+from promptembedder.training import train
+from promptembedder.training_facts import read_facts
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 UNTRAINED = {"mean_pooling": "mean", "prompt_eol": "prompt_eol"}
@@ -109,7 +109,7 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
     """Train the column's model, unless that is done, and open it."""
     config = run_config(column, seed, arguments.steps, arguments)
     folder = Path(config.training.output) / "model"
-    if not (folder / TRAINING_FACTS).is_file():
+    if read_facts(folder) is None:
         rate = chosen_rate(column, arguments)
         say(f"{column}, seed {seed}: {arguments.steps} steps of {arguments.batch} pairs, learning rate {rate:g}")
         if column == "lora":
@@ -117,7 +117,7 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
         else:
             resume = any(folder.parent.glob("checkpoint-*"))
             train(with_rate(config, rate), resume=resume)
-    facts = training_facts(folder)
+    facts = read_facts(folder)
     if column == "lora":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = base_models.resolve_dtype(config.model.dtype, device)

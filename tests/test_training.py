@@ -11,7 +11,8 @@ from conftest import INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build
 from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.module import SoftPromptLeaves
-from promptembedder.training import make_loss, train, warm_start
+from promptembedder.training import make_loss, train
+from promptembedder.warm_start import warm_start
 
 
 def state_of(model, kind):

@@ -12,10 +12,11 @@ import torch
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, alignment, base_models, load, save
+from promptembedder.closed_forms import closed_forms
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, TransferConfig
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
-from promptembedder.transfer import SimilarityDistillation, closed_forms, on_backbone, transfer
+from promptembedder.transfer import SimilarityDistillation, on_backbone, transfer
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_a_worker_that_dies_leaves_nobody_hanging(run_config, tmp_path):
     done = run(torchrun(2), tmp_path, "dies")
     assert done.returncode != 0
     assert time.monotonic() - start < 120
-    assert re.search(r"worker 0 stops: (the launcher ended the run|another worker died)", done.stderr)
+    assert re.search(r"worker 0 stops: (the launcher ended the run|another worker died)", done.stderr), done.stderr
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -107,6 +107,20 @@ def test_last_words_while_the_main_thread_waits_outside_python():
     assert printed == b"promptembedder: the end\n"
     assert process.returncode == 1
     assert time.monotonic() - start < 20
+
+
+def test_last_words_after_an_error_on_the_way_out():
+    """The launcher's signal can come while a worker is still unwinding: the line is printed all the same."""
+    code = (
+        "import time\nfrom promptembedder.workers import _last_words\n"
+        "try:\n    with _last_words('the end'):\n        raise RuntimeError\n"
+        "except RuntimeError:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        _, printed = process.communicate(timeout=60)
+    assert printed == b"promptembedder: the end\n"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, doomed = Path(sys.argv[1]), sys.argv[2:] == ["dies"]
     if doomed and os.environ["RANK"] == "1":
-        from promptembedder.training import SoftPromptLeafCallback
+        from promptembedder.callbacks import SoftPromptLeafCallback
 
         SoftPromptLeafCallback.on_step_end = lambda *a, **k: os._exit(9)
     result = train(load_run(folder / "run.yaml"))

@@ -15,8 +15,8 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from promptembedder import alignment, base_models
 from promptembedder.base_models import LocatedModel
+from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
 from promptembedder.data import TrainingData, data_path
 from promptembedder.errors import PromptEmbedderError
@@ -46,32 +47,12 @@ from promptembedder.model import (
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import TRAINING_FACTS, pair_evaluator, train
+from promptembedder.training import pair_evaluator, train
+from promptembedder.training_facts import Curve, seconds_of, write_facts
 
 logger = logging.getLogger(__name__)
 
-# Below so many shared tokens a fit says nothing about the rest of the vocabulary.
-_FEWEST_SHARED = 64
-_HELD_BACK = 0.1
 _TEXT_STATES = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class Start:
-    """A closed-form alignment.
-
-    Attributes:
-        name: of the way it was made.
-        weight_PD: W.
-        reconstruction: mean cosine of mapped and true embeddings over tokens held back from the fit; unset where
-            W is not fitted to tokens.
-        dev: Spearman x 100 with it, where dev pairs are given.
-    """
-
-    name: str
-    weight_PD: Tensor
-    reconstruction: float | None
-    dev: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +73,7 @@ class Stage:
     dev: float | None
     seconds: float
     examples: int
-    curve: tuple[tuple[int, float, float], ...] = ()
+    curve: Curve = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -199,16 +180,17 @@ def transfer(
     if test is not None:
         scores["test"] = 100 * test(moved)["test_spearman_cosine"]
     save(moved, output / "model", share_prompter=share_prompter)
-    opened = config.unfrozen_steps > 0
-    facts = {
-        "trained_parameters": sum(
-            p.numel() for n, p in moved.named_parameters() if p.requires_grad and (opened or ".prompter." not in n)
+    write_facts(
+        output / "model",
+        trained_parameters=sum(
+            p.numel()
+            for name, p in moved.named_parameters()
+            if p.requires_grad and (config.unfrozen_steps or ".prompter." not in name)
         ),
-        "steps": sum(stage.examples for stage in stages) // config.training.batch_size,
-        "examples": sum(stage.examples for stage in stages),
-        "seconds": round(sum(stage.seconds for stage in stages), 1),
-    }
-    (output / "model" / TRAINING_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        steps=sum(stage.examples for stage in stages) // config.training.batch_size,
+        examples=sum(stage.examples for stage in stages),
+        seconds=sum(stage.seconds for stage in stages),
+    )
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)
     return result
@@ -308,84 +290,6 @@ def on_backbone(
     return assemble(module, str(device))
 
 
-def closed_forms(
-    old: SoftPromptTransformer, new: SoftPromptTransformer, instructions: Sequence[str], only: Sequence[str] = ()
-) -> list[Start]:
-    """Alignments to a new backbone without training; empty where the vocabularies share next to nothing.
-
-    | name | W |
-    | --- | --- |
-    | `least_squares`, `ridge`, `procrustes` | from the prompter's to the new backbone's embeddings of shared tokens |
-    | `weighted` | ridge, tokens weighted by their share in the mixtures of the soft tokens |
-    | `through_old` | the trained W, then least squares from the old backbone's embeddings to the new one's |
-    | `mixture` | ridge, corrected so that each soft token of the instructions becomes the same mixture of words |
-    | `mixture_and_drift` | `through_old`, corrected likewise, plus what training moved the soft prompt by |
-
-    All but the last two are scaled to the norm of the new backbone's embeddings.
-
-    Args:
-        old: the trained module.
-        new: the module on the new backbone.
-        instructions: those whose soft tokens count most.
-        only: names wanted; empty: all.
-
-    Raises:
-        PromptEmbedderError: an unknown name.
-    """
-    names = ("least_squares", "ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift")
-    if wrong := [name for name in only if name not in names]:
-        raise PromptEmbedderError(f"unknown start {wrong[0]!r}; valid: {', '.join(names)}")
-    ids_prompter, ids_new = alignment.shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
-    ids_old, ids_new_too = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
-    if min(len(ids_prompter), len(ids_old)) < _FEWEST_SHARED:
-        return []
-    embeddings_VP, embeddings_new_VD = _embeddings(old.prompter.lm), _embeddings(new.backbone.lm)
-    embeddings_old_VF = _embeddings(old.backbone.lm)
-    prompter_SP, backbone_SD = embeddings_VP[ids_prompter], embeddings_new_VD[ids_new]
-    tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
-    shared_MS = mixtures_MV[:, ids_prompter]
-    # A soft token is a mixture of words, and the words exist in both; what is not shared is spread over the rest.
-    words_MD = (shared_MS / shared_MS.sum(-1, keepdim=True).clamp(min=1e-9)) @ backbone_SD
-    used_S = shared_MS.sum(0) + 1e-2 / len(ids_prompter) * float(shared_MS.sum())
-    to_new_FD = alignment.ridge(embeddings_old_VF[ids_old], embeddings_new_VD[ids_new_too])
-    trained_PF = old.alignment.weight.detach().float().cpu()
-    through_PD = trained_PF @ to_new_FD
-    # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
-    old_ids_of_prompter = alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
-    mixed_MF = _mixed(mixtures_MV, *old_ids_of_prompter, embeddings_old_VF)
-    drift_MD = (tokens_MP @ trained_PF - mixed_MF) @ to_new_FD
-
-    held = torch.zeros(len(ids_prompter), dtype=torch.bool)
-    held[random.Random(0).sample(range(len(held)), max(1, int(_HELD_BACK * len(held))))] = True
-    held_old = torch.isin(ids_new_too, ids_new[held])
-
-    def closeness(weight_PD: Tensor) -> float:
-        cosines = nn.functional.cosine_similarity(prompter_SP[held] @ weight_PD, backbone_SD[held], dim=-1)
-        return float(cosines.mean())
-
-    def fitted(fit: Callable[[Tensor, Tensor, Tensor | None], Tensor], weights_S: Tensor | None = None) -> Start:
-        part = fit(prompter_SP[~held], backbone_SD[~held], None if weights_S is None else weights_S[~held])
-        weight_PD = fit(prompter_SP, backbone_SD, weights_S)
-        return Start("", alignment.matched_norm(weight_PD, prompter_SP, backbone_SD), closeness(part))
-
-    def through_old() -> Start:
-        part_FD = alignment.ridge(embeddings_old_VF[ids_old[~held_old]], embeddings_new_VD[ids_new_too[~held_old]])
-        return Start("", alignment.matched_norm(through_PD, prompter_SP, backbone_SD), closeness(trained_PF @ part_FD))
-
-    makers: dict[str, Callable[[], Start]] = {
-        "least_squares": lambda: fitted(lambda a, b, _: alignment.ridge(a, b, penalty=1e-6)),
-        "ridge": lambda: fitted(lambda a, b, _: alignment.ridge(a, b)),
-        "procrustes": lambda: fitted(lambda a, b, _: alignment.procrustes(a, b)),
-        "weighted": lambda: fitted(lambda a, b, w: alignment.ridge(a, b, weights_S=w), used_S),
-        "through_old": through_old,
-        "mixture": lambda: Start(
-            "", alignment.folded(alignment.ridge(prompter_SP, backbone_SD), tokens_MP, words_MD), None
-        ),
-        "mixture_and_drift": lambda: Start("", alignment.folded(through_PD, tokens_MP, words_MD + drift_MD), None),
-    }
-    return [replace(make(), name=name) for name, make in makers.items() if not only or name in only]
-
-
 def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
     """Write `results.json`, `report.md` and, where there is a curve, `picture.png`."""
     curves = {stage.name: stage.curve for stage in result.stages if stage.curve}
@@ -460,14 +364,7 @@ def _trained(
     """Train; the times of the curve count from the beginning of the transfer, `before` seconds ago."""
     run = replace(run, training=replace(run.training, output=str(output / name)))
     result = train(run, model=model, data=data, loss=loss)
-    each = run.training.batch_size * run.training.gradient_accumulation
-    curve = tuple(
-        (line["step"] * each, round(before + line["step_seconds"], 2), 100 * line["eval_dev_spearman_cosine"])
-        for line in result.history
-        if "eval_dev_spearman_cosine" in line
-    )
-    seconds = max((line["step_seconds"] for line in result.history if "step_seconds" in line), default=result.seconds)
-    return Stage(name, result.scores.get("dev"), seconds, result.steps * each, curve)
+    return Stage(name, result.scores.get("dev"), seconds_of(result.history), result.examples, result.curve(before))
 
 
 def _own_copy(module: SoftPromptTransformer) -> Prompter:
@@ -499,28 +396,6 @@ def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[S
 def _set_weight(module: SoftPromptTransformer, weight_PD: Tensor) -> None:
     with torch.no_grad():
         module.alignment.weight.copy_(weight_PD)
-
-
-@torch.no_grad()
-def _soft_tokens(module: SoftPromptTransformer, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Soft tokens (M, P) and mixture weights (M, V) that the prompter writes for the instructions, on the CPU."""
-    tokens, mixtures = [], []
-    for instruction in instructions:
-        written = module.soft_tokens(instruction)
-        tokens.append(written.tokens_NKP[0].float().cpu())
-        mixtures.append(torch.softmax(written.logits_NKV[0].float().cpu() / module.prompter.temperature, dim=-1))
-    return torch.cat(tokens), torch.cat(mixtures)
-
-
-def _mixed(mixtures_MV: Tensor, ids_from: Tensor, ids_to: Tensor, embeddings_VX: Tensor) -> Tensor:
-    """Soft tokens (M, X) that mix another LLM's embeddings of the same words."""
-    shared_MS = mixtures_MV[:, ids_from]
-    return (shared_MS / shared_MS.sum(-1, keepdim=True).clamp(min=1e-9)) @ embeddings_VX[ids_to]
-
-
-def _embeddings(lm: Any) -> Tensor:
-    matrix_VX, scale = base_models.input_embeddings(lm)
-    return matrix_VX.detach().float().cpu() * scale
 
 
 def _instructions(old: SoftPromptTransformer, config: TransferConfig) -> list[str]:

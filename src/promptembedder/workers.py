@@ -162,12 +162,11 @@ def _last_words(text: str) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
     descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=listen, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGTERM, handler)
-        os.close(writing)  # ends the thread
+    # Not in a `finally`: after an error the worker is on its way out, and the launcher's signal may overtake it.
+    yield
+    signal.set_wakeup_fd(descriptor)
+    signal.signal(signal.SIGTERM, handler)
+    os.close(writing)  # ends the thread
 
 
 def _gradient(leaf_NKD: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from promptembedder import base_models
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model import load, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
-from promptembedder.training import TRAINING_FACTS
+from promptembedder.training_facts import read_facts
 
 # An LLM without training: pooling, and what its text is wrapped in; `{instruction}` makes it read the task's.
 BASELINES: dict[str, tuple[str, str]] = {
@@ -42,7 +41,7 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
             prompt, others read the bare text.
         document_instruction: what `wrap` gets for documents.
         instructed: whether `wrap` uses the instruction.
-        training: facts of the training to keep with the results, see `promptembedder.training.TRAINING_FACTS`.
+        training: facts of the training to keep with the results, see `promptembedder.training_facts`.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         place = folder.resolve()
         name = f"promptembedder/{place.parent.name if place.name == 'model' and place.parent.name else place.name}"
         revision = _content(folder)
-        return InstructedEncoder(opened, name, revision, training=training_facts(folder))
+        return InstructedEncoder(opened, name, revision, training=read_facts(folder))
     if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
         raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name")
     try:
@@ -150,12 +149,6 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         raise PromptEmbedderError(f"cannot open {model}: {' '.join(str(error).split())[:300]}") from error
     name = f"local/{folder.resolve().name}" if folder.is_dir() else model
     return InstructedEncoder(opened, name, _content(folder) if folder.is_dir() else "hub")
-
-
-def training_facts(folder: Path) -> dict[str, Any] | None:
-    """What a training run wrote beside the model it saved, if it did."""
-    path = folder / TRAINING_FACTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _instruction(metadata: Any) -> str | None:

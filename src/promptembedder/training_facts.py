@@ -1,0 +1,45 @@
+"""Facts of a training run, kept as JSON beside the model it made, and curves out of a trainer's log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TRAINING_FACTS = "training.json"
+# Examples seen, seconds of training, dev score x 100.
+Curve = list[tuple[int, float, float]]
+
+
+def write_facts(
+    folder: Path, *, trained_parameters: int, steps: int, examples: int, seconds: float, **more: Any
+) -> None:
+    """Write down what a training run was; `seconds` are those of warm start and optimizer steps."""
+    facts = {
+        "trained_parameters": trained_parameters,
+        "steps": steps,
+        "examples": examples,
+        "seconds": round(seconds, 1),
+    }
+    (folder / TRAINING_FACTS).write_text(json.dumps({**facts, **more}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """What `write_facts` wrote into a folder, if it did."""
+    path = folder / TRAINING_FACTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def dev_curve(history: Sequence[dict[str, Any]], examples_per_step: int, metric: str, before: float = 0.0) -> Curve:
+    """The dev scores in a trainer's log; `before`: seconds that passed before training."""
+    return [
+        (line["step"] * examples_per_step, round(before + line["step_seconds"], 2), 100 * line[metric])
+        for line in history
+        if metric in line
+    ]
+
+
+def seconds_of(history: Sequence[dict[str, Any]]) -> float:
+    """Seconds of the optimizer steps, as `callbacks.TrainingClock` notes them."""
+    return max((line["step_seconds"] for line in history if "step_seconds" in line), default=0.0)
