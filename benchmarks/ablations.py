@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from common import command, kept, one_setting, parsed, parser_of, say
+from promptembedder import atomic
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
-from promptembedder.data import DATA_ENV, Row, read_rows
+from promptembedder.data import Row, read_rows
 from promptembedder.model import soft_prompt_module
 from promptembedder.training import pair_evaluator, train
 from promptembedder.training_facts import read_facts
@@ -35,6 +36,21 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "general-suffix.yaml"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
 PAIRS_ONLY = ("quora_paraphrases", "conala_rewrites")
 UNSEEN = ("snips_intent", "subj")
+ASPECTS = {
+    "snli_triplets": "meaning",
+    "clinc150_domain": "domain",
+    "clinc150_intent": "intent",
+    "mag_field_dev": "field",
+    "cr_sentiment": "sentiment",
+    "quora_paraphrases": "meaning",
+    "conala_rewrites": "meaning",
+}
+
+ASPECT = (
+    """model.text_template='This sentence : "{text}"\nThe'""",
+    """training.warm_start.cue='{aspect} in one word:"'""",
+    "training.warm_start.steps=150",
+)
 
 # Name: settings that differ from the base. Several of a family stand next to each other in the table.
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -64,12 +80,16 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
         "training.warm_start.target_probability=0.2",
         "training.prompter_learning_rate=1e-3",
     ),
-    "cue on the last 3 of 5": ("training.warm_start.cue_tokens=3",),
-    "cue on the last 3 of 5, to 0.5, prompter rate 1e-3": (
-        "training.warm_start.cue_tokens=3",
-        "training.warm_start.target_probability=0.5",
-        "training.prompter_learning_rate=1e-3",
+    "cue with aspect": ASPECT,
+    "cue with aspect, prompter rate 2e-5": (*ASPECT, "training.prompter_learning_rate=2e-5"),
+    "cue with aspect, prompter rate 2e-5, hidden offset": (
+        *ASPECT,
+        "training.prompter_learning_rate=2e-5",
+        "model.hidden_offset=true",
     ),
+    "cue with aspect, to 0.5": (*ASPECT, "training.warm_start.target_probability=0.5"),
+    "hidden offset": ("model.hidden_offset=true",),
+    "cue with aspect, hidden offset": (*ASPECT, "model.hidden_offset=true"),
     "instruction in words": ('model.instruction_template="\\n{instruction}\\nThis sentence"',),
     "no warm start": ("training.warm_start.steps=0",),
     "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
@@ -93,7 +113,11 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
     config = load_run(RECIPE, [*(arguments.set or []), *ABLATIONS[name]], root=str(arguments.data))
     files = tuple(
-        DataFile(path=f"train/{source}.jsonl.gz", max_rows=count_rows(source, arguments) - arguments.held)
+        DataFile(
+            path=f"train/{source}.jsonl.gz",
+            max_rows=count_rows(source, arguments) - arguments.held,
+            aspect=ASPECTS.get(source),
+        )
         for source in (*SEEN, *PAIRS_ONLY)
     )
     training = replace(
@@ -197,10 +221,7 @@ def mean_of(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablations"), help="figures, kept")
-    parser.add_argument("--report", type=Path, help="write NAME.json and NAME.md")
+    parser = parser_of(__doc__, "runs/ablations")
     parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=24)
@@ -208,29 +229,22 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=80, help="rows held back of each file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13])
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the base")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error(f"give --data or set {DATA_ENV}")
+    arguments = parsed(parser)
+    names = ("steps", "batch", "pairs", "held", "set")
+    one_setting(arguments.output, {name: getattr(arguments, name) for name in names})
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ABLATIONS:
         for seed in arguments.seeds:
-            kept = arguments.output / f"{name.replace(' ', '-')}-{seed}-{arguments.steps}x{arguments.batch}.json"
-            if not kept.is_file() and (arguments.only is None or name in arguments.only):
-                print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-                figures = run(name, seed, arguments)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(figures) + "\n")
-                print(json.dumps({"change": name, "seed": seed} | figures), flush=True)
-            if kept.is_file():
-                found.setdefault(name, []).append(json.loads(kept.read_text()))
+            place = arguments.output / f"{name.replace(' ', '-')}-{seed}.json"
+            if place.is_file() or arguments.only is None or name in arguments.only:
+                say(f"{name}, seed {seed}")
+                found.setdefault(name, []).append(kept(place, partial(run, name, seed, arguments)))
+                say(json.dumps(found[name][-1]))
     print(table(found))
     if arguments.report:
-        command = " ".join(["python benchmarks/ablations.py", *sys.argv[1:]])
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.with_suffix(".md").write_text(f"`{command}`\n\n{table(found)}\n")
-        arguments.report.with_suffix(".json").write_text(
-            json.dumps({"command": command, "runs": found}, indent=1) + "\n"
-        )
+        record = {"command": command(), "runs": found}
+        atomic.write_text(arguments.report / "ablations.md", f"`{command()}`\n\n{table(found)}\n")
+        atomic.write_text(arguments.report / "ablations.json", json.dumps(record, indent=1) + "\n")
     print(json.dumps({name: mean_of(runs)["sts"] for name, runs in found.items()}))
 
 

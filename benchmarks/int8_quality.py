@@ -7,29 +7,20 @@ Any saved model of layout `suffix`. The last line is one JSON object: the mean o
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
-from pathlib import Path
 
 import promptembedder
+from common import command, parsed, parser_of
 from promptembedder import evaluation
-from promptembedder.data import DATA_ENV
 from promptembedder.model import soft_prompt_module
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "runs/int8-quality")
     parser.add_argument("model", help="folder or name of a saved model")
-    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
     parser.add_argument("--task", nargs="+", help="unset: the quick suite")
-    parser.add_argument("--output", type=Path, default=Path("runs/int8-quality"), help="results, kept")
-    parser.add_argument("--report", type=Path, help="folder of table and pictures")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error(f"give --data or set {DATA_ENV}")
-    data = Path(arguments.data)
+    arguments = parsed(parser)
+    data = arguments.data
     given = json.loads((data / "instructions.json").read_text())
     revision = evaluation.open_model(arguments.model).mteb_model_meta.revision
     for text_pass in ("same", "int8"):
@@ -41,7 +32,7 @@ def main() -> None:
     places = [arguments.output / "results" / f"text-pass__{name}" / str(revision) for name in ("same", "int8")]
     comparison = evaluation.compare(evaluation.read_columns(places), to="same")
     if arguments.report:
-        evaluation.write_report(comparison, arguments.report, " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+        evaluation.write_report(comparison, arguments.report, command())
     print(evaluation.markdown(comparison))
     same, int8 = (comparison.columns[name].scores for name in ("same", "int8"))
     figures = {name: round(comparison.mean(name), 2) for name in ("same", "int8")}

@@ -44,7 +44,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = promptembedder.build(config.model, seed=seed)
             module = soft_prompt_module(model)
-            warm_start(module, [module.settings.default_instruction], config.training.warm_start, seed)
+            warm_start(module, {module.settings.default_instruction: None}, config.training.warm_start, seed)
             save(model, Path(scratch) / "start")
             for name, changes in SETTINGS.items():
                 training = replace(

@@ -2,8 +2,9 @@
 
     PROMPTEMBEDDER_DATA=... python benchmarks/quality.py --output runs/quality --report benchmarks/results/quality-cpu
 
-Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`), ours in the layouts `prefix` and
-`suffix` as the recipes `general-*.yaml` say, for every seed; with `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
+Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
+paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
+`best`, recipe `general.yaml`; for every seed. With `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
 Every step is kept in `--output` and not done again: stop and go on at will, or run columns in several processes
 (`--columns lora` in one, `--columns prefix suffix` in another, then without, to collect). `--choose N` first picks each
 trained column's learning rate from three, by STSBenchmark dev after N steps. The last line is one JSON object.
@@ -13,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,25 @@ import torch
 
 import lora
 import promptembedder
-from promptembedder import base_models, evaluation
+from common import command, kept, one_setting, parsed, parser_of, say
+from promptembedder import atomic, base_models, evaluation
 from promptembedder.config import RunConfig, load_run
-from promptembedder.data import DATA_ENV
 from promptembedder.training import train
 from promptembedder.training_facts import read_facts
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 UNTRAINED = {"mean_pooling": "mean", "prompt_eol": "prompt_eol"}
 UNTRAINED_TEMPLATES = {column: evaluation.BASELINES[name] for column, name in UNTRAINED.items()}
-TRAINED = ("lora", "prefix", "suffix")
-LEARNING_RATES = {"lora": (1e-4, 2e-4, 5e-4), "ours": (1e-4, 2e-4, 4e-4)}
-DEFAULT = {"lora": 2e-4, "ours": 2e-4}
+# Column: its recipe. LoRA takes rows, batches and loss from it.
+TRAINED = {"lora": "general-suffix", "prefix": "general-prefix", "suffix": "general-suffix", "best": "general"}
+LORA_RATES = (2e-4, 5e-4, 1e-3)
+# Ours: times the recipe's learning rates.
+FACTORS = (0.5, 1.0, 2.0)
 
 
 def run_config(column: str, seed: int, steps: int, arguments: argparse.Namespace) -> RunConfig:
-    """The recipe's settings; LoRA takes rows, batches and loss from `suffix`."""
-    recipe = RECIPES / f"general-{'prefix' if column == 'prefix' else 'suffix'}.yaml"
-    config = load_run(recipe, arguments.set or [], root=str(arguments.data))
+    """The recipe's settings."""
+    config = load_run(RECIPES / f"{TRAINED[column]}.yaml", arguments.set or [], root=str(arguments.data))
     training = replace(
         config.training,
         output=str(arguments.output / "models" / f"{column}-{seed}-{steps}"),
@@ -67,42 +68,27 @@ def with_rate(config: RunConfig, rate: float) -> RunConfig:
 
 def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
     """The learning rate with the best dev score after `--choose` steps; the default without it."""
-    family = "lora" if column == "lora" else "ours"
+    recipes = run_config(column, arguments.seeds[0], 1, arguments).training.prompter_learning_rate
+    rates = LORA_RATES if column == "lora" else [recipes * factor for factor in FACTORS]
     if not arguments.choose:
-        return DEFAULT[family]
-    tried: dict[str, float] = {}
-    kept = arguments.output / f"rates-{column}.json"
-    if kept.is_file():
-        tried = json.loads(kept.read_text())
-    for rate in LEARNING_RATES[family]:
-        if f"{rate:g}" in tried:
-            continue
-        config = run_config(column, arguments.seeds[0], arguments.choose, arguments)
-        dev = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.choose)
-        config = replace(
-            with_rate(config, rate) if family == "ours" else config,
-            evaluation=dev,
-            training=replace(
-                config.training,
-                output=str(arguments.output / "rates" / f"{column}-{rate:g}"),
-                **({} if family == "lora" else _rates(config, rate)),
-            ),
-        )
-        if family == "lora":
-            tried[f"{rate:g}"] = lora.dev_score(lora.train(config, learning_rate=rate).model, config)
-        else:
-            tried[f"{rate:g}"] = train(config).scores["dev"]
-        write(kept, json.dumps(tried, indent=1))
-        say(f"{column}: learning rate {rate:g} gives {tried[f'{rate:g}']:.2f} on dev after {arguments.choose} steps")
-    return float(max(tried, key=lambda rate: tried[rate]))
+        return rates[1]
+    tried: dict[float, float] = {}
+    for rate in rates:
+        place = arguments.output / "rates" / f"{column}-{rate:g}.json"
+        tried[rate] = kept(place, partial(after_few_steps, column, rate, arguments))["dev"]
+        say(f"{column}: learning rate {rate:g} gives {tried[rate]:.2f} on dev after {arguments.choose} steps")
+    return max(tried, key=lambda rate: tried[rate])
 
 
-def _rates(config: RunConfig, rate: float) -> dict[str, float]:
-    scaled = with_rate(config, rate).training
-    return {
-        "prompter_learning_rate": scaled.prompter_learning_rate,
-        "alignment_learning_rate": scaled.alignment_learning_rate,
-    }
+def after_few_steps(column: str, rate: float, arguments: argparse.Namespace) -> dict[str, float]:
+    """Dev score of a column after `--choose` steps with a learning rate."""
+    config = run_config(column, arguments.seeds[0], arguments.choose, arguments)
+    dev = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.choose)
+    output = str(arguments.output / "rates" / f"{column}-{rate:g}")
+    config = replace(config, evaluation=dev, training=replace(config.training, output=output))
+    if column == "lora":
+        return {"dev": lora.dev_score(lora.train(config, learning_rate=rate).model, config)}
+    return {"dev": train(with_rate(config, rate)).scores["dev"]}
 
 
 def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> evaluation.InstructedEncoder:
@@ -137,17 +123,6 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
 
 def revision(seed: int, arguments: argparse.Namespace) -> str:
     return f"seed-{seed}-steps-{arguments.steps}"
-
-
-def one_setting(arguments: argparse.Namespace) -> None:
-    """Refuse an output folder whose models were made with other settings."""
-    settings = {"batch": arguments.batch, "set": arguments.set, "choose": arguments.choose}
-    place = arguments.output / "settings.json"
-    if not place.is_file():
-        write(place, json.dumps(settings))
-    found = json.loads(place.read_text())
-    if different := [name for name in settings if found.get(name) != settings[name]]:
-        sys.exit(f"{arguments.output} was made with other settings ({', '.join(different)}); choose another --output")
 
 
 def untrained_encoder(column: str, arguments: argparse.Namespace) -> evaluation.InstructedEncoder:
@@ -188,7 +163,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     if "lora" in mean:
         figures = {
             "ratio_to_lora": {
-                base: round(mean[base] / mean["lora"], 4) for base in ("prefix", "suffix") if base in mean
+                base: round(mean[base] / mean["lora"], 4) for base in TRAINED if base in mean and base != "lora"
             }
         } | figures
     figures["seeds"] = {base: len(names) for base, names in seeds.items() if base in TRAINED}
@@ -198,28 +173,14 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
             comparison.columns, comparison.shared, to if to in comparison.columns else None, comparison.kinds
         )
         evaluation.write_report(shown, arguments.report, "Quality on the quick suite")
-        record = {"command": " ".join(["python benchmarks/quality.py", *sys.argv[1:]]), "figures": figures}
-        write(arguments.report / "quality.json", json.dumps(record, indent=1))
+        record = {"command": command(), "figures": figures}
+        atomic.write_text(arguments.report / "quality.json", json.dumps(record, indent=1) + "\n")
     print(evaluation.markdown(comparison))
     return figures
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(text + "\n")
-    scratch.replace(path)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
-    parser.add_argument("--output", type=Path, default=Path("runs/quality"), help="models and results, kept")
-    parser.add_argument("--report", type=Path, help="folder of table and pictures")
+    parser = parser_of(__doc__, "runs/quality")
     parser.add_argument("--columns", nargs="*", help="run these only; none: collect what is there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13, 14])
     parser.add_argument("--steps", type=int, default=200)
@@ -228,15 +189,12 @@ def main() -> None:
     parser.add_argument("--choose", type=int, default=0, metavar="STEPS", help="pick learning rates first")
     parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipes' settings")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error(f"give --data or set {DATA_ENV}")
-    arguments.data = Path(arguments.data)
+    arguments = parsed(parser)
     known = [*UNTRAINED, *TRAINED, *(["minilm"] if arguments.minilm else [])]
     columns = known if arguments.columns is None else arguments.columns
     if wrong := set(columns) - set(known):
         parser.error(f"unknown columns {sorted(wrong)}; valid: {', '.join(known)}")
-    one_setting(arguments)
+    one_setting(arguments.output, {name: getattr(arguments, name) for name in ("batch", "set", "choose")})
     for column in columns:
         if column in TRAINED:
             for seed in arguments.seeds:

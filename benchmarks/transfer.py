@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -32,16 +30,17 @@ from scipy.stats import spearmanr
 
 import lora
 import promptembedder
-from promptembedder import base_models
+from common import command, kept, one_setting, parsed, parser_of, say
+from promptembedder import atomic, base_models
 from promptembedder.baselines import hard_cue
 from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
-from promptembedder.data import DATA_ENV, load_training_data, read_scored_pairs
+from promptembedder.data import load_training_data, read_scored_pairs
 from promptembedder.model import soft_prompt_module
 from promptembedder.training import train
+from promptembedder.training_facts import Curve, draw_curves
 from promptembedder.transfer import TransferResult, on_backbone, transfer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
-Curve = list[tuple[int, float, float]]
 
 
 def recipe(arguments: argparse.Namespace) -> RunConfig:
@@ -49,17 +48,6 @@ def recipe(arguments: argparse.Namespace) -> RunConfig:
     training = replace(config.training, max_steps=arguments.steps, batch_size=arguments.batch)
     evaluation = replace(config.evaluation, dev_pairs=arguments.pairs, every_steps=arguments.every)
     return replace(config, training=training, evaluation=evaluation)
-
-
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, from the file where it is there already."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = make()
-        scratch = path.with_name(f".{path.name}")
-        scratch.write_text(json.dumps(found, indent=1) + "\n")
-        scratch.replace(path)
-    return dict(json.loads(path.read_text()))
 
 
 def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None) -> dict[str, Any]:
@@ -114,13 +102,7 @@ def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     prompter = soft_prompt_module(promptembedder.load(arguments.model)).settings.prompter
     model = replace(config.model, prompter=prompter, backbone=backbone)
     result = train(replace(config, model=model, training=replace(config.training, output=output)))
-    each = config.training.batch_size
-    curve = [
-        (line["step"] * each, line["step_seconds"], 100 * line["eval_dev_spearman_cosine"])
-        for line in result.history
-        if "eval_dev_spearman_cosine" in line
-    ]
-    return {"test": result.scores["test"], "curve": curve}
+    return {"test": result.scores["test"], "curve": result.curve()}
 
 
 def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
@@ -151,22 +133,8 @@ def ratios(ours: Curve, theirs: Curve) -> dict[str, float | None]:
     return figures
 
 
-def draw(parts: dict[str, dict[str, Any]], title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, at, label in zip(figure.subplots(1, 2), (0, 1), ("examples", "seconds of training"), strict=True):
-        for name, part in parts.items():
-            points = [point for point in part.get("curve", []) if point[2] is not None]
-            axes.plot([p[at] for p in points], [p[2] for p in points], marker="o", markersize=3, label=name)
-        axes.set(xlabel=label, ylabel="STSBenchmark dev, Spearman x 100", title=title)
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
+    parser = parser_of(__doc__, "runs/transfer-benchmark")
     parser.add_argument("--model", type=Path, required=True, help="the trained model, as the recipe makes it")
     parser.add_argument("--backbones", nargs="+", default=["gemma-3-270m", "qwen2.5-coder-0.5b-instruct"])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
@@ -175,20 +143,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=300, help="of dev")
     parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
     parser.add_argument("--lora-rate", type=float, default=2e-4)
-    parser.add_argument("--output", type=Path, default=Path("runs/transfer-benchmark"), help="all parts, kept")
-    parser.add_argument("--report", type=Path, help="folder of JSON, table and pictures")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
-    arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error(f"give --data or set {DATA_ENV}")
-    arguments.data = Path(arguments.data)
-    one_setting(arguments)
+    arguments = parsed(parser)
+    names = ("steps", "batch", "pairs", "every", "lora_rate", "set")
+    settings = {name: getattr(arguments, name) for name in names} | {"model": str(arguments.model.resolve())}
+    one_setting(arguments.output, settings)
     figures: dict[str, dict[str, Any]] = {}
     lines = ["| backbone | " + " | ".join(FIGURES) + " |", "| --- |" + " ---: |" * len(FIGURES)]
     for backbone in arguments.backbones:
         parts = {}
         for name in arguments.parts:
-            print(f"{backbone}: {name}", file=sys.stderr, flush=True)
+            say(f"{backbone}: {name}")
             parts[name] = kept(arguments.output / backbone / f"{name}.json", partial(PARTS[name], arguments, backbone))
         found: dict[str, Any] = {k: v for k, v in parts.get("untrained", {}).items() if k in FIGURES}
         found |= {name: part["test"] for name, part in parts.items() if "test" in part}
@@ -199,23 +164,19 @@ def main() -> None:
         lines.append(f"| {backbone} | " + " | ".join(str(found.get(name, "-")) for name in FIGURES) + " |")
         if arguments.report:
             arguments.report.mkdir(parents=True, exist_ok=True)
-            draw(parts, backbone, arguments.report / f"{backbone}.png")
-            record = {"command": " ".join(["python benchmarks/transfer.py", *sys.argv[1:]]), "parts": parts}
-            (arguments.report / f"{backbone}.json").write_text(json.dumps(record, indent=1) + "\n")
+            curves = {
+                name: [at for at in part["curve"] if at[2] is not None]
+                for name, part in parts.items()
+                if "curve" in part
+            }
+            draw_curves(curves, arguments.report / f"{backbone}.png", backbone)
+            record = {"command": command(), "parts": parts}
+            atomic.write_text(arguments.report / f"{backbone}.json", json.dumps(record, indent=1) + "\n")
     if arguments.report:
-        (arguments.report / "report.md").write_text("\n".join(lines) + "\n")
+        atomic.write_text(arguments.report / "report.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     for backbone, found in figures.items():
         print(json.dumps({"backbone": backbone} | found))
-
-
-def one_setting(arguments: argparse.Namespace) -> None:
-    """Refuse an output folder whose parts were made with other settings."""
-    names = ("steps", "batch", "pairs", "every", "lora_rate", "set")
-    settings = {name: getattr(arguments, name) for name in names} | {"model": str(arguments.model.resolve())}
-    found = kept(arguments.output / "settings.json", lambda: settings)
-    if different := [name for name in settings if found.get(name) != settings[name]]:
-        sys.exit(f"{arguments.output} was made with other settings ({', '.join(different)}); choose another --output")
 
 
 def texts_of_rows(arguments: argparse.Namespace) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 import promptembedder
 from conftest import INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build
+from promptembedder.aspects import ASPECTS, MEANING, made_up_instructions
 from promptembedder.config import TrainingConfig, WarmStartConfig
+from promptembedder.explain import explain
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.training import make_loss, train
 from promptembedder.warm_start import warm_start
@@ -202,7 +206,7 @@ def test_masked_false_negatives_do_not_count(tiny_model, kind):
 def test_warm_start_writes_the_cue(tiny_model):
     module = tiny_model(prompter_training="full")[0]
     config = WarmStartConfig(steps=150, learning_rate=1e-2, target_probability=0.9)
-    reached = warm_start(module, [INSTRUCTION, SECOND], config, seed=0)
+    reached = warm_start(module, {INSTRUCTION: None, SECOND: None}, config, seed=0)
     assert reached >= 0.9
     cue = module.prompter.tokenizer(" " + config.cue, add_special_tokens=False)["input_ids"][-5:]
     with torch.no_grad():
@@ -211,10 +215,44 @@ def test_warm_start_writes_the_cue(tiny_model):
     assert torch.nn.functional.cosine_similarity(soft, hard).min() > 0.9
 
 
+def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
+    """Made-up instructions too, whose aspects are in the cue; words of one token in the tiny vocabulary stand in."""
+    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("in", "a", "the", "splits-into-many"))
+    monkeypatch.setattr("promptembedder.aspects.MEANING", "as")
+    model = tiny_model(prompter_training="full", num_soft_tokens=2)
+    config = WarmStartConfig(cue="{aspect} and", steps=300, learning_rate=5e-3, target_probability=0.8)
+    warm_start(model[0], {INSTRUCTION: "the", SECOND: "in", "Not said.": None}, config, seed=0)
+    written = {text: [word.words[0][0] for word in explain(model, text)] for text in (INSTRUCTION, SECOND)}
+    assert written == {INSTRUCTION: [" the", " and"], SECOND: [" in", " and"]}
+
+
+def test_warm_start_refuses_an_aspect_of_several_tokens(tiny_model, monkeypatch):
+    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("in", "a"))
+    monkeypatch.setattr("promptembedder.aspects.MEANING", "as")
+    module = tiny_model(num_soft_tokens=2)[0]
+    config = WarmStartConfig(cue="{aspect} and")
+    with pytest.raises(PromptEmbedderError, match=r"aspect 'splits' is not one token"):
+        warm_start(module, {INSTRUCTION: "splits"}, config, seed=0)
+    with pytest.raises(PromptEmbedderError, match=r"not among the last 2 tokens"):
+        warm_start(module, {INSTRUCTION: None}, WarmStartConfig(cue="{aspect} the and as"), seed=0)
+    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("splits", "into"))
+    with pytest.raises(PromptEmbedderError, match=r"leave \{aspect\} out of warm_start.cue"):
+        warm_start(module, {INSTRUCTION: None}, config, seed=0)
+
+
+def test_made_up_instructions_name_their_aspect():
+    drawn = list(itertools.islice(made_up_instructions(ASPECTS, seed=1), 400))
+    about = [(text, aspect) for text, aspect in drawn if aspect != MEANING]
+    assert 250 < len(about) < 350
+    assert all(aspect in text for text, aspect in about)
+    assert len({text for text, _ in drawn}) > 300
+    assert not any("{" in text for text, _ in drawn)
+
+
 def test_warm_start_needs_a_cue_of_k_tokens(tiny_model):
     module = tiny_model(num_soft_tokens=20)[0]
     with pytest.raises(PromptEmbedderError, match=r"warm_start.cue has \d+ tokens for 20 soft tokens"):
-        warm_start(module, [INSTRUCTION], WarmStartConfig(cue="one"), seed=0)
+        warm_start(module, {INSTRUCTION: None}, WarmStartConfig(cue="one"), seed=0)
 
 
 def test_nothing_to_resume(run_config):

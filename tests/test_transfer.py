@@ -105,11 +105,11 @@ def test_closed_forms_recover_a_known_map(tiny_model, tiny_lm):
 def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, config, tmp_path, layout, kind):
     model = tiny_model("llama", layout=layout)
     save(model, tmp_path / "old")
-    before = {name: value.clone() for name, value in trained_state(model[0].prompter.lm).items()}
+    before = {name: value.clone() for name, value in trained_state(model[0].prompter).items()}
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
     given = {"rows": True} if kind == "rows" else {"texts": ("texts.txt",)}
     result = transfer(model, config(**given))
-    after = trained_state(result.model[0].prompter.lm)
+    after = trained_state(result.model[0].prompter)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [stage.name for stage in result.stages][1].startswith("alignment_")
     assert result.stages[1].examples == 16
@@ -135,12 +135,12 @@ def test_starts_are_chosen_by_dev_or_else_by_reconstruction(tiny_model, config):
 
 def test_unfrozen_steps_train_a_prompter_of_its_own(tiny_model, config):
     model = tiny_model("llama")
-    before = {name: value.clone() for name, value in trained_state(model[0].prompter.lm).items()}
+    before = {name: value.clone() for name, value in trained_state(model[0].prompter).items()}
     result = transfer(model, config(rows=True, unfrozen_steps=3))
     assert result.stages[-1].name == "unfrozen"
-    after = trained_state(result.model[0].prompter.lm)
+    after = trained_state(result.model[0].prompter)
     assert not all(torch.equal(before[name], after[name]) for name in before)
-    untouched = trained_state(model[0].prompter.lm)
+    untouched = trained_state(model[0].prompter)
     assert all(torch.equal(before[name], untouched[name]) for name in before)
 
 

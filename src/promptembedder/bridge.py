@@ -9,17 +9,17 @@ Shapes: N texts, D width of the new model, F of the old one.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from promptembedder import alignment, atomic
 from promptembedder.errors import PromptEmbedderError
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -60,15 +60,8 @@ class Bridge:
             PromptEmbedderError: the path cannot be written.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            os.close(handle)
-            try:
+            with atomic.replacing(path) as scratch:
                 save_file({"weight": self.weight_DF}, scratch, metadata={"facts": json.dumps(self.facts)})
-                os.chmod(scratch, 0o644)
-                os.replace(scratch, path)
-            finally:
-                Path(scratch).unlink(missing_ok=True)
         except OSError as error:
             raise PromptEmbedderError(f"bridge {path} cannot be written: {error.strerror or error}") from error
 
@@ -119,14 +112,11 @@ def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, seed: int = 13) -> Bridge
         "cosine": round(cosine, 4),
         "neighbours_kept": round(_neighbours_kept(mapped, old_NF[held], old_NF[rest]), 4),
     }
-    return Bridge(_ridge(new_ND, old_NF, penalty).astype(np.float32), facts)
+    return Bridge(_ridge(new_ND, old_NF, penalty), facts)
 
 
-def _ridge(new_ND: NDArray[Any], old_NF: NDArray[Any], penalty: float) -> NDArray[Any]:
-    gram_DD = new_ND.T @ new_ND
-    gram_DD += penalty * np.trace(gram_DD) / len(gram_DD) * np.eye(len(gram_DD))
-    solved: NDArray[Any] = np.linalg.solve(gram_DD, new_ND.T @ old_NF)
-    return solved
+def _ridge(new_ND: NDArray[np.float64], old_NF: NDArray[np.float64], penalty: float) -> NDArray[np.float32]:
+    return alignment.ridge(torch.from_numpy(new_ND), torch.from_numpy(old_NF), penalty).numpy()
 
 
 def _neighbours_kept(mapped_NF: NDArray[Any], true_NF: NDArray[Any], index_MF: NDArray[Any]) -> float:

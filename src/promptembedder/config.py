@@ -47,6 +47,7 @@ class ModelConfig:
         prompter_training: `lora` keeps the saved model small, `full` trains every weight of the prompter.
         lora_rank: rank of the prompter's LoRA.
         lora_alpha: LoRA scale is alpha / rank.
+        hidden_offset: add a trained linear map of the prompter's last hidden state to each soft token; see `Prompter`.
         alignment_start: `auto` is identity where the two LLMs are the same, least squares otherwise.
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
@@ -76,6 +77,7 @@ class ModelConfig:
     prompter_training: Literal["lora", "full"] = "lora"
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveInt = 32
+    hidden_offset: bool = False
     alignment_start: Literal["auto", "identity", "least_squares", "random"] = "auto"
     condition_on: Literal["instruction", "instruction_and_text"] = "instruction"
     dtype: Precision = "auto"
@@ -108,9 +110,8 @@ class WarmStartConfig:
 
     Attributes:
         steps: optimizer steps at most; 0 leaves the warm start out.
-        cue: its last tokens are the target.
-        cue_tokens: how many of the K soft tokens, the last ones, are fitted to the cue; those before are free to say
-            what the instruction is about. Unset: all K.
+        cue: its last K tokens are the target. With `{aspect}` in it, what texts are to be alike in under the
+            instruction (`DataFile.aspect`) stands there.
         learning_rate: of the prompter, AdamW.
         target_probability: stop once every cue token has this weight in its mixture. Well below 1, because a
             saturated softmax passes no gradient on to the contrastive training.
@@ -118,7 +119,6 @@ class WarmStartConfig:
 
     steps: Count = 60
     cue: str = 'said in a few short words, and as clearly as one can, which means in one word:"'
-    cue_tokens: PositiveInt | None = None
     learning_rate: PositiveFloat = 5e-4
     target_probability: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
@@ -133,6 +133,7 @@ class DataFile:
         instruction: for rows without one.
         asymmetric: documents (`pos`, `neg`) get the model's document instruction, not the row's.
         max_rows: use the first so many, in file order.
+        aspect: one word for what texts are alike in under the instruction, such as `intent`; see `WarmStartConfig`.
     """
 
     path: str
@@ -140,6 +141,7 @@ class DataFile:
     instruction: str | None = None
     asymmetric: bool = False
     max_rows: PositiveInt | None = None
+    aspect: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -191,7 +193,7 @@ class TrainingConfig:
         batch_size: pairs per forward; with `gradient_accumulation` G, G times as many per optimizer step.
         gradient_accumulation: forwards per optimizer step.
         prompter_learning_rate: of the prompter, AdamW.
-        alignment_learning_rate: of W, AdamW.
+        alignment_learning_rate: of W and a hidden offset, AdamW.
         weight_decay: AdamW, on matrices.
         warmup: share of the steps with rising learning rate.
         schedule: what follows the rise.

@@ -10,7 +10,7 @@ import random
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ class TrainingData:
     Attributes:
         datasets: columns `anchor`, `positive` and, where the rows have some, `negative_1`, `negative_2`, ...
         prompts: dataset name -> column -> instruction, as sentence-transformers takes it.
+        aspects: instruction -> what its rows are alike in, where the settings say.
     """
 
     datasets: DatasetDict
     prompts: dict[str, dict[str, str]]
+    aspects: dict[str, str] = field(default_factory=dict)
 
     @property
     def instructions(self) -> list[str]:
@@ -68,12 +70,15 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
         raise PromptEmbedderError("data.files is empty; name at least one file of training rows")
     columns: dict[tuple[str, str, int], dict[str, list[str]]] = {}
     prompts: dict[tuple[str, str, int], dict[str, str]] = {}
+    aspects: dict[str, str] = {}
     for source in config.files:
         drawn = random.Random(f"{seed} {source.path}")
         for row in _weighted(list(read_rows(source, config.root)), source.weight, drawn):
             negatives = _negatives(row, config.max_negatives)
             side = document_instruction if source.asymmetric else row.instruction
             key = (row.instruction, side, len(negatives))
+            if source.aspect is not None:
+                aspects[row.instruction] = source.aspect
             table = columns.setdefault(key, defaultdict(list))
             prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
                 ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side
@@ -90,6 +95,7 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
     return TrainingData(
         DatasetDict({names[key]: Dataset.from_dict(dict(table)) for key, table in columns.items()}),
         {names[key]: prompts[key] for key in columns},
+        aspects,
     )
 
 

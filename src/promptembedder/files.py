@@ -5,18 +5,18 @@ Shapes: B texts of a batch, N texts in all, E embedding width.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from promptembedder import atomic
 from promptembedder.data import parse_json, read_jsonl
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
@@ -78,22 +78,15 @@ def embedding_writer(path: Path, width: int, dtype: np.dtype[Any]) -> Iterator[E
         raise PromptEmbedderError(f"output {path} is a folder, expected a file name ending in .npy or .parquet")
     if path.suffix not in makers:
         raise PromptEmbedderError(f"output {path}: unknown ending {path.suffix!r}, expected .npy or .parquet")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise PromptEmbedderError(f"output {path} cannot be written: {error.strerror or error}") from error
-    try:
-        writer = makers[path.suffix](Path(scratch), width, dtype)
+    with ExitStack() as stack:
+        with _told(path):
+            scratch = stack.enter_context(atomic.replacing(path))
+            writer = makers[path.suffix](scratch, width, dtype)
         # Errors of the block are the caller's: only what the writer does is told as a failure of the output.
         yield _Checked(writer, path, width)
         with _told(path):
             writer.close()
-            os.chmod(scratch, 0o644)
-            os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+            stack.close()
 
 
 @contextmanager

@@ -356,7 +356,7 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
         module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
-        load_trained_state(module.prompter.lm, prompter_weights_at)
+        load_trained_state(module.prompter, prompter_weights_at)
         if module.alignment.deep is not None:
             have, want = tuple(stored["deep"].shape), tuple(module.alignment.deep.shape)
             if have != want:
@@ -418,6 +418,7 @@ def _build_module(
         num_soft_tokens=config.num_soft_tokens,
         temperature=config.softmax_temperature,
         max_request_tokens=config.max_instruction_tokens,
+        hidden_offset=config.hidden_offset,
     )
     matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
     return SoftPromptTransformer(prompter, matrix, backbone, tokenizer, config, identity)

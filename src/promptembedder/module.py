@@ -309,7 +309,7 @@ class SoftPromptTransformer(InputModule):
         (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
         stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
         save_file(stored, folder / ALIGNMENT_FILE)
-        save_file(trained_state(self.prompter.lm), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
+        save_file(trained_state(self.prompter), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
         peft_config = getattr(self.prompter.lm, "peft_config", None)
         if peft_config is not None:
             peft_config["default"].save_pretrained(str(folder / PROMPTER_FOLDER))

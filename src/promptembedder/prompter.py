@@ -19,6 +19,7 @@ from promptembedder.errors import PromptEmbedderError
 
 # The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
+_HIDDEN_OFFSET = "hidden_offset.weight"
 
 
 class SoftTokens(NamedTuple):
@@ -42,6 +43,9 @@ class Prompter(nn.Module):
         num_soft_tokens: K.
         temperature: divides the logits before the softmax.
         max_request_tokens: longer requests are cut at the end, before the template closes.
+        hidden_offset: add `e A h_k / ||h_k||` to soft token k, h_k the last hidden state that its mixture came from, e
+            the mean norm of an embedding, A (P, P) trained from zero. Reaches what a saturated softmax does not
+            pass on; the LLM is fed the mixture alone.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Prompter(nn.Module):
         num_soft_tokens: int,
         temperature: float,
         max_request_tokens: int,
+        hidden_offset: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -59,6 +64,13 @@ class Prompter(nn.Module):
         self.num_soft_tokens = num_soft_tokens
         self.temperature = temperature
         self.max_request_tokens = max_request_tokens
+        self.hidden_offset: nn.Linear | None = None
+        if hidden_offset:
+            embeddings_VP, scale = input_embeddings(lm)
+            self.embedding_norm = float(embeddings_VP.detach().float().norm(dim=-1).mean()) * scale
+            P = embeddings_VP.shape[1]
+            self.hidden_offset = nn.Linear(P, P, bias=False)
+            nn.init.zeros_(self.hidden_offset.weight)
 
     def train(self, mode: bool = True) -> Prompter:
         """Keep the LLM in eval mode: dropout would make the soft prompt of a step depend on chance."""
@@ -101,18 +113,31 @@ class Prompter(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                output_hidden_states=self.hidden_offset is not None,
             )
             logits_NV = output.logits[:, -1]
             logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
             weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
             token_NP = (weights_NV.to(embeddings_VP.dtype) @ embeddings_VP) * scale
-            tokens.append(token_NP)
+            tokens.append(token_NP + self._offset(output) if self.hidden_offset is not None else token_NP)
             logits.append(logits_NV)
             if step + 1 < self.num_soft_tokens:
                 inputs_NSP = token_NP[:, None]
                 mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
                 positions_NS = positions_NS[:, -1:] + 1
         return SoftTokens(torch.stack(tokens, 1), torch.stack(logits, 1))
+
+    def _offset(self, output: Any) -> Tensor:
+        assert self.hidden_offset is not None
+        hidden_NP = nn.functional.normalize(output.hidden_states[-1][:, -1].float(), dim=-1)
+        offset_NP: Tensor = self.embedding_norm * self.hidden_offset(hidden_NP)
+        return offset_NP
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter of this module is one of those that training changes and `save` stores."""
+        if name.startswith("hidden_offset."):
+            return True
+        return name.startswith("lm.") and (not hasattr(self.lm, "peft_config") or "lora_" in name)
 
     def _request_ids(self, request: str) -> list[int]:
         cut = self.tokenizer(request, add_special_tokens=False)["input_ids"]
@@ -126,29 +151,35 @@ class Prompter(nn.Module):
         return list(encoded["input_ids"])
 
 
-def trained_state(lm: Any) -> dict[str, Tensor]:
+def trained_state(prompter: Prompter) -> dict[str, Tensor]:
     """The prompter's trained weights on the CPU: LoRA in peft's naming, or every weight when fully trained."""
+    lm: Any = prompter.lm
     if hasattr(lm, "peft_config"):
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(lm, save_embedding_layers=False)
     else:
         state = dict(lm.named_parameters())
+    if prompter.hidden_offset is not None:
+        state[_HIDDEN_OFFSET] = prompter.hidden_offset.weight
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
-def load_trained_state(lm: Any, path: Path) -> None:
+def load_trained_state(prompter: Prompter, path: Path) -> None:
     """Put weights written by `trained_state` back.
 
     Raises:
         PromptEmbedderError: names or shapes do not fit the prompter.
     """
     state = load_file(path)
-    expected = {name: tuple(value.shape) for name, value in trained_state(lm).items()}
+    expected = {name: tuple(value.shape) for name, value in trained_state(prompter).items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if expected != found:
         differing = sorted(set(expected.items()) ^ set(found.items()))[0]
         raise PromptEmbedderError(f"{path}: weights do not fit the prompter, first difference {differing}")
+    lm: Any = prompter.lm
+    if prompter.hidden_offset is not None:
+        prompter.hidden_offset.weight.data.copy_(state.pop(_HIDDEN_OFFSET))
     if hasattr(lm, "peft_config"):
         from peft import set_peft_model_state_dict
 

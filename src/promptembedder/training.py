@@ -97,7 +97,8 @@ def train(
     if settings.train_prompter and settings.warm_start.steps and checkpoint is None:
         began = time.perf_counter()
         known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
-        warm_start(module, sorted(known), settings.warm_start, settings.seed)
+        aspects = {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
+        warm_start(module, aspects, settings.warm_start, settings.seed)
         clock.spent = time.perf_counter() - began
     trainer = _trainer(model, module, config, data, loss, dev, output, clock)
     with workers.stopping_together():
@@ -161,10 +162,9 @@ def _check(config: RunConfig, model: ModelConfig) -> None:
 
 def _open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -> None:
     """Let gradients reach what is to be trained, and nothing else."""
-    lora = module.settings.prompter_training == "lora"
     module.alignment.requires_grad_(settings.train_alignment)
-    for name, parameter in module.prompter.lm.named_parameters():
-        parameter.requires_grad_(settings.train_prompter and (not lora or "lora_" in name))
+    for name, parameter in module.prompter.named_parameters():
+        parameter.requires_grad_(settings.train_prompter and module.prompter.is_trained(name))
 
 
 def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
@@ -234,7 +234,7 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.prompter_learning_rate,
-        learning_rate_mapping={r"alignment\.weight$": settings.alignment_learning_rate},
+        learning_rate_mapping={r"alignment\.weight$|hidden_offset": settings.alignment_learning_rate},
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 TRAINING_FACTS = "training.json"
 # Examples seen, seconds of training, dev score x 100.
@@ -43,3 +46,19 @@ def dev_curve(history: Sequence[dict[str, Any]], examples_per_step: int, metric:
 def seconds_of(history: Sequence[dict[str, Any]]) -> float:
     """Seconds of the optimizer steps, as `callbacks.TrainingClock` notes them."""
     return max((line["step_seconds"] for line in history if "step_seconds" in line), default=0.0)
+
+
+def draw_curves(curves: Mapping[str, Curve], path: Path, title: str = "") -> None:
+    """Draw dev scores against examples and against time; without matplotlib there is a warning and no picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no picture: it needs matplotlib (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, at, label in zip(figure.subplots(1, 2), (0, 1), ("examples", "seconds of training"), strict=True):
+        for name, curve in curves.items():
+            axes.plot([p[at] for p in curve], [p[2] for p in curve], marker="o", markersize=3, label=name)
+        axes.set(xlabel=label, ylabel="dev, Spearman x 100", title=title)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120, format="png")

@@ -13,7 +13,6 @@ import copy
 import json
 import logging
 import random
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from promptembedder import alignment, base_models
+from promptembedder import alignment, atomic, base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
@@ -48,7 +47,7 @@ from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import pair_evaluator, train
-from promptembedder.training_facts import Curve, seconds_of, write_facts
+from promptembedder.training_facts import Curve, draw_curves, seconds_of, write_facts
 
 logger = logging.getLogger(__name__)
 
@@ -325,31 +324,13 @@ def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
     ]
     if curves:
         lines += ["", "![dev against examples and time](picture.png)"]
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as place:
-        scratch = Path(place)
+    with atomic.filling(folder) as scratch:
         (scratch / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         (scratch / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         if curves:
-            _draw(curves, result.stages[0], scratch / "picture.png")
-        for file in scratch.iterdir():
-            file.replace(folder / file.name)
-
-
-def _draw(curves: dict[str, Any], start: Stage, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("no picture: it needs matplotlib (pip install matplotlib)")
-        return
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, at, title in zip(figure.subplots(1, 2), (0, 1), ("examples", "seconds of training"), strict=True):
-        for name, curve in curves.items():
+            start = result.stages[0]
             first = [] if start.dev is None else [(0, start.seconds, start.dev)]
-            points = [*first, *curve]
-            axes.plot([p[at] for p in points], [p[2] for p in points], marker="o", label=name)
-        axes.set(xlabel=title, ylabel="dev, Spearman x 100")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+            draw_curves({name: [*first, *curve] for name, curve in curves.items()}, scratch / "picture.png")
 
 
 def _trained(
@@ -369,8 +350,9 @@ def _trained(
 
 def _own_copy(module: SoftPromptTransformer) -> Prompter:
     """The prompter with trained weights of its own; frozen ones are shared."""
-    lora = module.settings.prompter_training == "lora"
-    shared: dict[int, Any] = {id(p): p for n, p in module.prompter.named_parameters() if lora and "lora_" not in n}
+    shared: dict[int, Any] = {
+        id(p): p for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name)
+    }
     return copy.deepcopy(module.prompter, shared)
 
 

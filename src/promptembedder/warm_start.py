@@ -1,72 +1,127 @@
 """Warm start: teach the prompter to write a cue that is known to work, before any contrastive training.
 
-Shapes: N instructions, K soft tokens, C cue tokens, V vocabulary.
+Shapes: N instructions, S request tokens, K soft tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from promptembedder import aspects as made_up
 from promptembedder import workers
 from promptembedder.config import WarmStartConfig
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
+from promptembedder.prompter import Prompter
 
 
 def warm_start(
-    module: SoftPromptTransformer, instructions: Sequence[str], config: WarmStartConfig, seed: int, batch_size: int = 4
+    module: SoftPromptTransformer,
+    instructions: Mapping[str, str | None],
+    config: WarmStartConfig,
+    seed: int,
+    batch_size: int = 8,
 ) -> float:
-    """Teach the prompter to write a known good cue, whatever the instruction; the backbone is not run.
+    """Teach the prompter to write a known good cue; the backbone is not run.
 
-    Generation runs as always, each mixture fed back; the loss is the cross entropy of every soft token's mixture
-    with the cue token at its place. A peaked mixture is a token embedding, so the model starts as the hard cue.
+    Supervised as a language model is: the request is followed by the cue, and each cue token's cross entropy counts
+    until it has `target_probability`. A peaked mixture is a token embedding, so the model starts as the hard cue.
 
     Args:
         module: the model's first module.
-        instructions: those to fit on.
+        instructions: those of the run, each with its aspect where that is known. A cue with `{aspect}` is also
+            fitted on made-up instructions (`aspects`), half of each step, so that it carries over to unseen ones.
         config: see `WarmStartConfig`.
         seed: draws the instructions of a step.
         batch_size: instructions per step.
 
     Returns:
-        The smallest weight that a cue token has in its mixture at the end.
+        The smallest weight that a cue token has at the last step.
 
     Raises:
-        PromptEmbedderError: the cue has fewer than K tokens.
+        PromptEmbedderError: the cue has fewer than K tokens, or its aspect is not among the last K; an aspect is
+            not one token.
     """
-    K = module.settings.num_soft_tokens
-    if config.cue_tokens is not None and config.cue_tokens > K:
-        raise PromptEmbedderError(f"warm_start.cue_tokens = {config.cue_tokens} of {K} soft tokens")
-    C = config.cue_tokens or K
-    ids = module.prompter.tokenizer(" " + config.cue.strip(), add_special_tokens=False)["input_ids"]
-    if len(ids) < C:
-        raise PromptEmbedderError(f"warm_start.cue has {len(ids)} tokens for {C} soft tokens; give a longer one")
+    prompter = module.prompter
     device = module.alignment.weight.device
-    cue_C = torch.tensor(ids[-C:], device=device)
-    trained = [p for p in module.prompter.parameters() if p.requires_grad]
+    trained = [p for p in prompter.lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    drawn = random.Random(seed)
+    examples = _examples(prompter, instructions, config, seed)
     reached = 0.0
     bar = tqdm(range(config.steps), desc="Warm start", disable=workers.number() > 0)
     for _ in bar:
-        picked = drawn.sample(list(instructions), min(batch_size, len(instructions)))
-        ids_NS, mask_NS = module.prompter.tokenize(picked)
-        logits_NKV = module.prompter(ids_NS.to(device), mask_NS.to(device)).logits_NKV
-        log_weights_NCV = torch.log_softmax(logits_NKV[:, -C:] / module.prompter.temperature, dim=-1)
-        cue_NC = log_weights_NCV.gather(-1, cue_C.expand(len(picked), -1)[..., None])[..., 0]
-        reached = float(cue_NC.detach().min().exp())
+        batch = [next(examples) for _ in range(batch_size)]
+        cue_NK = torch.stack([_cue_ids(prompter, config.cue, aspect) for _, aspect in batch]).to(device)
+        log_weights_NK = _log_weights(prompter, [instruction for instruction, _ in batch], cue_NK)
+        reached = float(log_weights_NK.detach().min().exp())
         bar.set_postfix(cue_weight=f"{reached:.2f}")
         if reached >= config.target_probability:
             bar.close()
             break
         optimizer.zero_grad()
-        torch.autograd.backward(-cue_NC.mean())
+        # What has reached the target is left alone: a saturated softmax passes no gradient on to later training.
+        short_NK = log_weights_NK.detach().exp() < config.target_probability
+        torch.autograd.backward(-(log_weights_NK * short_NK).mean())
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     optimizer.zero_grad()
     return reached
+
+
+def _examples(
+    prompter: Prompter, instructions: Mapping[str, str | None], config: WarmStartConfig, seed: int
+) -> Iterator[tuple[str, str]]:
+    """Endless (instruction, aspect) pairs to fit on."""
+    drawn = random.Random(seed)
+    if "{aspect}" not in config.cue:
+        while True:
+            yield drawn.choice(sorted(instructions)), ""
+    known = sorted((name, aspect) for name, aspect in instructions.items() if aspect)
+    if long := [aspect for _, aspect in known if not _is_token(prompter, aspect)]:
+        raise PromptEmbedderError(f"aspect {long[0]!r} is not one token of the prompter; name another word")
+    usable = [aspect for aspect in made_up.ASPECTS if _is_token(prompter, aspect)]
+    if len(usable) < 2 or not _is_token(prompter, made_up.MEANING):
+        raise PromptEmbedderError(
+            "the prompter's vocabulary splits the common words for aspects; leave {aspect} out of warm_start.cue"
+        )
+    if torch.equal(_cue_ids(prompter, config.cue, usable[0]), _cue_ids(prompter, config.cue, usable[1])):
+        raise PromptEmbedderError(
+            f"the aspect is not among the last {prompter.num_soft_tokens} tokens of warm_start.cue; give a shorter one"
+        )
+    invented = made_up.made_up_instructions(usable, seed)
+    while True:
+        yield drawn.choice(known) if known and drawn.random() < 0.5 else next(invented)
+
+
+def _is_token(prompter: Prompter, word: str) -> bool:
+    return len(prompter.tokenizer(" " + word, add_special_tokens=False)["input_ids"]) == 1
+
+
+def _cue_ids(prompter: Prompter, cue: str, aspect: str) -> Tensor:
+    """The cue's last K tokens, (K,)."""
+    K = prompter.num_soft_tokens
+    words = " " + cue.replace("{aspect}", aspect).strip()
+    ids = prompter.tokenizer(words, add_special_tokens=False)["input_ids"]
+    if len(ids) < K:
+        raise PromptEmbedderError(f"warm_start.cue has {len(ids)} tokens for {K} soft tokens; give a longer one")
+    return torch.tensor(ids[-K:])
+
+
+def _log_weights(prompter: Prompter, instructions: Sequence[str], cue_NK: Tensor) -> Tensor:
+    """Log weight (N, K) of every cue token in the mixture at its place, after the cue's tokens before it."""
+    ids_NS, mask_NS = (tensor.to(cue_NK.device) for tensor in prompter.tokenize(instructions))
+    ids = torch.cat([ids_NS, cue_NK[:, :-1]], dim=1)
+    mask = torch.cat([mask_NS, torch.ones_like(cue_NK[:, :-1])], dim=1)
+    logits_NKV = prompter.lm(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=cue_NK.shape[1],
+    ).logits
+    log_weights_NKV = torch.log_softmax(logits_NKV.float() / prompter.temperature, dim=-1)
+    return log_weights_NKV.gather(-1, cue_NK[..., None])[..., 0]

@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import mteb
 import yaml
 from mteb.results import TaskResult
 
+from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.run import FACTS
 
@@ -171,17 +171,13 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
         for name, column in comparison.columns.items()
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".compare-", dir=folder) as place:
-            scratch = Path(place)
+        with atomic.filling(folder) as scratch:
             _draw_kinds(comparison, scratch / "by-kind.png")
             if "training.png" in pictures:
                 _draw_training(comparison, scratch / "training.png")
             (scratch / "report.md").write_text(page, encoding="utf-8")
             (scratch / "report.html").write_text(_HTML.format(title=escape(title), body=body), encoding="utf-8")
             (scratch / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-            for file in scratch.iterdir():
-                file.replace(folder / file.name)
     except OSError as error:
         raise PromptEmbedderError(f"cannot write the comparison to {folder}: {error.strerror or error}") from error
 

@@ -16,6 +16,7 @@ import yaml
 from mteb.abstasks.abstask import AbsTask
 from mteb.cache import ResultCache
 
+from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.encoder import InstructedEncoder
 
@@ -97,6 +98,4 @@ def _forget_other_rows(folder: Path, tasks: Sequence[AbsTask]) -> None:
 def _note(path: Path, kinds: dict[str, str], training: dict[str, Any] | None) -> None:
     known = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
     facts = {"kinds": {**known.get("kinds", {}), **kinds}, "training": training}
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(yaml.safe_dump(facts, sort_keys=True), encoding="utf-8")
-    scratch.replace(path)
+    atomic.write_text(path, yaml.safe_dump(facts, sort_keys=True))

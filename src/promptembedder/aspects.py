@@ -1,0 +1,71 @@
+"""Made-up instructions that each name the aspect of a text they are about, to teach the prompter to find it.
+
+Real instructions differ in wording; what makes texts alike under them is mostly one noun: an intent, a topic, a
+sentiment. A prompter that learnt to write that noun on many made-up instructions writes it for unseen ones too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+MEANING = "meaning"
+# Common nouns of one token with a leading blank in the vocabularies of SmolLM2, Gemma 3 and Qwen2.5.
+_ASPECTS = """
+action animal answer artist audience author brand category cause character color company country department
+device difficulty disease domain drug emotion entity event feature feeling field film food function genre
+goal industry ingredient instrument intent job kind language law level location material method mood opinion
+organization period person place plot price problem product purpose quality question reason relation risk
+role scenario season sentiment service setting skill source species sport style subject symptom task team
+technology theme time tone tool topic type
+"""
+ASPECTS = tuple(_ASPECTS.split())
+_THINGS = "sentence text message question request review headline title passage command document post comment"
+THINGS = tuple(_THINGS.split())
+_ABOUT_ASPECT = (
+    "Identify the {aspect} of the {thing}.",
+    "Identify the {aspect} behind the {thing}.",
+    "Identify the {aspect} that the {thing} is about.",
+    "Identify the {aspect} of the {thing} from its words.",
+    "Tell the {aspect} of the {thing}.",
+    "Tell whether the {thing}s have the same {aspect}.",
+    "Decide which {aspect} the {thing} has.",
+    "Classify the {thing} by its {aspect}.",
+    "Group the {thing}s by {aspect}.",
+    "Represent the {aspect} of the {thing}.",
+    "Given a {thing}, retrieve {thing}s with the same {aspect}.",
+    "Given a {thing}, retrieve {thing}s of the same {aspect}.",
+    "Given a {thing}, retrieve {thing}s that are alike in {aspect}.",
+    "Retrieve {thing}s that share the {aspect} of the given {thing}.",
+    "Retrieve {thing}s of the same {aspect}, regardless of their {other}.",
+    "Retrieve {thing}s that agree in {aspect}, ignoring the {other}.",
+    "Compare the {thing}s by {aspect}, not by {other}.",
+)
+_ABOUT_MEANING = (
+    "Retrieve {thing}s that mean the same as the given {thing}.",
+    "Retrieve paraphrases of the given {thing}.",
+    "Given a {thing}, retrieve {thing}s that say the same thing.",
+    "Given a {thing}, retrieve a {other} that says the same in other words.",
+    "Given a question, retrieve the {thing} that answers it.",
+    "Retrieve {thing}s that answer the question.",
+    "Represent the {thing} so that a search finds it.",
+    "Represent the meaning of the {thing}.",
+)
+
+
+def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (instruction, aspect) pairs; a quarter are about the meaning as a whole.
+
+    Args:
+        aspects: at least two, from `ASPECTS` or others.
+        seed: of what is drawn.
+    """
+    drawn = random.Random(seed)
+    while True:
+        thing = drawn.choice(THINGS)
+        if drawn.random() < 0.25:
+            other = drawn.choice([name for name in THINGS if name != thing])
+            yield drawn.choice(_ABOUT_MEANING).format(thing=thing, other=other), MEANING
+        else:
+            aspect, other = drawn.sample(aspects, 2)
+            yield drawn.choice(_ABOUT_ASPECT).format(thing=thing, aspect=aspect, other=other), aspect
