@@ -32,71 +32,60 @@ from promptembedder.model import soft_prompt_module
 from promptembedder.training import pair_evaluator, train
 from promptembedder.training_facts import read_facts
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "general-suffix.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
 PAIRS_ONLY = ("quora_paraphrases", "conala_rewrites")
 UNSEEN = ("snips_intent", "subj")
-ASPECTS = {
-    "snli_triplets": "meaning",
-    "clinc150_domain": "domain",
-    "clinc150_intent": "intent",
-    "mag_field_dev": "field",
-    "cr_sentiment": "sentiment",
-    "quora_paraphrases": "meaning",
-    "conala_rewrites": "meaning",
-}
+TEXT = 'This sentence : "{text}"'
+RATE = "training.prompter_learning_rate"
 
-ASPECT = (
-    """model.text_template='This sentence : "{text}"\nThe'""",
-    """training.warm_start.cue='{aspect} in one word:"'""",
-    "training.warm_start.steps=150",
-)
 
-# Name: settings that differ from the base. Several of a family stand next to each other in the table.
+def frame(text_template: str, cue: str) -> tuple[str, str]:
+    """Settings of a text template and of the cue that goes on from it."""
+    return (f"model.text_template={json.dumps(text_template)}", f"training.warm_start.cue={json.dumps(cue)}")
+
+
+ONE_CUE = frame(TEXT, 'means in one word:"')
+# Name: settings that differ from the base, the recipe general.yaml.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "base": (),
+    "one cue for all": ONE_CUE,
+    "one cue for all, prompter rate 2e-4": (*ONE_CUE, f"{RATE}=2e-4"),
+    "no warm start": ("training.warm_start.steps=0",),
+    "no warm start, prompter rate 2e-4": ("training.warm_start.steps=0", f"{RATE}=2e-4"),
+    "warm start to 0.5": ("training.warm_start.target_probability=0.5",),
+    "prompter rate 5e-6": (f"{RATE}=5e-6",),
+    "prompter rate 6e-5": (f"{RATE}=6e-5",),
+    "prompter rate 2e-4": (f"{RATE}=2e-4",),
+    "alignment rate 3e-4": ("training.alignment_learning_rate=3e-4",),
+    "alignment rate 3e-3": ("training.alignment_learning_rate=3e-3",),
     "layout prefix": (
         "model.layout=prefix",
-        """model.text_template='This sentence : "{text}" means in one word:"'""",
+        f"model.text_template={json.dumps(TEXT + ' means in one word:' + chr(34))}",
         "training.warm_start.steps=0",
+        f"{RATE}=2e-4",
     ),
-    "K = 1": ("model.num_soft_tokens=1",),
-    "K = 2": ("model.num_soft_tokens=2",),
-    "K = 10": ("model.num_soft_tokens=10",),
-    "K = 20": ("model.num_soft_tokens=20",),
+    "K = 1": ("model.num_soft_tokens=1", *frame(TEXT + "\nIn one word, its", "{aspect}")),
+    "K = 2": ("model.num_soft_tokens=2", *frame(TEXT + "\nIn one word, the", '{aspect}:"')),
+    "K = 10": ("model.num_soft_tokens=10", *frame(TEXT, 'The main {aspect} of this sentence in one word:"')),
+    "K = 20": (
+        "model.num_soft_tokens=20",
+        *frame(TEXT, 'said in few short words, as clear as one can, the main {aspect} of this sentence in one word:"'),
+    ),
     "softmax temperature 0.5": ("model.softmax_temperature=0.5",),
     "softmax temperature 2": ("model.softmax_temperature=2",),
     "read-out mean": ("model.readout=mean",),
     "20 of 30 layers": ("model.backbone_layers=20",),
     "25 of 30 layers": ("model.backbone_layers=25",),
-    "warm start to 0.5": ("training.warm_start.target_probability=0.5",),
-    "warm start to 0.2": ("training.warm_start.target_probability=0.2",),
-    "prompter rate 1e-3": ("training.prompter_learning_rate=1e-3",),
-    "warm start to 0.5, prompter rate 1e-3": (
-        "training.warm_start.target_probability=0.5",
-        "training.prompter_learning_rate=1e-3",
+    "instruction in words": (
+        f"model.text_template={json.dumps(TEXT)}",
+        f"model.instruction_template={json.dumps(chr(10) + '{instruction}' + chr(10) + 'The')}",
     ),
-    "warm start to 0.2, prompter rate 1e-3": (
-        "training.warm_start.target_probability=0.2",
-        "training.prompter_learning_rate=1e-3",
-    ),
-    "cue with aspect": ASPECT,
-    "cue with aspect, prompter rate 2e-5": (*ASPECT, "training.prompter_learning_rate=2e-5"),
-    "cue with aspect, prompter rate 2e-5, hidden offset": (
-        *ASPECT,
-        "training.prompter_learning_rate=2e-5",
-        "model.hidden_offset=true",
-    ),
-    "cue with aspect, to 0.5": (*ASPECT, "training.warm_start.target_probability=0.5"),
-    "hidden offset": ("model.hidden_offset=true",),
-    "cue with aspect, hidden offset": (*ASPECT, "model.hidden_offset=true"),
-    "instruction in words": ('model.instruction_template="\\n{instruction}\\nThis sentence"',),
-    "no warm start": ("training.warm_start.steps=0",),
     "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
     "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
-    "whole prompter": ("model.prompter_training=full", "training.prompter_learning_rate=5e-5"),
+    "whole prompter": ("model.prompter_training=full", f"{RATE}=5e-6", "training.warm_start.learning_rate=5e-5"),
     "alignment frozen": ("training.train_alignment=false",),
-    "prompter frozen": ("training.train_prompter=false",),
+    "hidden offset": ("model.hidden_offset=true",),
     "conditioned on text too": ("model.condition_on=instruction_and_text",),
     "contrastive temperature 0.02": ("training.temperature=0.02",),
     "contrastive temperature 0.1": ("training.temperature=0.1",),
@@ -111,13 +100,10 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 
 
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
-    config = load_run(RECIPE, [*(arguments.set or []), *ABLATIONS[name]], root=str(arguments.data))
+    config = load_run(RECIPES / "general.yaml", [*(arguments.set or []), *ABLATIONS[name]], root=str(arguments.data))
+    named = {Path(file.path).name: file for file in config.data.files}
     files = tuple(
-        DataFile(
-            path=f"train/{source}.jsonl.gz",
-            max_rows=count_rows(source, arguments) - arguments.held,
-            aspect=ASPECTS.get(source),
-        )
+        replace(named[f"{source}.jsonl.gz"], max_rows=count_rows(source, arguments) - arguments.held)
         for source in (*SEEN, *PAIRS_ONLY)
     )
     training = replace(

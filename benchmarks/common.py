@@ -14,11 +14,12 @@ from promptembedder import atomic
 from promptembedder.data import DATA_ENV
 
 
-def parser_of(description: str | None, output: str) -> argparse.ArgumentParser:
-    """A parser with `--data`, `--output` and `--report`."""
+def parser_of(description: str | None, output: str | None) -> argparse.ArgumentParser:
+    """A parser with `--data`, `--report` and, where things are kept, `--output`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get(DATA_ENV), help=f"unset: ${DATA_ENV}")
-    parser.add_argument("--output", type=Path, default=Path(output), help="everything made, kept from run to run")
+    if output is not None:
+        parser.add_argument("--output", type=Path, default=Path(output), help="everything made, kept from run to run")
     parser.add_argument("--report", type=Path, help="folder of figures, table and pictures")
     return parser
 

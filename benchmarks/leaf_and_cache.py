@@ -1,6 +1,6 @@
 """Leaf and text-state cache on against both off: the same quality, less time.
 
-    PROMPTEMBEDDER_DATA=... python benchmarks/leaf_and_cache.py --output benchmarks/results/leaf-and-cache-cpu
+    PROMPTEMBEDDER_DATA=... python benchmarks/leaf_and_cache.py --report benchmarks/results/leaf-and-cache-cpu
 
 The paraphrase recipe on so few rows that they come up several times, for three seeds, from the same warm-started model
 each. Per run: Spearman x 100 on pairs of STSBenchmark dev after the last step, and wall time of the steps and that one
@@ -9,7 +9,6 @@ evaluation. The last line is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import promptembedder
+from common import command, parsed, parser_of
+from promptembedder import atomic
 from promptembedder.config import load_run
 from promptembedder.model import save, soft_prompt_module
 from promptembedder.training import train
@@ -28,16 +29,14 @@ SETTINGS = {"off": {"soft_prompt_leaf": False}, "on": {"soft_prompt_leaf": True,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of the data files; unset: $PROMPTEMBEDDER_DATA")
+    parser = parser_of(__doc__, None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64, help="of each of the three files")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--pairs", type=int, default=400, help="of dev")
-    parser.add_argument("--output", type=Path, help="write NAME.json and NAME.md")
-    arguments = parser.parse_args()
-    config = load_run(RECIPE, root=arguments.data)
+    arguments = parsed(parser)
+    config = load_run(RECIPE, root=str(arguments.data))
     files = tuple(replace(file, max_rows=arguments.rows) for file in config.data.files)
     runs: list[dict[str, Any]] = []
     for seed in range(13, 13 + arguments.seeds):
@@ -83,15 +82,12 @@ def main() -> None:
         seconds = [run["seconds"] for run in runs if run["leaf and cache"] == name]
         figures[f"seconds_{name}"] = round(statistics.median(seconds), 1)
     figures["speedup"] = round(figures["seconds_off"] / figures["seconds_on"], 2)
-    if arguments.output:
-        options = f"--seeds {arguments.seeds} --rows {arguments.rows} --batch {arguments.batch}"
-        command = f"python benchmarks/leaf_and_cache.py {options} --steps {arguments.steps} --pairs {arguments.pairs}"
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, "runs": runs, "summary": figures}
-        arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        lines = [f"`{command}`", "", f"| {' | '.join(runs[0])} |", "| --- |" + " ---: |" * (len(runs[0]) - 1)]
+    if arguments.report:
+        record = {"command": command(), "runs": runs, "summary": figures}
+        atomic.write_text(arguments.report / "leaf-and-cache.json", json.dumps(record, indent=1) + "\n")
+        lines = [f"`{command()}`", "", f"| {' | '.join(runs[0])} |", "| --- |" + " ---: |" * (len(runs[0]) - 1)]
         lines += [f"| {' | '.join(str(value) for value in run.values())} |" for run in runs]
-        arguments.output.with_suffix(".md").write_text("\n".join([*lines, "", json.dumps(figures), ""]))
+        atomic.write_text(arguments.report / "leaf-and-cache.md", "\n".join([*lines, "", json.dumps(figures), ""]))
     print(json.dumps(figures))
 
 

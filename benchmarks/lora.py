@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from promptembedder import base_models
 from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
-from promptembedder.data import load_training_data, read_scored_pairs
+from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.training import make_loss
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
@@ -127,35 +127,11 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     model = build(config.model.backbone, base_models.resolve_dtype(config.model.dtype, device), device)
     model.max_seq_length = longest_input(model, config, config.data.max_text_tokens)
     checkpoints = (output or Path(settings.output)).with_name("checkpoints")
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.logging_steps,
-        eval_strategy="steps" if follow else "no",
-        eval_steps=config.evaluation.every_steps if follow else None,
-        save_strategy="no" if output is None else "steps",
-        save_steps=25,
-        save_total_limit=1,
-        prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
-        batch_sampler="no_duplicates",
-        multi_dataset_batch_sampler="proportional",
-        use_cpu=device == "cpu",
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to=[],
-    )
     best = BestOnDev([p for p in model.parameters() if p.requires_grad])
-    arguments._n_gpu = min(1, arguments.n_gpu)
     model.model_card_data.generate_widget_examples = False
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=arguments,
+        args=_arguments(config, data, learning_rate, checkpoints, save=output is not None, follow=follow),
         train_dataset=data.datasets,
         loss=make_loss(model, settings),
         evaluator=evaluator(config) if follow else None,
@@ -168,20 +144,57 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     history = trainer.state.log_history
     seconds = seconds_of(history)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(adapted(model), adapter_name=ADAPTER)
-        save_file({name: value.cpu().contiguous() for name, value in state.items()}, output / WEIGHTS)
-        write_facts(
-            output,
-            trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            steps=settings.max_steps,
-            examples=settings.max_steps * settings.batch_size,
-            seconds=seconds,
-            learning_rate=learning_rate,
-            max_seq_length=longest_input(model, config),
-        )
+        save(model, output, config, seconds, learning_rate)
     curve = dev_curve(history, settings.batch_size, "eval_spearman_cosine")
     return Trained(model, seconds, [(0, 0.0, start), *curve] if follow else [])
+
+
+def save(model: SentenceTransformer, output: Path, config: RunConfig, seconds: float, learning_rate: float) -> None:
+    """Write the adapter and the facts of its training."""
+    output.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(adapted(model), adapter_name=ADAPTER)
+    save_file({name: value.cpu().contiguous() for name, value in state.items()}, output / WEIGHTS)
+    write_facts(
+        output,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        steps=config.training.max_steps,
+        examples=config.training.max_steps * config.training.batch_size,
+        seconds=seconds,
+        learning_rate=learning_rate,
+        max_seq_length=longest_input(model, config),
+    )
+
+
+def _arguments(
+    config: RunConfig, data: TrainingData, learning_rate: float, checkpoints: Path, *, save: bool, follow: bool
+) -> SentenceTransformerTrainingArguments:
+    settings = config.training
+    cpu = not torch.cuda.is_available()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.logging_steps,
+        eval_strategy="steps" if follow else "no",
+        eval_steps=config.evaluation.every_steps if follow else None,
+        save_strategy="steps" if save else "no",
+        save_steps=25,
+        save_total_limit=1,
+        prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
+        batch_sampler="no_duplicates",
+        multi_dataset_batch_sampler="proportional",
+        use_cpu=cpu,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=[],
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTransformer:

@@ -29,7 +29,8 @@ from sentence_transformers.sentence_transformer import losses
 from torch import Tensor
 
 import lora
-from promptembedder import ModelConfig, base_models, build
+from common import command
+from promptembedder import ModelConfig, atomic, base_models, build
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.text_cache import open_text_cache
 
@@ -299,13 +300,10 @@ def main() -> None:
     print(table(results))
     figures = summary(results)
     if arguments.output:
-        command = " ".join(["python benchmarks/train_cost.py", *sys.argv[1:]])
-        record = {"command": command, "hardware": hardware(arguments.device), "results": results, "summary": figures}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        arguments.output.with_suffix(".md").write_text(
-            f"`{command}`, {record['hardware']}\n\n{table(results)}\n\n{json.dumps(figures)}\n"
-        )
+        record = {"command": command(), "hardware": hardware(arguments.device), "results": results, "summary": figures}
+        atomic.write_text(arguments.output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+        told = f"`{command()}`, {record['hardware']}\n\n{table(results)}\n\n{json.dumps(figures)}\n"
+        atomic.write_text(arguments.output.with_suffix(".md"), told)
         draw(results, arguments.output.with_suffix(".png"))
     print(json.dumps(figures))
 

@@ -179,3 +179,35 @@ def test_bad_input(tiny_model, tiny_settings, tmp_path):
     save_file({"weight": stored["weight"], "deep": stored["deep"][:1].clone()}, file)
     with pytest.raises(PromptEmbedderError, match=r"'deep' is \(1, 32, 32\), expected \(2, 32, 32\)"):
         load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_hidden_offset_starts_at_nothing_and_is_added_after_generation(tiny_model, architecture):
+    plain, offset = tiny_model(architecture)[0], tiny_model(architecture, hidden_offset=True)[0]
+    prompter, K = offset.prompter, offset.settings.num_soft_tokens
+    with torch.no_grad():
+        mixtures = plain.soft_tokens(INSTRUCTION).tokens_NKP
+        assert torch.equal(offset.soft_tokens(INSTRUCTION).tokens_NKP, mixtures)
+        prompter.hidden_offset.weight.normal_(generator=torch.Generator().manual_seed(1))
+        found = offset.soft_tokens(INSTRUCTION).tokens_NKP
+        # One plain forward over request and mixtures; position k's last state is what soft token k came from.
+        table = prompter.lm.get_input_embeddings()
+        request_SP = table(prompter.tokenize([INSTRUCTION])[0][0])
+        sequence = torch.cat([request_SP, mixtures[0, :-1]])[None]
+        hidden_KP = prompter.lm(inputs_embeds=sequence, output_hidden_states=True).hidden_states[-1][0, -K:]
+        norm = table(torch.arange(table.weight.shape[0])).norm(dim=-1).mean()
+        unit_KP = hidden_KP / hidden_KP.norm(dim=-1, keepdim=True)
+        expected = mixtures[0] + norm * unit_KP @ prompter.hidden_offset.weight.T
+    assert torch.allclose(found[0], expected, atol=1e-4)
+
+
+def test_a_hidden_offset_is_trained_saved_and_opened(run_config, tmp_path):
+    config = run_config(model={"hidden_offset": True})
+    model = train(config).model
+    assert model[0].prompter.hidden_offset.weight.abs().max() > 0
+    save(model, tmp_path / "saved")
+    opened = load(tmp_path / "saved")
+    assert torch.equal(opened[0].prompter.hidden_offset.weight, model[0].prompter.hidden_offset.weight)
+    assert np.allclose(opened.encode(TEXTS, prompt=SECOND), model.encode(TEXTS, prompt=SECOND), atol=1e-5)
+    frozen = train(run_config(model={"hidden_offset": True}, train_prompter=False, warm_steps=0)).model
+    assert frozen[0].prompter.hidden_offset.weight.abs().max() == 0

@@ -188,6 +188,15 @@ def test_max_rows_takes_the_first_ones(tmp_path: Path) -> None:
     assert queries(load(DataFile(path=str(path), max_rows=9))) == list("01234")
 
 
+def test_aspects_of_instructions(tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a.jsonl", [GOOD]), write(tmp_path / "b.jsonl", [{**GOOD, "instruction": "Other."}])
+    data = load(DataFile(path=str(one), aspect="topic"), DataFile(path=str(other)))
+    assert data.aspects == {"Find.": "topic"}
+    twice = [DataFile(path=str(one), aspect=aspect) for aspect in ("topic", "intent")]
+    told = refusal(load, *twice)
+    assert "two aspects, 'topic' and 'intent', for the instruction 'Find.'" in told
+
+
 def test_a_source_gives_its_instruction_to_rows_without_one(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [without(GOOD, "instruction"), {**GOOD, "instruction": None}, GOOD])
     rows = read_rows(DataFile(path=str(path), instruction="Given."), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_training_lowers_the_loss(run_config):
 
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
 def test_resumed_equals_uninterrupted(run_config, layout):
-    model = {"layout": layout}
+    model = {"layout": layout, "hidden_offset": layout == "suffix"}
     whole = train(run_config("whole", model=model, max_steps=4, save_every_steps=2)).model
     # The same run, stopped after two steps: its schedule must be that of four.
     config = run_config("parts", model=model, max_steps=4, save_every_steps=2)
@@ -222,8 +223,25 @@ def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
     model = tiny_model(prompter_training="full", num_soft_tokens=2)
     config = WarmStartConfig(cue="{aspect} and", steps=300, learning_rate=5e-3, target_probability=0.8)
     warm_start(model[0], {INSTRUCTION: "the", SECOND: "in", "Not said.": None}, config, seed=0)
-    written = {text: [word.words[0][0] for word in explain(model, text)] for text in (INSTRUCTION, SECOND)}
-    assert written == {INSTRUCTION: [" the", " and"], SECOND: [" in", " and"]}
+    invented = {text: aspect for text, aspect in itertools.islice(made_up_instructions(("in", "a", "the"), seed=9), 20)}
+    for text, aspect in {**invented, INSTRUCTION: "the", SECOND: "in"}.items():
+        assert [word.words[0][0] for word in explain(model, text)] == [f" {aspect}", " and"], text
+
+
+def test_training_hands_the_aspects_of_the_settings_on(run_config, monkeypatch):
+    given = {}
+    monkeypatch.setattr("promptembedder.training.warm_start", lambda module, aspects, *rest: given.update(aspects))
+    config = run_config(warm_steps=1, max_steps=1)
+    (file,) = config.data.files
+    train(replace(config, data=replace(config.data, files=(replace(file, aspect="topic"),))))
+    default, evaluated = config.model.default_instruction, config.evaluation.instruction
+    assert given == {INSTRUCTION: "topic", SECOND: "topic", default: None, evaluated: None}
+
+
+def test_warm_start_that_falls_short_says_so(tiny_model, caplog):
+    reached = warm_start(tiny_model()[0], {INSTRUCTION: None}, WarmStartConfig(steps=2), seed=0)
+    assert reached < 0.9
+    assert "after 2 steps (target_probability 0.90)" in caplog.text
 
 
 def test_warm_start_refuses_an_aspect_of_several_tokens(tiny_model, monkeypatch):

@@ -47,13 +47,15 @@ def trained(config, folder, number):
     ("layout", "changes"),
     [
         ("suffix", {"loss": "cached_infonce", "mini_batch_size": 2, "gradient_accumulation": 2}),
-        ("prefix", {"mask_false_negatives": True}),
+        ("prefix", {"mask_false_negatives": True, "hidden_offset": True}),
         ("suffix", {"condition_on": "instruction_and_text", "text_state_cache": 2**20, "text_state_folder": "states"}),
     ],
 )
 def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layout, changes):
     changes = dict(changes)
-    model = {"layout": layout, "condition_on": changes.pop("condition_on", "instruction")}
+    model = {"layout": layout} | {
+        name: changes.pop(name) for name in ("condition_on", "hidden_offset") if name in changes
+    }
     if "text_state_folder" in changes:
         changes["text_state_folder"] = str(tmp_path / "states")
     config = run_config(model=model, batch_size=10, max_steps=4, **changes)
@@ -67,7 +69,7 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
     norms, expected = numbers("grad_norm", printed), numbers("grad_norm", printed_by_one)
     assert len(norms) == 4
     assert norms == pytest.approx(expected, rel=1e-3)
-    if model["condition_on"] == "instruction":
+    if "condition_on" not in model:
         K, D = 5, 32
         flags = 4  # two instructions of the data, two defaults of the model
         instructions = {int(n - flags) // (K * D * 4) for n in numbers("soft_prompt_gradient_bytes", printed)}

@@ -116,7 +116,8 @@ def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, seed: int = 13) -> Bridge
 
 
 def _ridge(new_ND: NDArray[np.float64], old_NF: NDArray[np.float64], penalty: float) -> NDArray[np.float32]:
-    return alignment.ridge(torch.from_numpy(new_ND), torch.from_numpy(old_NF), penalty).numpy()
+    # Contiguous, because safetensors writes the buffer as it lies.
+    return np.ascontiguousarray(alignment.ridge(torch.from_numpy(new_ND), torch.from_numpy(old_NF), penalty).numpy())
 
 
 def _neighbours_kept(mapped_NF: NDArray[Any], true_NF: NDArray[Any], index_MF: NDArray[Any]) -> float:

@@ -88,6 +88,9 @@ class TrainingClock(TrainerCallback):  # type: ignore[misc]
 
     Args:
         spent: seconds of what came before the first step. A run that goes on counts from its last log line instead.
+
+    Attributes:
+        spent: seconds so far.
     """
 
     def __init__(self, spent: float = 0.0) -> None:

@@ -1,14 +1,14 @@
 """Alignments to a new backbone without training, from what the vocabularies share and what the prompter writes.
 
 Shapes: M soft tokens of several instructions, P prompter width, D and F widths of the new and the old backbone,
-S shared vocabulary, V vocabulary, X any width.
+S words shared by prompter and new backbone, U by old and new backbone, V vocabulary, X any width.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from promptembedder.module import SoftPromptTransformer
 # Below so many shared tokens a fit says nothing about the rest of the vocabulary.
 _FEWEST_SHARED = 64
 _HELD_BACK = 0.1
+# Token ids of the same words in two vocabularies.
+_Pairs = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Start:
     dev: float | None = None
 
 
+NAMES = ("least_squares", "ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift")
+
+
 def closed_forms(
     old: SoftPromptTransformer, new: SoftPromptTransformer, instructions: Sequence[str], only: Sequence[str] = ()
 ) -> list[Start]:
@@ -50,11 +55,12 @@ def closed_forms(
     | --- | --- |
     | `least_squares`, `ridge`, `procrustes` | from the prompter's to the new backbone's embeddings of shared tokens |
     | `weighted` | ridge, tokens weighted by their share in the mixtures of the soft tokens |
-    | `through_old` | the trained W, then least squares from the old backbone's embeddings to the new one's |
+    | `through_old` | the trained W, then ridge from the old backbone's embeddings to the new one's |
     | `mixture` | ridge, corrected so that each soft token of the instructions becomes the same mixture of words |
     | `mixture_and_drift` | `through_old`, corrected likewise, plus what training moved the soft prompt by |
 
-    All but the last two are scaled to the norm of the new backbone's embeddings.
+    All but the last two are scaled to the norm of the new backbone's embeddings. `least_squares` is left out where
+    fewer tokens are shared than the prompter is wide.
 
     Args:
         old: the trained module.
@@ -63,60 +69,85 @@ def closed_forms(
         only: names wanted; empty: all.
 
     Raises:
-        PromptEmbedderError: an unknown name.
+        PromptEmbedderError: an unknown name; `least_squares` alone is wanted and cannot be fitted.
     """
-    names = ("least_squares", "ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift")
-    if wrong := [name for name in only if name not in names]:
-        raise PromptEmbedderError(f"unknown start {wrong[0]!r}; valid: {', '.join(names)}")
-    ids_prompter, ids_new = alignment.shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
-    ids_old, ids_new_too = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
-    if min(len(ids_prompter), len(ids_old)) < _FEWEST_SHARED:
+    if wrong := [name for name in only if name not in NAMES]:
+        raise PromptEmbedderError(f"unknown start {wrong[0]!r}; valid: {', '.join(NAMES)}")
+    prompter_to_new = alignment.shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
+    old_to_new = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
+    if min(len(prompter_to_new[0]), len(old_to_new[0])) < _FEWEST_SHARED:
         return []
-    embeddings_VP, embeddings_new_VD = _embeddings(old.prompter.lm), _embeddings(new.backbone.lm)
-    embeddings_old_VF = _embeddings(old.backbone.lm)
-    prompter_SP, backbone_SD = embeddings_VP[ids_prompter], embeddings_new_VD[ids_new]
+    wanted = [name for name in NAMES if not only or name in only]
     tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
-    # A soft token is a mixture of words, and the words exist in both; what is not shared is spread over the rest.
-    words_MD = _mixed(mixtures_MV, ids_prompter, ids_new, embeddings_new_VD)
-    shared_MS = mixtures_MV[:, ids_prompter]
-    used_S = shared_MS.sum(0) + 1e-2 / len(ids_prompter) * float(shared_MS.sum())
-    to_new_FD = alignment.ridge(embeddings_old_VF[ids_old], embeddings_new_VD[ids_new_too])
+    starts = _fitted(old, new, prompter_to_new, old_to_new, mixtures_MV, wanted)
+    if {"mixture", "mixture_and_drift"} & set(wanted):
+        starts += _mixtures(old, new, prompter_to_new, old_to_new, tokens_MP, mixtures_MV, wanted)
+    return starts
+
+
+def _fitted(
+    old: SoftPromptTransformer,
+    new: SoftPromptTransformer,
+    prompter_to_new: _Pairs,
+    old_to_new: _Pairs,
+    mixtures_MV: Tensor,
+    wanted: Sequence[str],
+) -> list[Start]:
+    """Starts that map the embeddings of words, each also fitted without a tenth of the words, to be measured on it."""
+    prompter_SP, new_SD = _shared(old.prompter.lm, new.backbone.lm, prompter_to_new)
+    old_UF, new_UD = _shared(old.backbone.lm, new.backbone.lm, old_to_new)
+    S = len(prompter_SP)
+    held_S = torch.zeros(S, dtype=torch.bool)
+    held_S[random.Random(0).sample(range(S), max(1, int(_HELD_BACK * S)))] = True
+    held_U = torch.isin(old_to_new[1], prompter_to_new[1][held_S])
+    used_S = mixtures_MV[:, prompter_to_new[0]].sum(0)
+    used_S += 1e-2 * used_S.mean()  # words in no mixture count a little, too
     trained_PF = old.alignment.weight.detach().float().cpu()
-    through_PD = trained_PF @ to_new_FD
-    # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
-    old_ids_of_prompter = alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
-    mixed_MF = _mixed(mixtures_MV, *old_ids_of_prompter, embeddings_old_VF)
-    drift_MD = (tokens_MP @ trained_PF - mixed_MF) @ to_new_FD
-
-    held = torch.zeros(len(ids_prompter), dtype=torch.bool)
-    held[random.Random(0).sample(range(len(held)), max(1, int(_HELD_BACK * len(held))))] = True
-    held_old = torch.isin(ids_new_too, ids_new[held])
-
-    def closeness(weight_PD: Tensor) -> float:
-        cosines = nn.functional.cosine_similarity(prompter_SP[held] @ weight_PD, backbone_SD[held], dim=-1)
-        return float(cosines.mean())
-
-    def fitted(fit: Callable[[Tensor, Tensor, Tensor | None], Tensor], weights_S: Tensor | None = None) -> Start:
-        part = fit(prompter_SP[~held], backbone_SD[~held], None if weights_S is None else weights_S[~held])
-        weight_PD = fit(prompter_SP, backbone_SD, weights_S)
-        return Start("", alignment.matched_norm(weight_PD, prompter_SP, backbone_SD), closeness(part))
-
-    def through_old() -> Start:
-        part_FD = alignment.ridge(embeddings_old_VF[ids_old[~held_old]], embeddings_new_VD[ids_new_too[~held_old]])
-        return Start("", alignment.matched_norm(through_PD, prompter_SP, backbone_SD), closeness(trained_PF @ part_FD))
-
-    makers: dict[str, Callable[[], Start]] = {
-        "least_squares": lambda: fitted(lambda a, b, _: alignment.ridge(a, b, penalty=1e-6)),
-        "ridge": lambda: fitted(lambda a, b, _: alignment.ridge(a, b)),
-        "procrustes": lambda: fitted(lambda a, b, _: alignment.procrustes(a, b)),
-        "weighted": lambda: fitted(lambda a, b, w: alignment.ridge(a, b, weights_S=w), used_S),
-        "through_old": through_old,
-        "mixture": lambda: Start(
-            "", alignment.folded(alignment.ridge(prompter_SP, backbone_SD), tokens_MP, words_MD), None
-        ),
-        "mixture_and_drift": lambda: Start("", alignment.folded(through_PD, tokens_MP, words_MD + drift_MD), None),
+    # Each fits W to the words S or U that it is given.
+    fits: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "ridge": lambda s, _: alignment.ridge(prompter_SP[s], new_SD[s]),
+        "procrustes": lambda s, _: alignment.procrustes(prompter_SP[s], new_SD[s]),
+        "weighted": lambda s, _: alignment.ridge(prompter_SP[s], new_SD[s], weights_S=used_S[s]),
+        "through_old": lambda _, u: trained_PF @ alignment.ridge(old_UF[u], new_UD[u]),
     }
-    return [replace(make(), name=name) for name, make in makers.items() if not only or name in only]
+    if int((~held_S).sum()) >= prompter_SP.shape[1]:
+        fits["least_squares"] = lambda s, _: alignment.least_squares(prompter_SP[s], new_SD[s])
+    elif list(wanted) == ["least_squares"]:
+        raise PromptEmbedderError(
+            f"start 'least_squares' needs {prompter_SP.shape[1]} shared tokens beside those held back, "
+            f"the vocabularies share {S}; use 'ridge'"
+        )
+    starts = []
+    for name in [name for name in wanted if name in fits]:
+        part_PD = fits[name](~held_S, ~held_U)
+        cosines = nn.functional.cosine_similarity(prompter_SP[held_S] @ part_PD, new_SD[held_S], dim=-1)
+        whole_PD = fits[name](torch.ones_like(held_S), torch.ones_like(held_U))
+        starts.append(Start(name, alignment.matched_norm(whole_PD, prompter_SP, new_SD), float(cosines.mean())))
+    return starts
+
+
+def _mixtures(
+    old: SoftPromptTransformer,
+    new: SoftPromptTransformer,
+    prompter_to_new: _Pairs,
+    old_to_new: _Pairs,
+    tokens_MP: Tensor,
+    mixtures_MV: Tensor,
+    wanted: Sequence[str],
+) -> list[Start]:
+    """Starts that send the instructions' soft tokens where the same mixtures of the new backbone's words are."""
+    to_new_PD = alignment.ridge(*_shared(old.prompter.lm, new.backbone.lm, prompter_to_new))
+    to_new_FD = alignment.ridge(*_shared(old.backbone.lm, new.backbone.lm, old_to_new))
+    trained_PF = old.alignment.weight.detach().float().cpu()
+    words_MD = _mixed(mixtures_MV, prompter_to_new, new.backbone.lm)
+    # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
+    words_MF = _mixed(mixtures_MV, alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer), old.backbone.lm)
+    drift_MD = (tokens_MP @ trained_PF - words_MF) @ to_new_FD
+    weights_PD = {
+        "mixture": alignment.folded(to_new_PD, tokens_MP, words_MD),
+        "mixture_and_drift": alignment.folded(trained_PF @ to_new_FD, tokens_MP, words_MD + drift_MD),
+    }
+    return [Start(name, weight_PD, None) for name, weight_PD in weights_PD.items() if name in wanted]
 
 
 @torch.no_grad()
@@ -130,12 +161,18 @@ def _soft_tokens(module: SoftPromptTransformer, instructions: Sequence[str]) -> 
     return torch.cat(tokens), torch.cat(mixtures)
 
 
-def _mixed(mixtures_MV: Tensor, ids_from: Tensor, ids_to: Tensor, embeddings_VX: Tensor) -> Tensor:
-    """Soft tokens (M, X) that mix another LLM's embeddings of the same words."""
-    shared_MS = mixtures_MV[:, ids_from]
-    return (shared_MS / shared_MS.sum(-1, keepdim=True).clamp(min=1e-9)) @ embeddings_VX[ids_to]
+def _mixed(mixtures_MV: Tensor, shared: _Pairs, lm: Any) -> Tensor:
+    """Soft tokens (M, X) that mix another LLM's embeddings of the same words, weighted to sum to one."""
+    weights_MS = mixtures_MV[:, shared[0]]
+    return (weights_MS / weights_MS.sum(-1, keepdim=True).clamp(min=1e-9)) @ _embeddings(lm, shared[1])
 
 
-def _embeddings(lm: Any) -> Tensor:
+def _shared(first: Any, second: Any, ids: _Pairs) -> tuple[Tensor, Tensor]:
+    """Two LLMs' embeddings of the words that their vocabularies share."""
+    return _embeddings(first, ids[0]), _embeddings(second, ids[1])
+
+
+def _embeddings(lm: Any, ids_S: Tensor) -> Tensor:
+    """What the LLM feeds itself for tokens, (S, X) float32 on the CPU."""
     matrix_VX, scale = base_models.input_embeddings(lm)
-    return matrix_VX.detach().float().cpu() * scale
+    return matrix_VX.detach()[ids_S.to(matrix_VX.device)].float().cpu() * scale

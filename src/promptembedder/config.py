@@ -110,11 +110,11 @@ class WarmStartConfig:
 
     Attributes:
         steps: optimizer steps at most; 0 leaves the warm start out.
-        cue: its last K tokens are the target. With `{aspect}` in it, what texts are to be alike in under the
+        cue: its last K tokens are the target. With `{aspect}` among them, what texts are to be alike in under the
             instruction (`DataFile.aspect`) stands there.
         learning_rate: of the prompter, AdamW.
-        target_probability: stop once every cue token has this weight in its mixture. Well below 1, because a
-            saturated softmax passes no gradient on to the contrastive training.
+        target_probability: stop once every cue token has this weight in its mixture for some steps on end. Below 1,
+            because a saturated softmax passes no gradient on to the contrastive training.
     """
 
     steps: Count = 60
@@ -192,8 +192,8 @@ class TrainingConfig:
         max_steps: optimizer steps.
         batch_size: pairs per forward; with `gradient_accumulation` G, G times as many per optimizer step.
         gradient_accumulation: forwards per optimizer step.
-        prompter_learning_rate: of the prompter, AdamW.
-        alignment_learning_rate: of W and a hidden offset, AdamW.
+        prompter_learning_rate: of the prompter's LLM, AdamW.
+        alignment_learning_rate: of all other trained matrices (W, deep soft prompt, hidden offset, linear head), AdamW.
         weight_decay: AdamW, on matrices.
         warmup: share of the steps with rising learning rate.
         schedule: what follows the rise.

@@ -77,8 +77,11 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
             negatives = _negatives(row, config.max_negatives)
             side = document_instruction if source.asymmetric else row.instruction
             key = (row.instruction, side, len(negatives))
-            if source.aspect is not None:
-                aspects[row.instruction] = source.aspect
+            if source.aspect is not None and aspects.setdefault(row.instruction, source.aspect) != source.aspect:
+                raise PromptEmbedderError(
+                    f"data.files name two aspects, {aspects[row.instruction]!r} and {source.aspect!r}, for the "
+                    f"instruction {row.instruction!r}"
+                )
             table = columns.setdefault(key, defaultdict(list))
             prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
                 ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side

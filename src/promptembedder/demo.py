@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from promptembedder import baselines
+from promptembedder import atomic, baselines
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.explain import explain
@@ -84,11 +84,10 @@ def run_demo(output: Path, *, steps: int = 20, llm: str = "smollm2-135m-instruct
     _draw(output / "picture.png", embedded["trained"], test_articles, result.history)
     results["seconds"] = round(time.monotonic() - started, 1)
     results["peak_memory_gib"] = round(_peak_memory_gib(), 2)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    sample = output / "sample.txt"
-    sample.write_text("".join(f"{a.headline}\n" for a in test_articles[:20]), encoding="utf-8")
+    atomic.write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    atomic.write_text(output / "sample.txt", "".join(f"{a.headline}\n" for a in test_articles[:20]))
     report = _report(results, result, len(train_articles), len(test_articles))
-    (output / "report.md").write_text(report, encoding="utf-8")
+    atomic.write_text(output / "report.md", report)
     return f"{_table(results)}\n\n{_next_steps(output)}"
 
 

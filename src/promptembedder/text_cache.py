@@ -29,6 +29,7 @@ from cachetools import LRUCache
 from filelock import FileLock
 from torch import Tensor
 
+from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 
 logger = logging.getLogger(__name__)
@@ -174,9 +175,7 @@ class _OnDisk(TextStateCache):
             logger.warning("text states in %s belong to another backbone or precision: rebuilt", self._folder)
             for path in self._folder.glob(f"??/*{_ENDING}"):
                 path.unlink(missing_ok=True)
-        scratch = self._folder / f".{_INDEX}"
-        scratch.write_text(json.dumps(expected), encoding="utf-8")
-        scratch.replace(index)
+        atomic.write_text(index, json.dumps(expected))
 
     def _held_before(self) -> list[tuple[float, Path, int]]:
         held = []

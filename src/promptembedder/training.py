@@ -16,7 +16,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from promptembedder import widened, workers
+from promptembedder import atomic, widened, workers
 from promptembedder.callbacks import SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
@@ -93,13 +93,14 @@ def train(
     cache = _text_cache(module, settings)
     loss = loss or make_loss(model, settings)
     _open_to_training(module, settings)
-    clock = TrainingClock()
+    spent = 0.0
     if settings.train_prompter and settings.warm_start.steps and checkpoint is None:
         began = time.perf_counter()
         known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
         aspects = {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
         warm_start(module, aspects, settings.warm_start, settings.seed)
-        clock.spent = time.perf_counter() - began
+        spent = time.perf_counter() - began
+    clock = TrainingClock(spent)
     trainer = _trainer(model, module, config, data, loss, dev, output, clock)
     with workers.stopping_together():
         module.backbone.text_cache = cache
@@ -115,7 +116,7 @@ def train(
         folder = output / "model"
         if workers.number() == 0:
             save(model, folder)
-            (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            atomic.write_text(folder / "config.yaml", dump_yaml(config))
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             write_facts(folder, trained_parameters=trained, steps=steps, examples=examples, seconds=clock.spent)
         scores: dict[str, float] = {}
@@ -234,7 +235,7 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.prompter_learning_rate,
-        learning_rate_mapping={r"alignment\.weight$|hidden_offset": settings.alignment_learning_rate},
+        learning_rate_mapping={r"alignment\.|hidden_offset\.|^\d+\.linear\.": settings.alignment_learning_rate},
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from promptembedder import atomic
+from promptembedder.data import parse_json
+
 logger = logging.getLogger(__name__)
 
 TRAINING_FACTS = "training.json"
@@ -25,13 +28,20 @@ def write_facts(
         "examples": examples,
         "seconds": round(seconds, 1),
     }
-    (folder / TRAINING_FACTS).write_text(json.dumps({**facts, **more}, indent=1) + "\n", encoding="utf-8")
+    atomic.write_text(folder / TRAINING_FACTS, json.dumps({**facts, **more}, indent=1) + "\n")
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What `write_facts` wrote into a folder, if it did."""
+    """What `write_facts` wrote into a folder, if it did.
+
+    Raises:
+        PromptEmbedderError: the file is damaged.
+    """
     path = folder / TRAINING_FACTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    facts: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"), str(path))
+    return facts
 
 
 def dev_curve(history: Sequence[dict[str, Any]], examples_per_step: int, metric: str, before: float = 0.0) -> Curve:

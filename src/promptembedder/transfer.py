@@ -3,8 +3,7 @@
 First in closed form from what the vocabularies share; then, if there is something to train on, by training `W` alone:
 on labelled rows, or on plain texts by making the new model's similarities agree with the old one's.
 
-Shapes: B texts, M soft tokens of several instructions, K soft tokens, P prompter width, D and F widths of the new and
-the old backbone, S shared vocabulary, V vocabulary.
+Shapes: B texts, I instructions, N texts in all, P prompter width, D and F (or E) widths of the new and the old model.
 """
 
 from __future__ import annotations
@@ -65,6 +64,7 @@ class Stage:
         dev: Spearman x 100 after it, where dev pairs are given.
         seconds: wall time of its fit or optimizer steps.
         examples: rows or texts it was trained on, repetitions counted.
+        steps: optimizer steps.
         curve: (examples, seconds since the transfer began, dev) during it.
     """
 
@@ -72,6 +72,7 @@ class Stage:
     dev: float | None
     seconds: float
     examples: int
+    steps: int = 0
     curve: Curve = field(default_factory=list)
 
 
@@ -186,7 +187,7 @@ def transfer(
             for name, p in moved.named_parameters()
             if p.requires_grad and (config.unfrozen_steps or ".prompter." not in name)
         ),
-        steps=sum(stage.examples for stage in stages) // config.training.batch_size,
+        steps=sum(stage.steps for stage in stages),
         examples=sum(stage.examples for stage in stages),
         seconds=sum(stage.seconds for stage in stages),
     )
@@ -345,7 +346,9 @@ def _trained(
     """Train; the times of the curve count from the beginning of the transfer, `before` seconds ago."""
     run = replace(run, training=replace(run.training, output=str(output / name)))
     result = train(run, model=model, data=data, loss=loss)
-    return Stage(name, result.scores.get("dev"), seconds_of(result.history), result.examples, result.curve(before))
+    return Stage(
+        name, result.scores.get("dev"), seconds_of(result.history), result.examples, result.steps, result.curve(before)
+    )
 
 
 def _own_copy(module: SoftPromptTransformer) -> Prompter:

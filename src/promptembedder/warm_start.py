@@ -5,7 +5,10 @@ Shapes: N instructions, S request tokens, K soft tokens, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import random
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -19,18 +22,24 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 
+logger = logging.getLogger(__name__)
+
+_BATCH = 8
+# So many steps in a row must reach the target, because each sees a few of endlessly many instructions.
+_AGREEING = 8
+
 
 def warm_start(
     module: SoftPromptTransformer,
     instructions: Mapping[str, str | None],
     config: WarmStartConfig,
     seed: int,
-    batch_size: int = 8,
 ) -> float:
     """Teach the prompter to write a known good cue; the backbone is not run.
 
     Supervised as a language model is: the request is followed by the cue, and each cue token's cross entropy counts
-    until it has `target_probability`. A peaked mixture is a token embedding, so the model starts as the hard cue.
+    until it is half way from `target_probability` to 1. A peaked mixture is a token embedding, so the model starts
+    as the hard cue.
 
     Args:
         module: the model's first module.
@@ -38,10 +47,9 @@ def warm_start(
             fitted on made-up instructions (`aspects`), half of each step, so that it carries over to unseen ones.
         config: see `WarmStartConfig`.
         seed: draws the instructions of a step.
-        batch_size: instructions per step.
 
     Returns:
-        The smallest weight that a cue token has at the last step.
+        The smallest weight that a cue token had in the last steps.
 
     Raises:
         PromptEmbedderError: the cue has fewer than K tokens, or its aspect is not among the last K; an aspect is
@@ -51,36 +59,45 @@ def warm_start(
     device = module.alignment.weight.device
     trained = [p for p in prompter.lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=config.steps)
     examples = _examples(prompter, instructions, config, seed)
-    reached = 0.0
+    lately: deque[float] = deque(maxlen=_AGREEING)
     bar = tqdm(range(config.steps), desc="Warm start", disable=workers.number() > 0)
     for _ in bar:
-        batch = [next(examples) for _ in range(batch_size)]
+        batch = [next(examples) for _ in range(_BATCH)]
         cue_NK = torch.stack([_cue_ids(prompter, config.cue, aspect) for _, aspect in batch]).to(device)
         log_weights_NK = _log_weights(prompter, [instruction for instruction, _ in batch], cue_NK)
-        reached = float(log_weights_NK.detach().min().exp())
-        bar.set_postfix(cue_weight=f"{reached:.2f}")
-        if reached >= config.target_probability:
+        lately.append(float(log_weights_NK.detach().min().exp()))
+        bar.set_postfix(cue_weight=f"{lately[-1]:.2f}")
+        if len(lately) == _AGREEING and min(lately) >= config.target_probability:
             bar.close()
             break
         optimizer.zero_grad()
-        # What has reached the target is left alone: a saturated softmax passes no gradient on to later training.
-        short_NK = log_weights_NK.detach().exp() < config.target_probability
+        # What is well past the target is left alone: a saturated softmax passes no gradient on to later training.
+        short_NK = log_weights_NK.detach().exp() < (1 + config.target_probability) / 2
         torch.autograd.backward(-(log_weights_NK * short_NK).mean())
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        falling.step()
     optimizer.zero_grad()
+    reached = min(lately, default=0.0)
+    if reached < config.target_probability and workers.number() == 0:
+        logger.warning(
+            "warm start: some cue tokens have a weight of %.2f only after %d steps (target_probability %.2f)",
+            *(reached, config.steps, config.target_probability),
+        )
     return reached
 
 
 def _examples(
     prompter: Prompter, instructions: Mapping[str, str | None], config: WarmStartConfig, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Endless (instruction, aspect) pairs to fit on."""
+    """Endless (instruction, aspect) pairs to fit on; what is wrong with the settings is said at once."""
     drawn = random.Random(seed)
+    _cue_ids(prompter, config.cue, made_up.MEANING)
     if "{aspect}" not in config.cue:
-        while True:
-            yield drawn.choice(sorted(instructions)), ""
+        every = sorted(instructions)
+        return ((drawn.choice(every), "") for _ in itertools.count())
     known = sorted((name, aspect) for name, aspect in instructions.items() if aspect)
     if long := [aspect for _, aspect in known if not _is_token(prompter, aspect)]:
         raise PromptEmbedderError(f"aspect {long[0]!r} is not one token of the prompter; name another word")
@@ -94,8 +111,7 @@ def _examples(
             f"the aspect is not among the last {prompter.num_soft_tokens} tokens of warm_start.cue; give a shorter one"
         )
     invented = made_up.made_up_instructions(usable, seed)
-    while True:
-        yield drawn.choice(known) if known and drawn.random() < 0.5 else next(invented)
+    return (drawn.choice(known) if known and drawn.random() < 0.5 else next(invented) for _ in itertools.count())
 
 
 def _is_token(prompter: Prompter, word: str) -> bool:

@@ -145,7 +145,10 @@ def stopping_together() -> Iterator[None]:
 
 @contextmanager
 def _last_words(text: str) -> Iterator[None]:
-    """Print a line and exit on SIGTERM, also while the main thread waits inside a collective operation."""
+    """Print a line and exit on SIGTERM, also while the main thread waits inside a collective operation.
+
+    After an error this stays so: the worker is on its way out, and the launcher's signal may overtake its message.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -162,7 +165,6 @@ def _last_words(text: str) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
     descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=listen, daemon=True).start()
-    # Not in a `finally`: after an error the worker is on its way out, and the launcher's signal may overtake it.
     yield
     signal.set_wakeup_fd(descriptor)
     signal.signal(signal.SIGTERM, handler)
