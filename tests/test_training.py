@@ -223,7 +223,7 @@ def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
     model = tiny_model(prompter_training="full", num_soft_tokens=2)
     config = WarmStartConfig(cue="{aspect} and", steps=300, learning_rate=5e-3, target_probability=0.8)
     warm_start(model[0], {INSTRUCTION: "the", SECOND: "in", "Not said.": None}, config, seed=0)
-    invented = {text: aspect for text, aspect in itertools.islice(made_up_instructions(("in", "a", "the"), seed=9), 20)}
+    invented = dict(itertools.islice(made_up_instructions(("in", "a", "the"), seed=9), 20))
     for text, aspect in {**invented, INSTRUCTION: "the", SECOND: "in"}.items():
         assert [word.words[0][0] for word in explain(model, text)] == [f" {aspect}", " and"], text
 
