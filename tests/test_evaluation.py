@@ -133,6 +133,7 @@ def test_triplets_need_the_instruction(data, tmp_path):
     assert blind == {"accuracy": 0.5, "both_orders": 0.0}
     reads = InstructionTriplets._evaluate_subset(task, Oracle(reads=True), rows, encode_kwargs={})
     assert reads == {"accuracy": 1.0, "both_orders": 1.0}
+    assert task._calculate_descriptive_statistics_from_split("test") == {"num_samples": len(rows)}
 
 
 def test_sampling_is_fixed_and_part_of_the_revision(data, monkeypatch):

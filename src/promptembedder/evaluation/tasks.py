@@ -81,7 +81,7 @@ class InstructionTriplets(AbsTask):  # type: ignore[misc]
 
     def _calculate_descriptive_statistics_from_split(self, split: str, **kwargs: Any) -> Any:
         # Abstract in mteb, which asks for it when a task is described for its own catalogue.
-        return {"num_samples": len(self.dataset["default"][split])}
+        return {"num_samples": len(self.dataset[split])}
 
 
 @dataclass(frozen=True)
