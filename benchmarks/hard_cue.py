@@ -15,11 +15,12 @@ from scipy.stats import spearmanr
 from promptembedder import ModelConfig, PromptEmbedderError, baselines, build
 from promptembedder.data import read_scored_pairs
 
-CUES = (
-    ("{text}", ' means in one word:"'),
-    ('"{text}"', ' means in one word:"'),
-    ('This text: "{text}"', ' means in one word:"'),
-    ('This sentence : "{text}"', ' means in one word:"'),
+TEMPLATES = (
+    '{text} means in one word:"',
+    '"{text}" means in one word:"',
+    'This text: "{text}" means in one word:"',
+    'This sentence : "{text}" means in one word:"',
+    'This sentence : "{text}"\nThe meaning in one word:"',
 )
 
 
@@ -42,11 +43,10 @@ def main() -> None:
         return round(100 * float(spearmanr(similarity, gold)[0]), 1)
 
     results = {}
-    for template, cue in CUES:
-        module = build(ModelConfig(prompter=arguments.llm, backbone=arguments.llm, text_template=template))[0]
-        if not results:
-            results["mean of last hidden states"] = figure(baselines.mean_pooling(module, texts))
-        results[template + cue] = figure(baselines.hard_cue(module, texts, cue))
+    module = build(ModelConfig(prompter=arguments.llm, backbone=arguments.llm))[0]
+    results["mean of last hidden states"] = figure(baselines.mean_pooling(module, texts))
+    for template in TEMPLATES:
+        results[template] = figure(baselines.hard_cue(module, texts, template))
         print(results, file=sys.stderr)
     print(json.dumps({"llm": arguments.llm, "pairs": arguments.pairs, "spearman": results}))
 

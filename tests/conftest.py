@@ -40,6 +40,8 @@ TEXTS = [
     "a guitar is played by a man",
 ]
 INSTRUCTION = "Retrieve sentences that mean the same."
+# Byte-level and without aspects, which the tiny vocabularies split.
+CUE = 'said in a few short words, and as clearly as one can, which means in one word:"'
 SECOND = "Given a question, retrieve questions that ask the same thing."
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 
@@ -242,7 +244,7 @@ def run_config(tiny_settings: Callable[..., ModelConfig], tmp_path: Path) -> Cal
         return RunConfig(
             model=tiny_settings(**(model or {})),
             data=DataConfig(root=str(tmp_path), files=(DataFile(path="rows.jsonl"),)),
-            training=TrainingConfig(**{**defaults, **training}, warm_start=WarmStartConfig(steps=warm_steps)),
+            training=TrainingConfig(**{**defaults, **training}, warm_start=WarmStartConfig(steps=warm_steps, cue=CUE)),
             evaluation=EvaluationConfig(**{"test": "pairs.jsonl", "every_steps": 2, **(evaluation or {})}),
         )
 

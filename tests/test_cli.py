@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import INSTRUCTION, TEXTS, Outcome
+from conftest import CUE, INSTRUCTION, TEXTS, Outcome
 from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
 from promptembedder.config import load_run
 from promptembedder.model import describe
@@ -67,7 +67,12 @@ def run_file(tiny_lm: Callable[..., Path], tmp_path: Path) -> Path:
     settings = {
         "model": {**llm, "dtype": "float32", "num_soft_tokens": 2, "lora_rank": 2},
         "data": {"files": [{"path": "rows.jsonl"}], "root": str(folder)},
-        "training": {"output": str(tmp_path / "run"), "max_steps": 9, "batch_size": 4, "warm_start": {"steps": 1}},
+        "training": {
+            "output": str(tmp_path / "run"),
+            "max_steps": 9,
+            "batch_size": 4,
+            "warm_start": {"steps": 1, "cue": CUE},
+        },
         "evaluation": {"test": "pairs.jsonl"},
     }
     path = tmp_path / "run.yaml"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import promptembedder
-from conftest import INSTRUCTION, SECOND, TEXTS
+from conftest import CUE, INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build
 from promptembedder.aspects import ASPECTS, MEANING, made_up_instructions
 from promptembedder.config import TrainingConfig, WarmStartConfig
@@ -206,7 +206,7 @@ def test_masked_false_negatives_do_not_count(tiny_model, kind):
 
 def test_warm_start_writes_the_cue(tiny_model):
     module = tiny_model(prompter_training="full")[0]
-    config = WarmStartConfig(steps=150, learning_rate=1e-2, target_probability=0.9)
+    config = WarmStartConfig(cue=CUE, steps=150, learning_rate=1e-2, target_probability=0.9)
     reached = warm_start(module, {INSTRUCTION: None, SECOND: None}, config, seed=0)
     assert reached >= 0.9
     cue = module.prompter.tokenizer(" " + config.cue, add_special_tokens=False)["input_ids"][-5:]
@@ -239,7 +239,7 @@ def test_training_hands_the_aspects_of_the_settings_on(run_config, monkeypatch):
 
 
 def test_warm_start_that_falls_short_says_so(tiny_model, caplog):
-    reached = warm_start(tiny_model()[0], {INSTRUCTION: None}, WarmStartConfig(steps=2), seed=0)
+    reached = warm_start(tiny_model()[0], {INSTRUCTION: None}, WarmStartConfig(cue=CUE, steps=2), seed=0)
     assert reached < 0.9
     assert "after 2 steps (target_probability 0.90)" in caplog.text
 
@@ -253,9 +253,15 @@ def test_warm_start_refuses_an_aspect_of_several_tokens(tiny_model, monkeypatch)
         warm_start(module, {INSTRUCTION: "splits"}, config, seed=0)
     with pytest.raises(PromptEmbedderError, match=r"not among the last 2 tokens"):
         warm_start(module, {INSTRUCTION: None}, WarmStartConfig(cue="{aspect} the and as"), seed=0)
-    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("splits", "into"))
-    with pytest.raises(PromptEmbedderError, match=r"leave \{aspect\} out of warm_start.cue"):
-        warm_start(module, {INSTRUCTION: None}, config, seed=0)
+
+
+def test_warm_start_without_aspects_where_the_vocabulary_splits_them(tiny_model, caplog):
+    module = tiny_model(prompter_training="full")[0]
+    warm_start(module, {INSTRUCTION: "topic"}, WarmStartConfig(steps=150, learning_rate=1e-2), seed=0)
+    assert "one cue for all instructions" in caplog.text
+    with torch.no_grad():
+        written = module.prompter.tokenizer.decode(module.soft_tokens(INSTRUCTION).logits_NKV[0].argmax(-1))
+    assert ' meaning in one word:"'.endswith(written)
 
 
 def test_made_up_instructions_name_their_aspect():

@@ -1,11 +1,12 @@
 """What the frozen LLM gives without any training, to compare with.
 
-Shapes: B texts, T text tokens, E embedding width, D backbone width, C cue tokens.
+Shapes: B texts, T text tokens, E embedding width, D backbone width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from promptembedder.backbone import Backbone, pool
+from promptembedder.backbone import pool
 from promptembedder.module import SoftPromptTransformer
 
-# The ending of PromptEOL (arXiv 2307.16645); its beginning is the default `text_template`.
-HARD_CUE = ' means in one word:"'
+# PromptEOL (arXiv 2307.16645).
+PROMPT_EOL = 'This sentence : "{text}" means in one word:"'
 
 
 def mean_pooling(module: SoftPromptTransformer, texts: Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
@@ -35,17 +36,24 @@ def mean_pooling(module: SoftPromptTransformer, texts: Sequence[str], *, batch_s
 
 
 def hard_cue(
-    module: SoftPromptTransformer, texts: Sequence[str], cue: str = HARD_CUE, *, batch_size: int = 32
+    module: SoftPromptTransformer, texts: Sequence[str], template: str = PROMPT_EOL, *, batch_size: int = 32
 ) -> NDArray[np.float32]:
-    """PromptEOL: last hidden state after the templated text and a cue in words: (N, E), unit length."""
+    """Last hidden state after a text and a cue in words, both in the template: (N, E), unit length."""
     lm = module.backbone.lm
-    reader = Backbone(lm, layout="suffix", readout="last")
-    ids_C = torch.tensor(module.tokenizer(cue, add_special_tokens=False)["input_ids"], device=lm.device)
+    reader = SoftPromptTransformer(
+        module.prompter,
+        module.alignment,
+        module.backbone,
+        module.tokenizer,
+        replace(module.settings, text_template=template),
+        module.base_models,
+    )
 
     def embed(batch: list[str]) -> Tensor:
-        features = module.preprocess(batch)
-        states = reader.read_text(features["input_ids"].to(lm.device), features["attention_mask"].to(lm.device))
-        return reader.read_soft_prompt(states, lm.get_input_embeddings()(ids_C)[None])
+        features = reader.preprocess(batch)
+        ids_BT, mask_BT = (features[name].to(lm.device) for name in ("input_ids", "attention_mask"))
+        hidden_BTD = lm(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        return pool(hidden_BTD, mask_BT, "last")
 
     return _embedded(embed, texts, batch_size)
 

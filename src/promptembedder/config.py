@@ -87,7 +87,7 @@ class ModelConfig:
     linear_head: bool = False
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
-    text_template: str = 'This sentence : "{text}"'
+    text_template: str = 'This sentence : "{text}"\nThe'
     instruction_template: str | None = None
     default_instruction: str = "Represent the meaning of the text."
     document_instruction: str = "Represent the document so that a search finds it."
@@ -117,8 +117,8 @@ class WarmStartConfig:
             because a saturated softmax passes no gradient on to the contrastive training.
     """
 
-    steps: Count = 60
-    cue: str = 'said in a few short words, and as clearly as one can, which means in one word:"'
+    steps: Count = 120
+    cue: str = 'said in a few short words, and as clearly as one can, the {aspect} in one word:"'
     learning_rate: PositiveFloat = 5e-4
     target_probability: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
@@ -225,7 +225,7 @@ class TrainingConfig:
     max_steps: PositiveInt = 200
     batch_size: Annotated[int, Field(ge=2)] = 48
     gradient_accumulation: PositiveInt = 1
-    prompter_learning_rate: PositiveFloat = 2e-4
+    prompter_learning_rate: PositiveFloat = 2e-5
     alignment_learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Fraction = 0.1

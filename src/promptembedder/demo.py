@@ -138,7 +138,10 @@ def _config(output: Path, steps: int, llm: str) -> RunConfig:
         ),
         data=DataConfig(
             root=str(output / "data"),
-            files=(DataFile(path="headlines.jsonl", asymmetric=True), DataFile(path="topics.jsonl")),
+            files=(
+                DataFile(path="headlines.jsonl", asymmetric=True, aspect="meaning"),
+                DataFile(path="topics.jsonl", aspect="topic"),
+            ),
         ),
         training=TrainingConfig(
             output=str(output / "training"), max_steps=steps, batch_size=24, logging_steps=1, seed=_SEED

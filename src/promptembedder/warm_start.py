@@ -95,20 +95,19 @@ def _examples(
     """Endless (instruction, aspect) pairs to fit on; what is wrong with the settings is said at once."""
     drawn = random.Random(seed)
     _cue_ids(prompter, config.cue, made_up.MEANING)
-    if "{aspect}" not in config.cue:
+    usable = [aspect for aspect in made_up.ASPECTS if _is_token(prompter, aspect)]
+    if "{aspect}" in config.cue and len(usable) < 2:
+        logger.warning("the prompter's vocabulary splits common nouns: warm start with one cue for all instructions")
+    if "{aspect}" not in config.cue or len(usable) < 2:
         every = sorted(instructions)
-        return ((drawn.choice(every), "") for _ in itertools.count())
+        return ((drawn.choice(every), made_up.MEANING) for _ in itertools.count())
     known = sorted((name, aspect) for name, aspect in instructions.items() if aspect)
     if long := [aspect for _, aspect in known if not _is_token(prompter, aspect)]:
         raise PromptEmbedderError(f"aspect {long[0]!r} is not one token of the prompter; name another word")
-    usable = [aspect for aspect in made_up.ASPECTS if _is_token(prompter, aspect)]
-    if len(usable) < 2 or not _is_token(prompter, made_up.MEANING):
-        raise PromptEmbedderError(
-            "the prompter's vocabulary splits the common words for aspects; leave {aspect} out of warm_start.cue"
-        )
     if torch.equal(_cue_ids(prompter, config.cue, usable[0]), _cue_ids(prompter, config.cue, usable[1])):
         raise PromptEmbedderError(
-            f"the aspect is not among the last {prompter.num_soft_tokens} tokens of warm_start.cue; give a shorter one"
+            f"the aspect is not among the last {prompter.num_soft_tokens} tokens of warm_start.cue; "
+            "give a shorter one, such as '{aspect}:'"
         )
     invented = made_up.made_up_instructions(usable, seed)
     return (drawn.choice(known) if known and drawn.random() < 0.5 else next(invented) for _ in itertools.count())
