@@ -124,6 +124,15 @@ def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, co
     assert (tmp_path / "moved" / "report.md").is_file()
 
 
+def test_least_squares_needs_more_words_than_the_prompter_is_wide(tiny_lm, tiny_model):
+    old = tiny_model("llama", prompter=str(tiny_lm("llama", 384)), alignment_start="random")
+    new = on_backbone(old, base_models.locate(str(tiny_lm("qwen2"))))[0]
+    names = {start.name for start in closed_forms(old[0], new, [INSTRUCTION])}
+    assert names == {"ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift"}
+    with pytest.raises(PromptEmbedderError, match=r"'least_squares' needs 384 shared tokens .*; use 'ridge'"):
+        closed_forms(old[0], new, [INSTRUCTION], only=["least_squares"])
+
+
 def test_starts_are_chosen_by_dev_or_else_by_reconstruction(tiny_model, config):
     by_dev = transfer(tiny_model("llama"), config(("gemma3", 32, 0))).starts
     assert [start.dev for start in by_dev] == sorted((start.dev for start in by_dev), reverse=True)

@@ -280,7 +280,8 @@ def info(
         print(json.dumps(facts))
         return
     for name, value in facts.items():
-        print(f"{name:24} {value}")
+        on_one_line = str(value).replace("\n", "\\n")
+        print(f"{name:24} {on_one_line}")
 
 
 @app.command()
