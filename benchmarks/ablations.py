@@ -4,33 +4,40 @@
 
 Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
 (`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
-of tasks that were trained on (`seen`) and of two that were not (`unseen`); `spread`: mean distance between the soft
-prompts of instructions over their mean norm, 0 where the instruction is ignored. Seconds are of warm start and steps.
+of tasks that were trained on (`seen`) and of two that were not (`unseen`); `both`: share of made-up requests, of a kind
+never trained on, that are in order under two instructions which swap positive and negative; `spread`: mean distance
+between the soft prompts of instructions over their mean norm, 0 where the instruction is ignored. Seconds are of warm
+start and steps. With contrast rows the warm start knows their instructions too.
 Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from common import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
-from promptembedder.data import Row, read_rows
-from promptembedder.model import soft_prompt_module
-from promptembedder.training import pair_evaluator, train
+from promptembedder.contrast import Family, contrast_rows
+from promptembedder.data import Row, TrainingData, load_training_data, read_rows
+from promptembedder.model import build, soft_prompt_module
+from promptembedder.prompter import load_trained_state, trained_state
+from promptembedder.training import aspects_of, pair_evaluator, train
 from promptembedder.training_facts import read_facts
+from promptembedder.warm_start import warm_start
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
@@ -96,6 +103,36 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "linear head": ("model.linear_head=true",),
     "texts in int8": ("model.text_pass=int8",),
     "one instruction for all": (),
+    "15,000 contrast rows": ("data.contrast_rows=15000",),
+    "15,000 contrast rows, 2e-4": ("data.contrast_rows=15000", "training.alignment_learning_rate=2e-4"),
+    "15,000 contrast rows, deep": ("data.contrast_rows=15000", "model.deep_soft_prompt=true"),
+}
+
+
+# Held out: what is asked for, and about what.
+REQUESTS = Family(
+    ("request",),
+    ("{do} {thing}", "please {do} {thing}", "could you {do} {thing}?", "{do} {thing} now"),
+    {
+        "do": (
+            ("action",),
+            """set up/create; delete/get rid of; show me/tell me about; change/update; look for/search for; order/buy;
+            forward/share; explain/clarify; start/turn on; stop/turn off; repeat/say again; check/have a look at;
+            rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from others""",
+        ),
+        "thing": (
+            ("subject",),
+            """the alarm/my wake up call; the meeting/my appointment; the song/my playlist; the email/the message from
+            tom; the shopping list/what I need from the grocer; the flight/my plane ticket; the pizza/my take-away; the
+            forecast/the weather report; the lamp/the light in the kitchen; the headlines/the morning news; the bank
+            transfer/my last payment; the photo/the picture of our dog; the recipe/how to bake bread; the taxi/my ride
+            home; the heating/the thermostat; the podcast/the radio show""",
+        ),
+    },
+)
+ASKED = {
+    "do": "Sort the requests by the action that they ask for.",
+    "thing": "Sort the requests by the subject that they are about.",
 }
 
 
@@ -143,6 +180,19 @@ def triplets_right(
     return statistics.mean(shares)
 
 
+def both_ways(model: Any) -> float:
+    """Share x 100 of made-up requests in the right order under both instructions; a quarter by chance."""
+    rows = contrast_rows(400, 0, [REQUESTS])[::2]  # of every two rows in turn the first is about `do`
+    right = []
+    for slot, sign in (("do", 1), ("thing", -1)):
+        anchor, positive, negative = (
+            model.encode(texts, prompt=ASKED[slot], batch_size=64)
+            for texts in ([r.query for r in rows], [r.positive for r in rows], [r.negative for r in rows])
+        )
+        right.append(sign * ((anchor * positive).sum(-1) - (anchor * negative).sum(-1)) > 0)
+    return 100 * float(np.mean(right[0] & right[1]))
+
+
 def spread(model: Any, arguments: argparse.Namespace) -> float:
     """How far apart the soft prompts of different instructions are: mean distance over their mean norm."""
     module = soft_prompt_module(model)
@@ -165,8 +215,12 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 place.write_text("".join(json.dumps(record) + "\n" for record in records))
                 files.append(DataFile(path=str(place)))
             config = replace(config, data=replace(config.data, files=tuple(files)))
-        result = train(config)
-    facts = read_facts(result.folder) or {}
+        data = load_training_data(config.data, config.model.document_instruction, seed)
+        model, warm_seconds = started(config, data, arguments)
+        training = replace(config.training, warm_start=replace(config.training.warm_start, steps=0))
+        result = train(replace(config, training=training), model=model, data=data)
+    facts = read_facts(result.folder)
+    assert facts is not None
     evaluator = pair_evaluator(config.evaluation, config.data.root, "dev")
     assert evaluator is not None
     start = time.perf_counter()
@@ -175,25 +229,61 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "sts": round(sts, 2),
         "seen": round(triplets_right(result.model, SEEN, arguments, instruction), 2),
         "unseen": round(triplets_right(result.model, UNSEEN, arguments, instruction), 2),
+        "both": round(both_ways(result.model), 2),
         "spread": round(spread(result.model, arguments), 4),
-        "seconds": facts.get("seconds"),
+        "seconds": round(warm_seconds + facts["seconds"], 1),
         "evaluation_seconds": round(time.perf_counter() - start, 1),
         "trained_parameters": facts.get("trained_parameters"),
         "megabytes": round(sum(p.stat().st_size for p in Path(result.folder).rglob("*") if p.is_file()) / 1e6, 1),
     }
 
 
+OF_THE_PROMPTER = (
+    *("prompter", "prompter_revision", "num_soft_tokens", "softmax_temperature", "prompter_training", "lora_rank"),
+    *("lora_alpha", "hidden_offset", "max_instruction_tokens", "dtype"),
+)
+
+
+def started(config: RunConfig, data: TrainingData, arguments: argparse.Namespace) -> tuple[Any, float]:
+    """A model after its warm start, and the seconds of that.
+
+    Changes that leave prompter, cue and instructions alone share one warm start, which is most of a short run.
+    """
+    settings = config.training
+    model = build(config.model, seed=settings.seed)
+    if not settings.warm_start.steps:
+        return model, 0.0
+    module = soft_prompt_module(model)
+    aspects = aspects_of(config, module, data)
+    known = {name: getattr(config.model, name) for name in OF_THE_PROMPTER}
+    known |= {"warm_start": asdict(settings.warm_start), "aspects": aspects, "seed": settings.seed}
+    place = arguments.output / "warm" / hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    weights = place.with_suffix(".safetensors")
+
+    def warm() -> dict[str, Any]:
+        began = time.perf_counter()
+        reached = warm_start(module, aspects, settings.warm_start, settings.seed)
+        seconds = time.perf_counter() - began
+        save_file(trained_state(module.prompter), weights)
+        return {"seconds": seconds, "reached": reached}
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    seconds: float = kept(place.with_suffix(".json"), warm)["seconds"]
+    load_trained_state(module.prompter, weights)
+    return model, seconds
+
+
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     base = mean_of(found["base"]) if "base" in found else None
     lines = [
-        "| change | sts | seen | unseen | spread | seconds | trained | MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| change | sts | seen | unseen | both | spread | seconds | trained | MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, runs in found.items():
         figures = mean_of(runs)
         shown = [
             f"{figures[key]:.1f}" + (f" ({figures[key] - base[key]:+.1f})" if base and name != "base" else "")
-            for key in ("sts", "seen", "unseen")
+            for key in ("sts", "seen", "unseen", "both")
         ]
         lines.append(
             f"| {name} | {' | '.join(shown)} | {figures['spread']:.3f} | {figures['seconds']:.0f} "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ UNTRAINED = {"mean_pooling": "mean", "prompt_eol": "prompt_eol"}
 UNTRAINED_TEMPLATES = {column: evaluation.BASELINES[name] for column, name in UNTRAINED.items()}
 # Column: its recipe. LoRA takes rows, batches and loss from it.
 TRAINED = {"lora": "general-suffix", "prefix": "general-prefix", "suffix": "general-suffix", "best": "general"}
-LORA_RATES = (2e-4, 5e-4, 1e-3)
+LORA_RATES = (5e-4, 1e-3, 2e-3)
 # Ours: times the recipe's learning rates.
 FACTORS = (0.5, 1.0, 2.0)
 
@@ -67,25 +68,35 @@ def with_rate(config: RunConfig, rate: float) -> RunConfig:
 
 
 def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
-    """The learning rate with the best dev score after `--choose` steps; the default without it."""
+    """The learning rate of a column: the best on dev after `--choose` steps; without `--choose` the recipe's."""
+    found = kept(arguments.output / "rates" / f"{column}.json", partial(choice_of_rate, column, arguments))
+    if found["steps"] != arguments.choose:
+        sys.exit(
+            f"{column}: its learning rate was chosen with --choose {found['steps']}; say so again"
+        )
+    return float(found["rate"])
+
+
+def choice_of_rate(column: str, arguments: argparse.Namespace) -> dict[str, Any]:
     recipes = run_config(column, arguments.seeds[0], 1, arguments).training.prompter_learning_rate
-    rates = LORA_RATES if column == "lora" else [recipes * factor for factor in FACTORS]
+    rates = LORA_RATES if column == "lora" else tuple(recipes * factor for factor in FACTORS)
     if not arguments.choose:
-        return rates[1]
+        return {"steps": 0, "rate": rates[1]}
     tried: dict[float, float] = {}
     for rate in rates:
-        place = arguments.output / "rates" / f"{column}-{rate:g}.json"
-        tried[rate] = kept(place, partial(after_few_steps, column, rate, arguments))["dev"]
+        place = arguments.output / "rates" / f"{column}-{rate:g}-{arguments.choose}-steps"
+        tried[rate] = kept(
+            place.with_name(place.name + ".json"), partial(after_few_steps, column, rate, place, arguments)
+        )["dev"]
         say(f"{column}: learning rate {rate:g} gives {tried[rate]:.2f} on dev after {arguments.choose} steps")
-    return max(tried, key=lambda rate: tried[rate])
+    return {"steps": arguments.choose, "rate": max(tried, key=lambda rate: tried[rate]), "dev": tried}
 
 
-def after_few_steps(column: str, rate: float, arguments: argparse.Namespace) -> dict[str, float]:
+def after_few_steps(column: str, rate: float, output: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Dev score of a column after `--choose` steps with a learning rate."""
     config = run_config(column, arguments.seeds[0], arguments.choose, arguments)
     dev = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.choose)
-    output = str(arguments.output / "rates" / f"{column}-{rate:g}")
-    config = replace(config, evaluation=dev, training=replace(config.training, output=output))
+    config = replace(config, evaluation=dev, training=replace(config.training, output=str(output)))
     if column == "lora":
         return {"dev": lora.dev_score(lora.train(config, learning_rate=rate).model, config)}
     return {"dev": train(with_rate(config, rate)).scores["dev"]}
@@ -167,6 +178,8 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
             }
         } | figures
     figures["seeds"] = {base: len(names) for base, names in seeds.items() if base in TRAINED}
+    rates = [arguments.output / "rates" / f"{column}.json" for column in TRAINED]
+    figures["learning_rates"] = {file.stem: json.loads(file.read_text())["rate"] for file in rates if file.is_file()}
     if arguments.report:
         to = "lora-" + str(arguments.seeds[0])
         shown = evaluation.Comparison(
@@ -194,7 +207,7 @@ def main() -> None:
     columns = known if arguments.columns is None else arguments.columns
     if wrong := set(columns) - set(known):
         parser.error(f"unknown columns {sorted(wrong)}; valid: {', '.join(known)}")
-    one_setting(arguments.output, {name: getattr(arguments, name) for name in ("batch", "set", "choose")})
+    one_setting(arguments.output, {name: getattr(arguments, name) for name in ("batch", "set")})
     for column in columns:
         if column in TRAINED:
             for seed in arguments.seeds:

@@ -21,7 +21,8 @@ from sentence_transformers import SentenceTransformer
 from conftest import CUE, INSTRUCTION, TEXTS, Outcome
 from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
 from promptembedder.config import load_run
-from promptembedder.model import describe
+from promptembedder.model import soft_prompt_module
+from promptembedder.saved import describe
 
 WIDTH = 32
 
@@ -121,6 +122,47 @@ def test_train_prints_scores_last_and_keeps_its_settings(
     assert (line["steps"], line["model"]) == (2, str(folder))
     assert load_run(folder / "config.yaml") == load_run(run_file, [*overrides, f"data.root={data}"])
     assert load(folder, device="cpu").encode(TEXTS).shape == (5, WIDTH)
+
+
+def test_train_starts_from_a_saved_model(
+    command: Callable[..., Outcome], run_file: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hardly a step is taken, so the result is the model it started from, settings and all."""
+    monkeypatch.setattr("promptembedder.training.warm_start", None)
+    start = load(copied, device="cpu")
+    with torch.no_grad():
+        for parameter in start[0].parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    save(start, copied)
+    rates = ["training.prompter_learning_rate=1e-9", "training.alignment_learning_rate=1e-9"]
+    output = tmp_path / "further"
+    done = command("train", run_file, f"training.output={output}", "training.max_steps=1", *rates, "--from", copied)
+    assert done.code == 0, done.err
+    folder = output / "model"
+    np.testing.assert_allclose(load(folder, device="cpu").encode(TEXTS), start.encode(TEXTS), atol=1e-4)
+    assert load_run(folder / "config.yaml").model == soft_prompt_module(start).settings != load_run(run_file).model
+    assert json.loads((folder / "training.json").read_text())["start"] == str(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("model.num_soft_tokens=3", ["--from keeps the structure", "'model.num_soft_tokens=3'"]),
+        ("training.warm_start.steps=3", ["--from keeps the structure", "'training.warm_start.steps=3'"]),
+        ("training.output={copied.parent}", ["lies in training.output"]),
+    ],
+)
+def test_bad_start(
+    command: Callable[..., Outcome], run_file: Path, copied: Path, change: str, parts: list[str]
+) -> None:
+    before = {file: file.read_bytes() for file in copied.rglob("*.*")}
+    assert_refused(command("train", run_file, change.format(copied=copied), "--from", copied), *parts)
+    assert before == {file: file.read_bytes() for file in copied.rglob("*.*")}
+
+
+def test_start_that_is_not_there(command: Callable[..., Outcome], run_file: Path) -> None:
+    assert_refused(command("train", run_file, "--from", "nowhere"), "no model at nowhere")
 
 
 def test_bad_input_of_a_real_process(run_cli: Callable[..., Any], saved: Path, tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError
+from promptembedder import PromptEmbedderError, shipped
 from promptembedder.explain import explain
-from promptembedder.model import describe
+from promptembedder.saved import describe
 
 
 def test_encode_is_plain_sentence_transformers(tiny_model):
@@ -190,6 +192,52 @@ def test_missing_file(saved, name):
 def test_missing_folder(tmp_path):
     with pytest.raises(PromptEmbedderError, match="no model at"):
         promptembedder.load(tmp_path / "nowhere")
+
+
+def test_a_model_of_the_package_opens_by_name(saved, monkeypatch, tmp_path):
+    expected = promptembedder.load(saved, device="cpu").encode(TEXTS)
+    monkeypatch.setattr(shipped, "PLACE", saved.parent)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert shipped.names() == ["saved"]
+    assert np.array_equal(promptembedder.load("saved", device="cpu").encode(TEXTS), expected)
+    assert describe("saved") == describe(saved)
+    with pytest.raises(PromptEmbedderError, match="no model at saves; models by name: saved"):
+        promptembedder.load("saves")
+    with pytest.raises(PromptEmbedderError, match="comes with the package, which may move"):
+        promptembedder.save(promptembedder.load("saved"), tmp_path / "copy", share_prompter="saved")
+    (tmp_path / "elsewhere" / "saved").mkdir()  # no model, so it hides none
+    assert describe("saved") == describe(saved)
+    shutil.copytree(saved, tmp_path / "elsewhere" / "saved", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "elsewhere" / "saved" / "prompter")
+    with pytest.raises(PromptEmbedderError, match="model folder saved has no prompter"):
+        promptembedder.load("saved")
+
+
+def test_a_model_stored_in_half_precision_opens(tiny_model, tmp_path):
+    model = tiny_model(linear_head=True, deep_soft_prompt=True, hidden_offset=True)
+    with torch.no_grad():
+        for parameter in (*model[0].alignment.parameters(), model[0].prompter.hidden_offset.weight):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = model.encode(TEXTS, prompt=INSTRUCTION)
+    promptembedder.save(model, tmp_path / "saved")
+    for file in (tmp_path / "saved").rglob("*.safetensors"):
+        save_file({name: value.half() for name, value in load_file(file).items()}, file)
+    opened = promptembedder.load(tmp_path / "saved", device="cpu")
+    assert {p.dtype for p in opened.parameters() if p.requires_grad} == {torch.float32}
+    assert np.allclose(opened.encode(TEXTS, prompt=INSTRUCTION), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_every_model_of_the_package_is_whole(name):
+    facts = describe(name)
+    assert facts["layout"] == "suffix"
+    assert facts["size_mb"] < 15
+    folder = shipped.folder_of(name)
+    assert f'load("{name}")' in (folder / "README.md").read_text()
+    for file in folder.rglob("*"):
+        if file.suffix in (".json", ".yaml"):
+            assert not re.search(r"/(root|home|tmp|work)\b", file.read_text()), file
 
 
 def test_newer_format(saved):

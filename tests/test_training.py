@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,6 +261,15 @@ def test_warm_start_refuses_an_aspect_of_several_tokens(tiny_model, monkeypatch)
         warm_start(module, {INSTRUCTION: None}, WarmStartConfig(cue="{aspect} the and as"), seed=0)
 
 
+def test_warm_start_leaves_out_known_aspects_that_the_vocabulary_splits(tiny_model, monkeypatch, caplog):
+    module = tiny_model(num_soft_tokens=2)[0]
+    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("the", "a", "in", "topic"))
+    monkeypatch.setattr("promptembedder.aspects.MEANING", "as")
+    config = WarmStartConfig(cue="{aspect} and", steps=1)
+    warm_start(module, {INSTRUCTION: "the", SECOND: "topic"}, config, seed=0)
+    assert "splits topic: no warm start for these" in caplog.text
+
+
 def test_warm_start_without_aspects_where_the_vocabulary_splits_them(tiny_model, caplog):
     module = tiny_model(prompter_training="full")[0]
     warm_start(module, {INSTRUCTION: "topic"}, WarmStartConfig(steps=150, learning_rate=1e-2), seed=0)
@@ -281,6 +292,29 @@ def test_warm_start_needs_a_cue_of_k_tokens(tiny_model):
     module = tiny_model(num_soft_tokens=20)[0]
     with pytest.raises(PromptEmbedderError, match=r"warm_start.cue has \d+ tokens for 20 soft tokens"):
         warm_start(module, {INSTRUCTION: None}, WarmStartConfig(cue="one"), seed=0)
+
+
+def test_a_run_again_in_the_folder_of_a_finished_one(run_config):
+    """Its checkpoints count; the longer run's are gone."""
+    output = Path(train(run_config(max_steps=4, save_every_steps=2, evaluation={"dev": None})).folder).parent
+    assert {folder.name for folder in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    train(run_config(max_steps=2, save_every_steps=1, evaluation={"dev": None}))
+    assert {folder.name for folder in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_an_interrupted_run_is_not_overwritten(run_config):
+    config = run_config(max_steps=2, save_every_steps=1)
+    output = Path(train(config).folder).parent
+    shutil.rmtree(output / "model")
+    with pytest.raises(PromptEmbedderError, match="holds an interrupted run: --resume it or remove it"):
+        train(config)
+    assert (output / "checkpoint-2").is_dir()
+
+
+def test_a_checkpoint_of_another_model_is_refused(run_config):
+    train(run_config())
+    with pytest.raises(PromptEmbedderError, match="made with another text_template; give the settings it had"):
+        train(run_config(model={"text_template": "Another: {text}"}), resume=True)
 
 
 def test_nothing_to_resume(run_config):

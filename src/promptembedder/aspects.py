@@ -53,6 +53,11 @@ _ABOUT_MEANING = (
 )
 
 
+def instruction_about(aspect: str, other: str, thing: str, drawn: random.Random) -> str:
+    """A made-up instruction about an aspect; some of the phrases name another aspect, to be ignored."""
+    return drawn.choice(_ABOUT_ASPECT).format(aspect=aspect, other=other, thing=thing)
+
+
 def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
     """Endless (instruction, aspect) pairs; a quarter are about the meaning as a whole.
 
@@ -68,4 +73,4 @@ def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[st
             yield drawn.choice(_ABOUT_MEANING).format(thing=thing, other=other), MEANING
         else:
             aspect, other = drawn.sample(aspects, 2)
-            yield drawn.choice(_ABOUT_ASPECT).format(thing=thing, aspect=aspect, other=other), aspect
+            yield instruction_about(aspect, other, thing, drawn), aspect

@@ -41,7 +41,9 @@ class TextFormat(StrEnum):
     parquet = "parquet"
 
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
+ModelPath = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder of a saved model, or name of one in the package.")
+]
 
 
 @app.command()
@@ -52,14 +54,21 @@ def train(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data files; as data.root.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="MODEL", help="Start from a saved model, by folder or name, not from an LLM."),
+    ] = None,
 ) -> None:
     """Train a model; prints its scores last, as one JSON line."""
     from promptembedder import workers
     from promptembedder.config import load_run
     from promptembedder.training import train as run
 
+    kept = [name for name in overrides or [] if name.startswith(("model.", "training.warm_start"))]
+    if start is not None and kept:
+        raise PromptEmbedderError(f"--from keeps the structure of {start} and has no warm start: leave {kept[0]!r} out")
     settings = load_run(config, overrides or [], root=str(data) if data else None)
-    result = run(settings, resume=resume)
+    result = run(settings, resume=resume, start=start)
     if workers.number() > 0:
         return
     _say(f"saved {result.folder}")
@@ -90,7 +99,8 @@ def encode(
 
     from promptembedder.bridge import load as load_bridge
     from promptembedder.files import embedding_writer, read_texts
-    from promptembedder.model import describe, load
+    from promptembedder.model import load
+    from promptembedder.saved import describe
 
     if instruction is not None and (document or not instruction.strip()):
         raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
@@ -129,7 +139,9 @@ class Suite(StrEnum):
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Saved model, sentence-transformers model, or LLM with --baseline.")],
+    model: Annotated[
+        str, typer.Argument(help="Saved model (folder or name), one of the library, LLM with --baseline.")
+    ],
     data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,
     suite: Annotated[Suite, typer.Option(help="quick: eleven tasks by name, sampled (minutes); full: all.")] = (
@@ -206,8 +218,8 @@ def transfer(
 
 @app.command()
 def bridge(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="Model that the index was made with.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Model that takes over.")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Model that the index was made with (folder or name).")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Model that takes over (folder or name).")],
     texts: Annotated[str, typer.Argument(metavar="TEXTS", help="File of texts to fit on; the more the better.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file.")] = Path("bridge.safetensors"),
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: each model's default.")] = None,
@@ -273,7 +285,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show what a saved model is made of; opens no LLM."""
-    from promptembedder.model import describe
+    from promptembedder.saved import describe
 
     facts = describe(model)
     if as_json:

@@ -151,6 +151,8 @@ class DataConfig:
     Attributes:
         root: folder that relative paths start from; unset: `$PROMPTEMBEDDER_DATA`, else the current folder.
         files: the sources; batches never mix instructions.
+        contrast_rows: so many made-up rows more, in which the instruction alone decides what is alike
+            (`promptembedder.contrast`); they always have a hard negative. About 30 instructions share them.
         max_negatives: hard negatives used per row; a row with fewer repeats its own.
         max_text_tokens: cut texts here while training; unset: where the model cuts them. Cheaper steps, and layout
             `suffix` reads longer texts afterwards all the same.
@@ -158,8 +160,14 @@ class DataConfig:
 
     files: tuple[DataFile, ...] = ()
     root: str | None = None
+    contrast_rows: Count = 0
     max_negatives: Count = 1
     max_text_tokens: PositiveInt | None = None
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is anything to train on."""
+        return bool(self.files or self.contrast_rows)
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

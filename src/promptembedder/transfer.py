@@ -37,13 +37,13 @@ from promptembedder.model import (
     assemble,
     encode,
     pair,
-    prompter_owner,
     refuse_foreign,
     save,
     soft_prompt_module,
 )
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
+from promptembedder.saved import prompter_owner
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import pair_evaluator, train
 from promptembedder.training_facts import Curve, draw_curves, seconds_of, write_facts
@@ -145,14 +145,7 @@ def transfer(
     """
     old = soft_prompt_module(model)
     output = Path(config.training.output)
-    if share_prompter is not None:
-        if config.unfrozen_steps:
-            raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
-        prompter_owner(share_prompter)
-    if config.unfrozen_steps and not config.data.files:
-        raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
-    if config.data.files and config.texts:
-        raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
+    _check(config, share_prompter)
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
@@ -196,6 +189,18 @@ def transfer(
     return result
 
 
+def _check(config: TransferConfig, share_prompter: str | Path | None) -> None:
+    """Refuse settings that contradict each other, before anything is read or made."""
+    if share_prompter is not None:
+        if config.unfrozen_steps:
+            raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
+        prompter_owner(share_prompter)
+    if config.unfrozen_steps and not config.data.has_rows:
+        raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
+    if config.data.has_rows and config.texts:
+        raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
+
+
 def _starts(
     old: SoftPromptTransformer, new: SoftPromptTransformer, config: TransferConfig, texts: bool
 ) -> tuple[list[Start], float]:
@@ -203,7 +208,7 @@ def _starts(
     begin = time.perf_counter()
     starts = closed_forms(old, new, _instructions(old, config), only=config.starts)
     if not starts:
-        if not (config.data.files or texts):
+        if not (config.data.has_rows or texts):
             raise PromptEmbedderError(
                 f"{config.backbone} shares too few tokens with the prompter for a closed-form start; give rows or "
                 "texts to train the alignment on"
@@ -230,7 +235,7 @@ def _train_stages(
         evaluation=replace(config.evaluation, test=None),
     )
     stages: list[Stage] = []
-    if config.data.files:
+    if config.data.has_rows:
         stages.append(_trained("alignment_labelled", moved, run, output, before))
     elif texts:
         begin = time.perf_counter()

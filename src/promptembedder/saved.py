@@ -1,0 +1,133 @@
+"""What a saved model's folder holds, read without opening an LLM."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from promptembedder import shipped
+from promptembedder.config import ModelConfig, parse
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.module import CONFIG_FILE, FORMAT_VERSION, PROMPTER_FOLDER, SHARED_PROMPTER, BaseModels
+from promptembedder.prompter import PROMPTER_WEIGHTS
+
+
+def prompter_owner(path: str | Path) -> Path:
+    """The folder that holds the prompter weights of a saved model: its own, or the one it shares them with.
+
+    Raises:
+        PromptEmbedderError: not a saved model, or one of the package; the weights are not there or altered.
+    """
+    folder = shipped.folder_of(path).resolve()
+    if folder.is_relative_to(shipped.PLACE.resolve()):
+        raise PromptEmbedderError(f"{path} comes with the package, which may move; its prompter cannot be shared")
+    weights = prompter_weights(folder, read_settings(folder))
+    if not weights.is_file():
+        raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
+    return weights.parent.parent
+
+
+def prompter_weights(folder: Path, saved: dict[str, Any]) -> Path:
+    """Where a saved model's prompter weights are: in its folder, or in that of the model it shares them with."""
+    pointer = saved.get(SHARED_PROMPTER)
+    if pointer is None:
+        return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
+        raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'")
+    weights: Path = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not weights.is_file():
+        raise PromptEmbedderError(f"{folder} shares the prompter of {weights.parent.parent}, which is not there")
+    if sha256(weights) != pointer["sha256"]:
+        raise PromptEmbedderError(
+            f"{folder} shares the prompter of {weights.parent.parent}, which has been altered since "
+            f"(sha256 is not {pointer['sha256'][:12]})"
+        )
+    return weights
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a saved model is made of, read from its files alone; no LLM is opened.
+
+    Raises:
+        PromptEmbedderError: not a saved model, or a file is missing.
+    """
+    folder = shipped.folder_of(path)
+    saved = read_settings(folder)
+    where = str(folder / CONFIG_FILE)
+    settings = asdict(parse(ModelConfig, saved["model"], where=where))
+    bases = asdict(parse(BaseModels, saved["base_models"], where=where))
+    truncate_dim = read_json(folder / "config_sentence_transformers.json").get("truncate_dim")
+    width = saved["embedding_dimension"]
+    sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        "prompter": _origin(bases, "prompter"),
+        "backbone": _origin(bases, "backbone"),
+        "layout": settings["layout"],
+        "readout": settings["readout"],
+        "soft_tokens": settings["num_soft_tokens"],
+        "dimensions": min(width, truncate_dim or width),
+        "alignment": f"{saved['prompter_dimension']} x {saved['embedding_dimension']}",
+        "conditioned_on": settings["condition_on"],
+        "prompter_training": settings["prompter_training"]
+        + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
+        "hidden_offset": settings["hidden_offset"],
+        "backbone_layers": settings["backbone_layers"] or "all",
+        "deep_soft_prompt": settings["deep_soft_prompt"],
+        "linear_head": settings["linear_head"],
+        "softmax_temperature": settings["softmax_temperature"],
+        "text_template": settings["text_template"],
+        "instruction_template": settings["instruction_template"],
+        "max_text_tokens": settings["max_text_tokens"],
+        "default_instruction": settings["default_instruction"],
+        "document_instruction": settings["document_instruction"],
+        "dtype": settings["dtype"],
+        "text_pass": settings["text_pass"],
+        "format_version": saved["format_version"],
+        "size_mb": round(sum(sizes.values()) / 1e6, 1),
+    }
+
+
+def _origin(bases: dict[str, Any], role: str) -> str:
+    revision = f" @ {bases[f'{role}_revision'][:12]}" if bases[f"{role}_revision"] else ""
+    return f"{bases[role]}{revision} (fingerprint {bases[f'{role}_fingerprint'][:12]})"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings file of a saved model, its format version checked."""
+    saved: dict[str, Any] = read_json(folder / CONFIG_FILE)
+    if not isinstance(saved, dict):
+        raise PromptEmbedderError(f"{folder / CONFIG_FILE} is not a settings file: expected an object")
+    version = saved.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PromptEmbedderError(
+            f"{folder}: format version {version!r}, this promptembedder reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
+        if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
+            raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {name!r} is missing or not what it should be")
+    return saved
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file of a model's folder.
+
+    Raises:
+        PromptEmbedderError: the file or the folder is not there, or it is not JSON.
+    """
+    if not path.is_file():
+        if path.parent.is_dir():
+            raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
+        raise PromptEmbedderError(f"no model at {path.parent}{shipped.hint()}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PromptEmbedderError(f"{path} is not JSON: {error}") from error

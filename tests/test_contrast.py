@@ -1,0 +1,67 @@
+"""Made-up rows: the instruction's aspect, and nothing else, is what anchor and positive share."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from promptembedder.aspects import ASPECTS
+from promptembedder.config import DataConfig
+from promptembedder.contrast import FAMILIES, contrast_rows
+from promptembedder.data import load_training_data
+
+
+def said(sentence, family):
+    """Slot -> number of the value that the sentence names; the longest wording found counts."""
+    found = {}
+    for slot, (_, values) in family.slots.items():
+        ways = [
+            (way, n)
+            for n, value in enumerate(" ".join(values.split()).split(";"))
+            for way in (part.strip() for part in value.split("/"))
+            if f" {way} " in f" {sentence.strip('.?').replace(',', ' ').replace(':', ' ')} ".replace("  ", " ")
+        ]
+        found[slot] = max(ways, key=lambda way: len(way[0]))[1] if ways else None
+    return found
+
+
+def test_the_positive_shares_the_aspect_and_the_negative_the_rest():
+    rows = contrast_rows(1500, seed=3)
+    checked = Counter()
+    for row in rows:
+        for family in FAMILIES:
+            anchor, positive, negative = (said(text, family) for text in (row.query, row.positive, row.negative))
+            if None in [*anchor.values(), *positive.values(), *negative.values()]:
+                continue  # of another family
+            same = {slot for slot in anchor if anchor[slot] == positive[slot]}
+            assert len(same) == 1, row
+            assert {slot for slot in anchor if anchor[slot] == negative[slot]} == set(anchor) - same, row
+            assert row.aspect in family.slots[same.pop()][0]
+            assert f" {row.aspect}" in row.instruction
+            checked[id(family)] += 1
+    assert len(checked) == len(FAMILIES)
+    assert sum(checked.values()) > 1200
+
+
+def test_aspects_are_words_the_prompter_knows():
+    named = {name for family in FAMILIES for names, _ in family.slots.values() for name in names}
+    assert named <= set(ASPECTS)
+
+
+def test_the_same_for_the_same_seed():
+    assert contrast_rows(50, seed=1) == contrast_rows(50, seed=1)
+    assert contrast_rows(50, seed=1) != contrast_rows(50, seed=2)
+    assert contrast_rows(0, seed=1) == []
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_as_training_data(negatives):
+    data = load_training_data(DataConfig(contrast_rows=300, max_negatives=negatives), "Be found.", seed=3)
+    assert sum(len(table) for table in data.datasets.values()) == 300
+    columns = {"anchor", "positive", *(f"negative_{n + 1}" for n in range(negatives))}
+    for name, table in data.datasets.items():
+        assert set(table.column_names) == columns
+        assert set(data.prompts[name]) == columns
+        assert len(set(data.prompts[name].values())) == 1  # both sides are read under the row's instruction
+        assert data.aspects[data.prompts[name]["anchor"]] in data.prompts[name]["anchor"]
