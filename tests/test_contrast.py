@@ -59,7 +59,7 @@ def test_the_same_for_the_same_seed():
 def test_as_training_data(negatives):
     data = load_training_data(DataConfig(contrast_rows=300, max_negatives=negatives), "Be found.", seed=3)
     assert sum(len(table) for table in data.datasets.values()) == 300
-    columns = {"anchor", "positive", *(f"negative_{n + 1}" for n in range(negatives))}
+    columns = {"anchor", "positive", *(f"negative_{n + 1}" for n in range(max(negatives, 1)))}
     for name, table in data.datasets.items():
         assert set(table.column_names) == columns
         assert set(data.prompts[name]) == columns

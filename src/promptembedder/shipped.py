@@ -11,7 +11,7 @@ PLACE = Path(__file__).parent / "models"
 
 def names() -> list[str]:
     """Names that `load` and the commands take in place of a folder."""
-    return sorted(folder.name for folder in PLACE.glob("[!.]*") if folder.is_dir()) if PLACE.is_dir() else []
+    return sorted(settings.parent.name for settings in PLACE.glob(f"*/{CONFIG_FILE}"))
 
 
 def folder_of(model: str | Path) -> Path:
