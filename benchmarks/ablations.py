@@ -7,7 +7,8 @@ Rows: seven training files, the last `--held` rows of each held back. Figures: S
 of tasks that were trained on (`seen`) and of two that were not (`unseen`); `both`: share of made-up requests, of a kind
 never trained on, that are in order under two instructions which swap positive and negative; `spread`: mean distance
 between the soft prompts of instructions over their mean norm, 0 where the instruction is ignored. Seconds are of warm
-start and steps. With contrast rows the warm start knows their instructions too.
+start and steps; layout `suffix` reads every text once for all runs (text-state cache on disk, up to `--states`), so
+they say nothing of the change. With contrast rows the warm start knows their instructions too.
 Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
 """
 
@@ -35,7 +36,7 @@ from promptembedder.contrast import Family, contrast_rows
 from promptembedder.data import Row, TrainingData, load_training_data, read_rows
 from promptembedder.model import build, soft_prompt_module
 from promptembedder.prompter import load_trained_state, trained_state
-from promptembedder.training import aspects_of, pair_evaluator, train
+from promptembedder.training import aspects_of, pair_evaluator, text_cache, train
 from promptembedder.training_facts import read_facts
 from promptembedder.warm_start import warm_start
 
@@ -151,6 +152,9 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
         save_every_steps=arguments.steps,
         seed=seed,
     )
+    if config.model.layout == "suffix":
+        states = arguments.output / f"states-{config.model.backbone_layers or 'all'}-{config.model.text_pass}"
+        training = replace(training, text_state_cache=arguments.states, text_state_folder=str(states))
     data: DataConfig = replace(config.data, files=files)
     evaluation = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.steps)
     return replace(config, data=data, training=training, evaluation=replace(evaluation, dev_pairs=arguments.pairs))
@@ -224,6 +228,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evaluator = pair_evaluator(config.evaluation, config.data.root, "dev")
     assert evaluator is not None
     start = time.perf_counter()
+    module = soft_prompt_module(result.model)
+    module.backbone.text_cache = text_cache(module, config.training)
     sts = 100 * evaluator(result.model)["dev_spearman_cosine"]
     return {
         "sts": round(sts, 2),
@@ -302,6 +308,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=250, help="of STSBenchmark dev")
+    parser.add_argument("--states", default="12GiB", help="at most so much on disk for states of texts")
     parser.add_argument("--held", type=int, default=80, help="rows held back of each file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13])
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the base")

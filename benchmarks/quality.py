@@ -71,9 +71,7 @@ def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
     """The learning rate of a column: the best on dev after `--choose` steps; without `--choose` the recipe's."""
     found = kept(arguments.output / "rates" / f"{column}.json", partial(choice_of_rate, column, arguments))
     if found["steps"] != arguments.choose:
-        sys.exit(
-            f"{column}: its learning rate was chosen with --choose {found['steps']}; say so again"
-        )
+        sys.exit(f"{column}: its learning rate was chosen with --choose {found['steps']}; say so again")
     return float(found["rate"])
 
 

@@ -101,7 +101,7 @@ def train(
     elif model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
-    cache = _text_cache(module, settings)
+    cache = text_cache(module, settings)
     loss = loss or make_loss(model, settings)
     _open_to_training(module, settings)
     clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
@@ -325,7 +325,8 @@ def _trainer(
     return trainer
 
 
-def _text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:
+def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:
+    """The text-state cache that the settings ask for, opened for the module's backbone."""
     if settings.text_state_cache is None:
         return None
     backbone = module.backbone
