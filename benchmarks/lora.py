@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from promptembedder import base_models
+from promptembedder import atomic, base_models, evaluation
 from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
@@ -85,21 +85,30 @@ def dev_score(model: SentenceTransformer, config: RunConfig) -> float:
 
 
 class BestOnDev(TrainerCallback):
-    """Keeps the weights with the best dev score, as `promptembedder train` does; without dev scores the last ones."""
+    """Keeps the weights with the best dev score, as `promptembedder train` does; without dev scores the last ones.
 
-    def __init__(self, trained: list[torch.nn.Parameter]) -> None:
-        self.trained = trained
-        self.best, self.kept = -2.0, [torch.empty(0)] * 0
+    Args:
+        model: what is trained.
+        place: file of the best weights, so that a run that was stopped finds them again.
+    """
+
+    def __init__(self, model: SentenceTransformer, place: Path) -> None:
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.place = place
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if metrics["eval_spearman_cosine"] > self.best:
-            self.best = metrics["eval_spearman_cosine"]
-            self.kept = [parameter.detach().clone() for parameter in self.trained]
+        scores = [entry["eval_spearman_cosine"] for entry in state.log_history if "eval_spearman_cosine" in entry]
+        if metrics["eval_spearman_cosine"] >= max(scores):
+            with atomic.replacing(self.place) as scratch:
+                save_file({name: p.detach().cpu().contiguous() for name, p in self.trained.items()}, scratch)
 
     def restore(self) -> None:
+        if not self.place.is_file():
+            return
+        kept = load_file(self.place)
         with torch.no_grad():
-            for parameter, kept in zip(self.trained, self.kept, strict=False):
-                parameter.copy_(kept)
+            for name, parameter in self.trained.items():
+                parameter.copy_(kept[name])
 
 
 @dataclass(frozen=True)
@@ -127,7 +136,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     model = build(config.model.backbone, base_models.resolve_dtype(config.model.dtype, device), device)
     model.max_seq_length = longest_input(model, config, config.data.max_text_tokens)
     checkpoints = (output or Path(settings.output)).with_name("checkpoints")
-    best = BestOnDev([p for p in model.parameters() if p.requires_grad])
+    best = BestOnDev(model, checkpoints / "best.safetensors")
     model.model_card_data.generate_widget_examples = False
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -183,7 +192,7 @@ def _arguments(
         eval_strategy="steps" if follow else "no",
         eval_steps=config.evaluation.every_steps if follow else None,
         save_strategy="steps" if save else "no",
-        save_steps=25,
+        save_steps=config.evaluation.every_steps if follow else 25,
         save_total_limit=1,
         prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
         batch_sampler="no_duplicates",
@@ -203,6 +212,20 @@ def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTr
     set_peft_model_state_dict(adapted(model), load_file(adapter / WEIGHTS), adapter_name=ADAPTER)
     model.max_seq_length = (read_facts(adapter) or {})["max_seq_length"]
     return model
+
+
+def encoder(config: RunConfig, adapter: Path, name: str, revision: str) -> evaluation.InstructedEncoder:
+    """A saved adapter for mteb, instructions glued before the texts."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(config.model.backbone, adapter, base_models.resolve_dtype(config.model.dtype, device), device)
+    return evaluation.InstructedEncoder(
+        model,
+        name,
+        revision,
+        wrap=lambda text, instruction: TEMPLATE.format(instruction=instruction, text=text),
+        document_instruction=config.model.document_instruction,
+        training=read_facts(adapter),
+    )
 
 
 def adapted(model: SentenceTransformer) -> Any:

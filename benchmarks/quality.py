@@ -21,12 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import lora
 import promptembedder
 from common import command, kept, one_setting, parsed, parser_of, say
-from promptembedder import atomic, base_models, evaluation
+from promptembedder import atomic, evaluation
 from promptembedder.config import RunConfig, load_run
 from promptembedder.training import train
 from promptembedder.training_facts import read_facts
@@ -112,21 +110,11 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
         else:
             resume = any(folder.parent.glob("checkpoint-*"))
             train(with_rate(config, rate), resume=resume)
-    facts = read_facts(folder)
+    name = f"quality/{column}-{seed}"
     if column == "lora":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = base_models.resolve_dtype(config.model.dtype, device)
-        model = lora.load(config.model.backbone, folder, dtype, device)
-        return evaluation.InstructedEncoder(
-            model,
-            f"quality/{column}-{seed}",
-            revision(seed, arguments),
-            wrap=lambda text, instruction: lora.TEMPLATE.format(instruction=instruction, text=text),
-            document_instruction=config.model.document_instruction,
-            training=facts,
-        )
+        return lora.encoder(config, folder, name, revision(seed, arguments))
     return evaluation.InstructedEncoder(
-        promptembedder.load(folder), f"quality/{column}-{seed}", revision(seed, arguments), training=facts
+        promptembedder.load(folder), name, revision(seed, arguments), training=read_facts(folder)
     )
 
 

@@ -13,7 +13,10 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there, `Infinity` where
   the closed form is there before any training. Scoring dev is in nobody's time.
 
+With `--quick PART...` the models of these parts are evaluated on the quick suite too (`quick_...`, mean over tasks).
 Every part is kept in `--output` and not run again. The last lines are one JSON object per backbone.
+
+And back: `--model OUTPUT/gemma-3-270m/from_scratch/model --backbones smollm2-135m-instruct` and another `--output`.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ from scipy.stats import spearmanr
 import lora
 import promptembedder
 from common import command, kept, one_setting, parsed, parser_of, say
-from promptembedder import atomic, base_models
+from promptembedder import atomic, base_models, evaluation
 from promptembedder.baselines import hard_cue
 from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
 from promptembedder.data import load_training_data, read_scored_pairs
 from promptembedder.model import soft_prompt_module
 from promptembedder.training import train
-from promptembedder.training_facts import Curve, draw_curves
+from promptembedder.training_facts import Curve, draw_curves, read_facts
 from promptembedder.transfer import TransferResult, on_backbone, transfer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
@@ -108,9 +111,34 @@ def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
 def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     config = recipe(arguments)
     config = replace(config, model=replace(config.model, backbone=backbone))
-    done = lora.train(config, learning_rate=arguments.lora_rate, follow=True)
+    output = arguments.output / backbone / "lora" / "model"
+    done = lora.train(config, learning_rate=arguments.lora_rate, output=output, follow=True)
     test = replace(config, evaluation=replace(config.evaluation, dev=config.evaluation.test, dev_pairs=None))
     return {"test": lora.dev_score(done.model, test), "curve": done.curve}
+
+
+def quick(arguments: argparse.Namespace, backbone: str, part: str) -> dict[str, Any]:
+    """The quick suite's scores of the model that a part left."""
+    folder = arguments.output / backbone / part / "model"
+    name = f"{backbone}/{part}"
+    if part == "lora":
+        config = recipe(arguments)
+        config = replace(config, model=replace(config.model, backbone=backbone))
+        encoder = lora.encoder(config, folder, name, REVISION)
+    else:
+        encoder = evaluation.InstructedEncoder(promptembedder.load(folder), name, REVISION, training=read_facts(folder))
+    given = json.loads((arguments.data / "instructions.json").read_text(encoding="utf-8"))
+    tasks = evaluation.local_tasks(arguments.data, instructions=given, quick=True)
+    result = evaluation.evaluate(encoder, tasks, arguments.output / "quick", batch_size=64)
+    return {"mean": result.mean, "scores": result.scores}
+
+
+def write_quick_report(arguments: argparse.Namespace, backbone: str) -> None:
+    """The quick suite's table and pictures, LoRA as the measure where it is there."""
+    place = arguments.output / "quick" / "results"
+    folders = [place / f"{backbone}__{part}" / REVISION for part in arguments.quick]
+    comparison = evaluation.compare(evaluation.read_columns(folders), "lora" if "lora" in arguments.quick else None)
+    evaluation.write_report(comparison, arguments.report / f"{backbone}-quick", f"Quick suite on {backbone}")
 
 
 def reached(curve: Curve, score: float) -> tuple[int, float] | None:
@@ -142,14 +170,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=300, help="of dev")
     parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
-    parser.add_argument("--lora-rate", type=float, default=2e-4)
+    parser.add_argument("--lora-rate", type=float, default=1e-3)
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
+    parser.add_argument("--quick", nargs="+", default=[], choices=QUICK, metavar="PART", help=", ".join(QUICK))
     arguments = parsed(parser)
     names = ("steps", "batch", "pairs", "every", "lora_rate", "set")
     settings = {name: getattr(arguments, name) for name in names} | {"model": str(arguments.model.resolve())}
     one_setting(arguments.output, settings)
     figures: dict[str, dict[str, Any]] = {}
-    lines = ["| backbone | " + " | ".join(FIGURES) + " |", "| --- |" + " ---: |" * len(FIGURES)]
+    shown = [*FIGURES, *(f"quick_{part}" for part in arguments.quick)]
+    lines = ["| backbone | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * len(shown)]
     for backbone in arguments.backbones:
         parts = {}
         for name in arguments.parts:
@@ -160,8 +190,12 @@ def main() -> None:
         found = {name: round(value, 2) for name, value in found.items()}
         if {"alignment_only", "lora"} <= set(parts):
             found |= ratios(parts["alignment_only"]["curve"], parts["lora"]["curve"])
+        for part in arguments.quick:
+            say(f"{backbone}: quick suite, {part}")
+            place = arguments.output / backbone / f"quick_{part}.json"
+            found[f"quick_{part}"] = round(kept(place, partial(quick, arguments, backbone, part))["mean"], 2)
         figures[backbone] = found
-        lines.append(f"| {backbone} | " + " | ".join(str(found.get(name, "-")) for name in FIGURES) + " |")
+        lines.append(f"| {backbone} | " + " | ".join(str(found.get(name, "-")) for name in shown) + " |")
         if arguments.report:
             arguments.report.mkdir(parents=True, exist_ok=True)
             curves = {
@@ -170,7 +204,9 @@ def main() -> None:
                 if "curve" in part
             }
             draw_curves(curves, arguments.report / f"{backbone}.png", backbone)
-            record = {"command": command(), "parts": parts}
+            if arguments.quick:
+                write_quick_report(arguments, backbone)
+            record = {"command": command(), "figures": found, "parts": parts}
             atomic.write_text(arguments.report / f"{backbone}.json", json.dumps(record, indent=1) + "\n")
     if arguments.report:
         atomic.write_text(arguments.report / "report.md", "\n".join(lines) + "\n")
@@ -193,6 +229,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "from_scratch": scratch,
     "lora": peer,
 }
+QUICK = ("closed_form", "alignment_only", "unlabelled", "from_scratch", "lora")
+REVISION = "transfer"
 FIGURES = (
     *("hard_cue", "closed_form", "alignment_only", "unlabelled", "from_scratch", "lora"),
     *("examples_ratio", "time_ratio", "examples_ratio_95", "time_ratio_95"),
