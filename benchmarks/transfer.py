@@ -71,6 +71,7 @@ def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[s
             training=replace(config.training, output=str(output)),
             evaluation=config.evaluation,
         ),
+        resume=any(output.glob("*/checkpoint-*")),
     )
     start, trained = result.stages[0], result.stages[1]
     curve = [(0, start.seconds, start.dev), *trained.curve]
@@ -101,10 +102,11 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
 def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     """Prompter and W trained anew before the new backbone."""
     config = recipe(arguments)
-    output = str(arguments.output / backbone / "from_scratch")
+    output = arguments.output / backbone / "from_scratch"
     prompter = soft_prompt_module(promptembedder.load(arguments.model)).settings.prompter
     model = replace(config.model, prompter=prompter, backbone=backbone)
-    result = train(replace(config, model=model, training=replace(config.training, output=output)))
+    config = replace(config, model=model, training=replace(config.training, output=str(output)))
+    result = train(config, resume=any(output.glob("checkpoint-*")))
     return {"test": result.scores["test"], "curve": result.curve()}
 
 

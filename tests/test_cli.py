@@ -479,7 +479,7 @@ def test_missing_run_file(command: Callable[..., Outcome], tmp_path: Path) -> No
 def test_data_folder_is_taken_as_written(
     command: Callable[..., Outcome], run_file: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def stop(settings: Any, resume: bool) -> None:
+    def stop(settings: Any, **others: Any) -> None:
         raise PromptEmbedderError(f"root {settings.data.root!r}")
 
     monkeypatch.setattr("promptembedder.training.train", stop)

@@ -109,6 +109,18 @@ def test_resumed_equals_uninterrupted(run_config, layout):
         assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
 
 
+@pytest.mark.parametrize("dev", ["pairs.jsonl", None])
+def test_a_run_stopped_after_its_last_step(run_config, dev):
+    """Only the saved model is missing: no further step is taken, and the best or last weights are there."""
+    config = run_config(max_steps=4, save_every_steps=2, evaluation={"dev": dev, "every_steps": 1}, keep_checkpoints=9)
+    whole = train(config)
+    shutil.rmtree(whole.folder)
+    resumed = train(config, resume=True)
+    assert (resumed.steps, resumed.scores) == (4, whole.scores)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
+
+
 def test_checkpoints_hold_trained_parts_only(run_config, tmp_path):
     train(run_config(save_every_steps=2))
     weights = sorted(p.name for p in (tmp_path / "run" / "checkpoint-2").rglob("*.safetensors"))

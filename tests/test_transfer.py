@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from conftest import INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, alignment, base_models, load, save
+from promptembedder import PromptEmbedderError, alignment, base_models, load, save, training
 from promptembedder.closed_forms import closed_forms
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, TransferConfig
 from promptembedder.model import soft_prompt_module
@@ -151,6 +153,50 @@ def test_unfrozen_steps_train_a_prompter_of_its_own(tiny_model, config):
     assert not all(torch.equal(before[name], after[name]) for name in before)
     untouched = trained_state(model[0].prompter)
     assert all(torch.equal(before[name], untouched[name]) for name in before)
+
+
+def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch):
+    """Stopped in its second stage: the first is not trained again, the second goes on."""
+    model = tiny_model("llama")
+
+    def settings(name):
+        return config(rows=True, unfrozen_steps=4, training={"output": str(tmp_path / name)})
+
+    whole = transfer(model, settings("whole"))
+    made = training._trainer
+    taken = []
+
+    class Count(TrainerCallback):
+        def __init__(self, stop):
+            self.stop = stop
+
+        def on_step_end(self, args, state, control, **kwargs):
+            taken.append((Path(args.output_dir).name, state.global_step))
+            if self.stop and "unfrozen" in args.output_dir and state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def counting(stop):
+        def make(*arguments):
+            trainer = made(*arguments)
+            trainer.add_callback(Count(stop))
+            return trainer
+
+        return make
+
+    monkeypatch.setattr(training, "_trainer", counting(True))
+    with pytest.raises(KeyboardInterrupt):
+        transfer(model, settings("parts"))
+    with pytest.raises(PromptEmbedderError, match="unfrozen holds an interrupted run: --resume it or remove it"):
+        transfer(model, settings("parts"))
+    taken.clear()
+    monkeypatch.setattr(training, "_trainer", counting(False))
+    resumed = transfer(model, settings("parts"), resume=True)
+    assert taken == [("unfrozen", 3), ("unfrozen", 4)]
+    assert torch.equal(resumed.model[0].alignment.weight, whole.model[0].alignment.weight)
+    kept, expected = (trained_state(result.model[0].prompter) for result in (resumed, whole))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    with pytest.raises(PromptEmbedderError, match=r"nothing to resume: .*fresh holds no checkpoint"):
+        transfer(model, settings("fresh"), resume=True)
 
 
 @pytest.mark.parametrize("fails", [False, True])

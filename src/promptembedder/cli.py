@@ -196,6 +196,7 @@ def transfer(
     share_prompter: Annotated[
         bool, typer.Option("--share-prompter", help="Point to MODEL's prompter instead of copying it.")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Move a trained model to another backbone: a new alignment matrix, the same prompter."""
     from promptembedder.config import TransferConfig, parse_settings
@@ -208,7 +209,7 @@ def transfer(
     settings["data"] = {"files": [{"path": path} for path in train or []]} | ({"root": str(data)} if data else {})
     settings["evaluation"] = {"dev": dev} if dev else {}
     config = parse_settings(TransferConfig, settings, overrides or [], where="transfer")
-    result = move(load(model), config, share_prompter=model if share_prompter else None)
+    result = move(load(model), config, share_prompter=model if share_prompter else None, resume=resume)
     for stage in result.stages:
         score = "" if stage.dev is None else f"dev {stage.dev:6.2f}  "
         _say(f"{stage.name:22} {score}{stage.seconds:8.1f} s  {stage.examples} examples")

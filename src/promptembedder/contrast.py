@@ -9,7 +9,7 @@ two sentences change sides.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -267,7 +267,7 @@ def _row(family: Family, slot: str, instruction: str, aspect: str, drawn: random
     return MadeUpRow(query, positive, negative, instruction, aspect)
 
 
-def _sentence(family: Family, values: dict[str, Sequence[str]], drawn: random.Random) -> str:
+def _sentence(family: Family, values: Mapping[str, Sequence[str]], drawn: random.Random) -> str:
     said = {name: drawn.choice(ways) for name, ways in values.items()}
     return drawn.choice(family.templates).format(**said)
 

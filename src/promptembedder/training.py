@@ -14,7 +14,8 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, shipped, widened, workers
@@ -110,7 +111,7 @@ def train(
         module.backbone.text_cache = cache
         module.training_text_tokens = config.data.max_text_tokens
         try:
-            outcome = trainer.train(resume_from_checkpoint=checkpoint)
+            seconds = _run(trainer, checkpoint, clock)
         finally:
             module.backbone.text_cache = None
             module.leaves = None
@@ -122,8 +123,14 @@ def train(
             save(model, folder)
             atomic.write_text(folder / "config.yaml", dump_yaml(config))
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            took = {"steps": steps, "examples": examples, "seconds": clock.spent}
-            write_facts(folder, trained_parameters=trained, **took, **({} if start is None else {"start": str(start)}))
+            write_facts(
+                folder,
+                trained_parameters=trained,
+                steps=steps,
+                examples=examples,
+                seconds=clock.spent,
+                start=None if start is None else str(start),
+            )
         best = None if dev is None else trainer.state.best_metric
         scores = {} if best is None else {"dev": 100 * best}
         with distributed_evaluation(model) as mine:
@@ -135,10 +142,23 @@ def train(
         scores,
         steps,
         examples,
-        outcome.metrics["train_runtime"],
+        seconds,
         trainer.state.log_history,
         None if cache is None else cache.hit_rate,
     )
+
+
+def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> float:
+    """Train to the end; wall seconds, evaluations included."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step >= trainer.args.max_steps:
+            # All steps are done and only the end is missing; the library would take one step more.
+            trainer.state = state
+            clock.on_train_begin(trainer.args, state, trainer.control)
+            trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
+            return 0.0
+    return float(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
 
 
 def _warm_start(config: RunConfig, module: SoftPromptTransformer, data: TrainingData) -> float:
@@ -168,10 +188,9 @@ def _started(config: RunConfig, start: Path) -> RunConfig:
 
 def _checkpoint(output: Path, resume: bool, structure: ModelConfig) -> str | None:
     """The checkpoint to go on from; without `resume` there must be no interrupted run in the way."""
-    found: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
+    found = last_checkpoint(output)
     if not resume:
-        if found is not None and _unfinished(output / "model", Path(found)):
-            raise PromptEmbedderError(f"{output} holds an interrupted run: --resume it or remove it")
+        refuse_interrupted(output)
         return None
     if found is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
@@ -179,6 +198,23 @@ def _checkpoint(output: Path, resume: bool, structure: ModelConfig) -> str | Non
     if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
         raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
     return found
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint of a run, if there is one."""
+    found: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
+    return found
+
+
+def refuse_interrupted(output: Path) -> None:
+    """Refuse a folder with checkpoints newer than its model.
+
+    Raises:
+        PromptEmbedderError: an interrupted run is in the way.
+    """
+    found = last_checkpoint(output)
+    if found is not None and _unfinished(output / "model", Path(found)):
+        raise PromptEmbedderError(f"{output} holds an interrupted run: --resume it or remove it")
 
 
 def _unfinished(model: Path, checkpoint: Path) -> bool:

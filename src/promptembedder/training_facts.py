@@ -21,14 +21,15 @@ Curve = list[tuple[int, float, float]]
 def write_facts(
     folder: Path, *, trained_parameters: int, steps: int, examples: int, seconds: float, **more: Any
 ) -> None:
-    """Write down what a training run was; `seconds` are those of warm start and optimizer steps."""
+    """Write down what a training run was; `seconds` are those of warm start and optimizer steps, None is left out."""
     facts = {
         "trained_parameters": trained_parameters,
         "steps": steps,
         "examples": examples,
         "seconds": round(seconds, 1),
     }
-    atomic.write_text(folder / TRAINING_FACTS, json.dumps({**facts, **more}, indent=1) + "\n")
+    known = {name: value for name, value in more.items() if value is not None}
+    atomic.write_text(folder / TRAINING_FACTS, json.dumps(facts | known, indent=1) + "\n")
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:

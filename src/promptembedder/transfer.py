@@ -45,12 +45,13 @@ from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.saved import prompter_owner
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import pair_evaluator, train
+from promptembedder.training import last_checkpoint, pair_evaluator, refuse_interrupted, train
 from promptembedder.training_facts import Curve, draw_curves, seconds_of, write_facts
 
 logger = logging.getLogger(__name__)
 
 _TEXT_STATES = 2 * 2**30
+_TRAINED_STAGES = ("alignment_labelled", "alignment_unlabelled", "unfrozen")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,11 @@ class SimilarityDistillation(nn.Module):
 
 
 def transfer(
-    model: SentenceTransformer, config: TransferConfig, *, share_prompter: str | Path | None = None
+    model: SentenceTransformer,
+    config: TransferConfig,
+    *,
+    share_prompter: str | Path | None = None,
+    resume: bool = False,
 ) -> TransferResult:
     """Move a trained model to another backbone, save it to `<output>/model` and report on it.
 
@@ -138,14 +143,15 @@ def transfer(
         model: the trained model.
         config: all settings; the output folder is `config.training.output`.
         share_prompter: see `promptembedder.save`.
+        resume: go on from the last checkpoint of an interrupted transfer with the same settings.
 
     Raises:
         PromptEmbedderError: the same backbone again, one that does not fit into memory or shares no vocabulary;
-            bad data or settings.
+            bad data or settings; nothing to resume, or an interrupted transfer in the way.
     """
     old = soft_prompt_module(model)
     output = Path(config.training.output)
-    _check(config, share_prompter)
+    _check(config, share_prompter, resume)
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
@@ -162,7 +168,7 @@ def transfer(
         starts = _ranked(moved, starts, dev)
         _set_weight(new, starts[0].weight_PD)
         stages = [Stage("closed_form", starts[0].dev, fitting, 0)]
-        stages += _train_stages(model, moved, config, texts, fitting)
+        stages += _train_stages(model, moved, config, texts, fitting, resume)
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
@@ -189,7 +195,7 @@ def transfer(
     return result
 
 
-def _check(config: TransferConfig, share_prompter: str | Path | None) -> None:
+def _check(config: TransferConfig, share_prompter: str | Path | None, resume: bool) -> None:
     """Refuse settings that contradict each other, before anything is read or made."""
     if share_prompter is not None:
         if config.unfrozen_steps:
@@ -199,6 +205,11 @@ def _check(config: TransferConfig, share_prompter: str | Path | None) -> None:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
     if config.data.has_rows and config.texts:
         raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
+    output = Path(config.training.output)
+    if resume and not any(last_checkpoint(output / stage) for stage in _TRAINED_STAGES):
+        raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
+    for stage in () if resume else _TRAINED_STAGES:
+        refuse_interrupted(output / stage)
 
 
 def _starts(
@@ -221,7 +232,12 @@ def _starts(
 
 
 def _train_stages(
-    model: SentenceTransformer, moved: SentenceTransformer, config: TransferConfig, texts: list[str], before: float
+    model: SentenceTransformer,
+    moved: SentenceTransformer,
+    config: TransferConfig,
+    texts: list[str],
+    before: float,
+    resume: bool,
 ) -> list[Stage]:
     """The steps with training that the settings ask for."""
     settings, output = config.training, Path(config.training.output)
@@ -236,18 +252,18 @@ def _train_stages(
     )
     stages: list[Stage] = []
     if config.data.has_rows:
-        stages.append(_trained("alignment_labelled", moved, run, output, before))
+        stages.append(_trained("alignment_labelled", moved, run, output, before, resume))
     elif texts:
         begin = time.perf_counter()
         instructions = config.text_instructions or (module.settings.default_instruction,)
         rows = _distillation_rows(model, texts, instructions)
         before += time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
-        stages.append(_trained("alignment_unlabelled", moved, run, output, before, rows, loss))
+        stages.append(_trained("alignment_unlabelled", moved, run, output, before, resume, rows, loss))
     if config.unfrozen_steps:
         before += sum(stage.seconds for stage in stages)
         opened = replace(run.training, train_prompter=True, max_steps=config.unfrozen_steps)
-        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, before))
+        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, before, resume))
     return stages
 
 
@@ -345,12 +361,13 @@ def _trained(
     run: RunConfig,
     output: Path,
     before: float,
+    resume: bool,
     data: TrainingData | None = None,
     loss: nn.Module | None = None,
 ) -> Stage:
     """Train; the times of the curve count from the beginning of the transfer, `before` seconds ago."""
     run = replace(run, training=replace(run.training, output=str(output / name)))
-    result = train(run, model=model, data=data, loss=loss)
+    result = train(run, model=model, data=data, loss=loss, resume=resume and last_checkpoint(output / name) is not None)
     return Stage(
         name, result.scores.get("dev"), seconds_of(result.history), result.examples, result.steps, result.curve(before)
     )
