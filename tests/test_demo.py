@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import promptembedder
-from promptembedder import PromptEmbedderError, demo
+from promptembedder import PromptEmbedderError, demo, shipped
 
 TOPICS = ("business", "sport", "tech")
 
@@ -46,6 +46,22 @@ def test_demo_writes_all_it_promises(small_corpus, tiny_lm, tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"holds 'notes.txt', which no demo wrote"):
         demo.run_demo(tmp_path / "demo", steps=1, llm=str(tiny_lm()))
     assert (tmp_path / "demo" / "results.json").is_file()
+
+
+def test_the_model_that_comes_along_is_shown_too(small_corpus, tiny_model, tmp_path, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(shipped, "PLACE", tmp_path / "models")
+    promptembedder.save(model, tmp_path / "models" / "smollm2-135m")
+    text = demo.run_demo(tmp_path / "demo", steps=1, llm=model[0].settings.backbone)
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(results["v_measure"]) == {"mean_pooling", "hard_cue", "trained", "shipped"}
+    assert "`smollm2-135m`, as it comes" in text
+    model.max_seq_length = 48
+    headlines, bodies = ([getattr(a, name) for a in demo.split(small_corpus)[1]] for name in ("headline", "body"))
+    expected = demo._ndcg_at_10(
+        model.encode(headlines, prompt=demo.HEADLINE), model.encode(bodies, prompt=demo.ARTICLE)
+    )
+    assert results["ndcg_at_10"]["shipped"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_ndcg_against_the_formula():

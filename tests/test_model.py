@@ -91,6 +91,19 @@ def test_long_text_is_cut_and_said_once(tiny_model, caplog):
     assert len([r for r in caplog.records if "is read up to max_text_tokens = 6" in r.message]) == 1
 
 
+def test_the_text_limit_may_be_set(tiny_model, tmp_path):
+    model = tiny_model()
+    (whole,) = model.encode([" ".join(TEXTS)], prompt=INSTRUCTION)
+    model.max_seq_length = 4
+    assert model.max_seq_length == 4
+    (cut,) = model.encode([" ".join(TEXTS)], prompt=INSTRUCTION)
+    assert not np.allclose(cut, whole, atol=1e-3)
+    promptembedder.save(model, tmp_path / "short")
+    assert promptembedder.load(tmp_path / "short", device="cpu").max_seq_length == 4
+    with pytest.raises(PromptEmbedderError, match="must be a positive number of tokens, found 0"):
+        model.max_seq_length = 0
+
+
 def test_multi_process_encoding(tiny_model):
     model = tiny_model()
     pool = model.start_multi_process_pool(["cpu", "cpu"])

@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +290,14 @@ class SoftPromptTransformer(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Text tokens read at most."""
+        """Text tokens read at most; may be set."""
         return self.settings.max_text_tokens
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        if not isinstance(tokens, int) or tokens < 1:
+            raise PromptEmbedderError(f"max_seq_length must be a positive number of tokens, found {tokens!r}")
+        self.settings = replace(self.settings, max_text_tokens=tokens)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
