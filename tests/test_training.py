@@ -19,6 +19,7 @@ from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.explain import explain
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.training import make_loss, train
+from promptembedder.training_facts import read_facts
 from promptembedder.warm_start import warm_start
 
 
@@ -119,6 +120,19 @@ def test_a_run_stopped_after_its_last_step(run_config, dev):
     assert (resumed.steps, resumed.scores) == (4, whole.scores)
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
+
+
+def test_a_run_from_a_saved_model_goes_on_from_its_checkpoint(run_config, tmp_path):
+    """Resumed, it takes the checkpoint's weights, not the start's; the facts still name the start."""
+    start = train(run_config("first", max_steps=2)).folder
+    config = run_config("second", max_steps=4, save_every_steps=2)
+    whole = train(config, start=start)
+    shutil.rmtree(whole.folder)
+    shutil.rmtree(whole.folder.parent / "checkpoint-4")
+    resumed = train(config, start=start, resume=True)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
+    assert read_facts(resumed.folder)["start"] == str(start)
 
 
 def test_checkpoints_hold_trained_parts_only(run_config, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,14 @@ def test_unfrozen_steps_train_a_prompter_of_its_own(tiny_model, config):
     assert not all(torch.equal(before[name], after[name]) for name in before)
     untouched = trained_state(model[0].prompter)
     assert all(torch.equal(before[name], untouched[name]) for name in before)
+
+
+def test_made_up_rows_alone_train_the_alignment(tiny_model, config, tmp_path):
+    settings = config(evaluation={"dev": None})
+    data = DataConfig(root=str(tmp_path), contrast_rows=240)
+    result = transfer(tiny_model("llama"), replace(settings, data=data))
+    assert [(stage.name, stage.steps) for stage in result.stages] == [("closed_form", 0), ("alignment_labelled", 4)]
+    assert not torch.equal(result.model[0].alignment.weight, result.starts[0].weight_PD)
 
 
 def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch):
