@@ -65,7 +65,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "prompter rate 5e-6": (f"{RATE}=5e-6",),
     "prompter rate 6e-5": (f"{RATE}=6e-5",),
     "prompter rate 2e-4": (f"{RATE}=2e-4",),
-    "alignment rate 3e-4": ("training.alignment_learning_rate=3e-4",),
+    "alignment rate 2e-4": ("training.alignment_learning_rate=2e-4",),
+    "alignment rate 1e-3": ("training.alignment_learning_rate=1e-3",),
     "alignment rate 3e-3": ("training.alignment_learning_rate=3e-3",),
     "layout prefix": (
         "model.layout=prefix",
@@ -102,11 +103,12 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "false negatives masked": ("training.mask_false_negatives=true",),
     "deep soft prompt": ("model.deep_soft_prompt=true",),
     "linear head": ("model.linear_head=true",),
+    "deep soft prompt and linear head": ("model.deep_soft_prompt=true", "model.linear_head=true"),
     "texts in int8": ("model.text_pass=int8",),
     "one instruction for all": (),
-    "15,000 contrast rows": ("data.contrast_rows=15000",),
-    "15,000 contrast rows, 2e-4": ("data.contrast_rows=15000", "training.alignment_learning_rate=2e-4"),
-    "15,000 contrast rows, deep": ("data.contrast_rows=15000", "model.deep_soft_prompt=true"),
+    "no contrast rows": ("data.contrast_rows=0",),
+    "4,000 contrast rows": ("data.contrast_rows=4000",),
+    "36,000 contrast rows": ("data.contrast_rows=36000",),
 }
 
 
