@@ -86,8 +86,7 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         f"Recipe `recipes/{recipe}`: layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens, "
         f"{facts['steps']} steps of {run.training.batch_size} rows, {run.data.max_negatives} hard negative, "
         f"{run.data.contrast_rows:,} of the rows made up (`data.contrast_rows`){cut}; "
-        f"{facts['trained_parameters']:,} trained parameters, {facts['seconds']:,.0f} s on two CPU cores. Weights are "
-        "kept in float16.",
+        f"{facts['trained_parameters']:,} trained parameters. Weights are kept in float16.",
         "",
         "| file | source | licence as stated at the source |",
         "| --- | --- | --- |",
