@@ -4,11 +4,12 @@
 
 Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
 (`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
-of tasks that were trained on (`seen`) and of two that were not (`unseen`); `both`: share of made-up requests, of a kind
-never trained on, that are in order under two instructions which swap positive and negative; `spread`: mean distance
-between the soft prompts of instructions over their mean norm, 0 where the instruction is ignored. Seconds are of warm
-start and steps; layout `suffix` reads every text once for all runs (text-state cache on disk, up to `--states`), so
-they say nothing of the change. With contrast rows the warm start knows their instructions too.
+of tasks that were trained on (`seen`) and of two that were not (`unseen`); `requests`, `remarks`: share of made-up
+texts, of kinds never trained on (but for one entry), that are in order under two instructions which swap positive and
+negative; `spread`: mean distance between the soft prompts of instructions over their mean norm, 0 where the
+instruction is ignored. Seconds are of warm start and steps; layout `suffix` reads every text once for all runs
+(text-state cache on disk, up to `--states`), so they say nothing of the change. With contrast rows the warm start knows
+their instructions too.
 Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
 """
 
@@ -24,6 +25,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from safetensors.torch import save_file
 from common import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
-from promptembedder.contrast import Family, contrast_rows
+from promptembedder.contrast import FAMILIES, Family, contrast_rows
 from promptembedder.data import Row, TrainingData, load_training_data, read_rows
 from promptembedder.model import build, soft_prompt_module
 from promptembedder.prompter import load_trained_state, trained_state
@@ -109,34 +111,76 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no contrast rows": ("data.contrast_rows=0",),
     "4,000 contrast rows": ("data.contrast_rows=4000",),
     "36,000 contrast rows": ("data.contrast_rows=36000",),
+    "requests among the contrast rows": (),
 }
 
 
-# Held out: what is asked for, and about what.
+# What a voice assistant is asked to do, and with what.
 REQUESTS = Family(
-    ("request",),
-    ("{do} {thing}", "please {do} {thing}", "could you {do} {thing}?", "{do} {thing} now"),
+    ("request", "command", "message"),
+    (
+        "{do} {thing}",
+        "please {do} {thing}",
+        "could you {do} {thing}?",
+        "{do} {thing} {when}",
+        "hey, {when} {do} {thing}",
+        "i want you to {do} {thing} {when}",
+    ),
     {
         "do": (
-            ("action",),
+            ("action", "command"),
             """set up/create; delete/get rid of; show me/tell me about; change/update; look for/search for; order/buy;
             forward/share; explain/clarify; start/turn on; stop/turn off; repeat/say again; check/have a look at;
-            rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from others""",
+            rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from others;
+            describe/give me details of; recommend/suggest; reply to/answer; book/reserve; raise/turn up; lower/turn
+            down; list/read out; save/store""",
         ),
         "thing": (
-            ("subject",),
+            ("subject", "domain", "object"),
             """the alarm/my wake up call; the meeting/my appointment; the song/my playlist; the email/the message from
             tom; the shopping list/what I need from the grocer; the flight/my plane ticket; the pizza/my take-away; the
             forecast/the weather report; the lamp/the light in the kitchen; the headlines/the morning news; the bank
             transfer/my last payment; the photo/the picture of our dog; the recipe/how to bake bread; the taxi/my ride
-            home; the heating/the thermostat; the podcast/the radio show""",
+            home; the heating/the thermostat; the podcast/the radio show; the stock price/my shares; the vacuum
+            cleaner/the robot that sweeps; the timer/the countdown; the audiobook/the novel on my phone; the game/the
+            quiz; the contact/the phone number of anna; the tweet/my post; the traffic/the jam on the motorway""",
+        ),
+        "when": (
+            ("time", "deadline"),
+            """now/right away; tomorrow/the day after today; at nine/when it is 9 am; on friday/before the weekend; in
+            an hour/sixty minutes from now; tonight/this evening; every morning/each day when I get up; next month/in
+            four weeks; at noon/around lunch time; after work/when I leave the office""",
+        ),
+    },
+)
+# Held out of every run: what moves people, and about what.
+REMARKS = Family(
+    ("remark",),
+    ("{feel} {matter}", "I am {feel} {matter}", "we were {feel} {matter}", "everybody here is {feel} {matter}"),
+    {
+        "feel": (
+            ("feeling",),
+            """happy about/delighted with; angry about/furious at; worried about/anxious because of; proud of/full of
+            pride in; bored with/tired of; surprised by/amazed at; sorry about/full of regret over; jealous
+            of/envious of; curious about/eager to know about; grateful for/thankful for; ashamed of/embarrassed by;
+            afraid of/scared of; disappointed by/let down by; hopeful about/optimistic about""",
+        ),
+        "matter": (
+            ("matter",),
+            """the new office/our other workplace; the exam/the test at school; the food/what was for dinner; the
+            neighbours/the people next door; the holiday/our trip; the weather/the rain; the car/the old vehicle; the
+            baby/our newborn; the match/how our team played; the bill/what it all costs; the boss/the head of the
+            department; the dog/our puppy; the party/the birthday celebration; the doctor/the man at the clinic""",
         ),
     },
 )
 ASKED = {
     "do": "Sort the requests by the action that they ask for.",
     "thing": "Sort the requests by the subject that they are about.",
+    "feel": "Sort the remarks by the feeling that they show.",
+    "matter": "Sort the remarks by the matter that they are about.",
 }
+REQUESTS_TOO = "requests among the contrast rows"
 
 
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
@@ -186,17 +230,26 @@ def triplets_right(
     return statistics.mean(shares)
 
 
-def both_ways(model: Any) -> float:
-    """Share x 100 of made-up requests in the right order under both instructions; a quarter by chance."""
-    rows = contrast_rows(400, 0, [REQUESTS])[::2]  # of every two rows in turn the first is about `do`
+def both_ways(model: Any, family: Family, slots: tuple[str, str]) -> float:
+    """Share x 100 of made-up texts in the right order under two instructions that swap them; a quarter by chance."""
+    plain = replace(
+        family, slots={slot: family.slots[slot] for slot in slots}, templates=plain_templates(family, slots)
+    )
+    rows = contrast_rows(400, 0, [plain])[::2]  # of every two rows in turn the first is about the first slot
     right = []
-    for slot, sign in (("do", 1), ("thing", -1)):
+    for slot, sign in zip(slots, (1, -1), strict=True):
         anchor, positive, negative = (
             model.encode(texts, prompt=ASKED[slot], batch_size=64)
             for texts in ([r.query for r in rows], [r.positive for r in rows], [r.negative for r in rows])
         )
         right.append(sign * ((anchor * positive).sum(-1) - (anchor * negative).sum(-1)) > 0)
     return 100 * float(np.mean(right[0] & right[1]))
+
+
+def plain_templates(family: Family, slots: tuple[str, str]) -> tuple[str, ...]:
+    """Those that need no other slot."""
+    others = [f"{{{name}}}" for name in family.slots if name not in slots]
+    return tuple(t for t in family.templates if not any(name in t for name in others))
 
 
 def spread(model: Any, arguments: argparse.Namespace) -> float:
@@ -221,7 +274,9 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 place.write_text("".join(json.dumps(record) + "\n" for record in records))
                 files.append(DataFile(path=str(place)))
             config = replace(config, data=replace(config.data, files=tuple(files)))
-        data = load_training_data(config.data, config.model.document_instruction, seed)
+        families = (*FAMILIES, REQUESTS) if name == REQUESTS_TOO else FAMILIES
+        with mock.patch("promptembedder.data.contrast_rows", partial(contrast_rows, families=families)):
+            data = load_training_data(config.data, config.model.document_instruction, seed)
         model, warm_seconds = started(config, data, arguments)
         training = replace(config.training, warm_start=replace(config.training.warm_start, steps=0))
         result = train(replace(config, training=training), model=model, data=data)
@@ -237,7 +292,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "sts": round(sts, 2),
         "seen": round(triplets_right(result.model, SEEN, arguments, instruction), 2),
         "unseen": round(triplets_right(result.model, UNSEEN, arguments, instruction), 2),
-        "both": round(both_ways(result.model), 2),
+        "requests": round(both_ways(result.model, REQUESTS, ("do", "thing")), 2),
+        "remarks": round(both_ways(result.model, REMARKS, ("feel", "matter")), 2),
         "spread": round(spread(result.model, arguments), 4),
         "seconds": round(warm_seconds + facts["seconds"], 1),
         "evaluation_seconds": round(time.perf_counter() - start, 1),
@@ -284,14 +340,14 @@ def started(config: RunConfig, data: TrainingData, arguments: argparse.Namespace
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     base = mean_of(found["base"]) if "base" in found else None
     lines = [
-        "| change | sts | seen | unseen | both | spread | seconds | trained | MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| change | sts | seen | unseen | requests | remarks | spread | seconds | trained | MB |",
+        "| --- |" + 9 * " ---: |",
     ]
     for name, runs in found.items():
         figures = mean_of(runs)
         shown = [
             f"{figures[key]:.1f}" + (f" ({figures[key] - base[key]:+.1f})" if base and name != "base" else "")
-            for key in ("sts", "seen", "unseen", "both")
+            for key in ("sts", "seen", "unseen", "requests", "remarks")
         ]
         lines.append(
             f"| {name} | {' | '.join(shown)} | {figures['spread']:.3f} | {figures['seconds']:.0f} "
