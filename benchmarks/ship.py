@@ -110,7 +110,9 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         "## Limits",
         "",
         "English. A 135M LLM knows little: expect sentence similarity and intents to work, knowledge-heavy retrieval "
-        "less so. Trained on few rows for minutes; instructions far from those of training are followed less well.",
+        "less so. Trained on few rows for minutes; instructions far from those of training are followed less well. "
+        f"Trained on texts of {run.data.max_text_tokens or run.model.max_text_tokens} tokens: long documents may fare "
+        "better cut (`model.max_seq_length = 64`) or in parts.",
         "",
     ]
     return "\n".join(lines)
