@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from common import command, kept, one_setting, parsed, parser_of, say
+from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
 from promptembedder.contrast import FAMILIES, Family, contrast_rows

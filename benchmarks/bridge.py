@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 import promptembedder
-from common import command, parsed, parser_of, say
+from kept_results import command, parsed, parser_of, say
 from promptembedder import atomic, bridge, evaluation
 from promptembedder.model import soft_prompt_module
 

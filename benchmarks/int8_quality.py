@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 import promptembedder
-from common import command, parsed, parser_of
+from kept_results import command, parsed, parser_of
 from promptembedder import evaluation
 from promptembedder.model import soft_prompt_module
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import promptembedder
-from common import command, parsed, parser_of
+from kept_results import command, parsed, parser_of
 from promptembedder import atomic
 from promptembedder.config import load_run
 from promptembedder.model import save, soft_prompt_module

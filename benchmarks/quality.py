@@ -23,7 +23,7 @@ from typing import Any
 
 import lora
 import promptembedder
-from common import command, kept, one_setting, parsed, parser_of, say
+from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic, evaluation
 from promptembedder.config import RunConfig, load_run
 from promptembedder.training import train

@@ -2,9 +2,9 @@
 
     python benchmarks/ship.py runs/general/model smollm2-135m --recipe general.yaml
 
-Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`: in layout `suffix` nothing
-that reads the text is trained, so longer texts than in training are no trouble. The card takes figures from
-`--results`, the folder that `promptembedder evaluate NAME` wrote; run it once without, evaluate, and once more with.
+Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`, so that nothing is cut unseen; what
+that does to long texts is in docs/research-log.md. The card takes figures from `--results`, the folder that
+`promptembedder evaluate NAME` wrote; run it once without, evaluate, and once more with.
 """
 
 from __future__ import annotations

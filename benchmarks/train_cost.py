@@ -29,7 +29,7 @@ from sentence_transformers.sentence_transformer import losses
 from torch import Tensor
 
 import lora
-from common import command
+from kept_results import command
 from promptembedder import ModelConfig, atomic, base_models, build
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.text_cache import open_text_cache

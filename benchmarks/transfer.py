@@ -33,7 +33,7 @@ from scipy.stats import spearmanr
 
 import lora
 import promptembedder
-from common import command, kept, one_setting, parsed, parser_of, say
+from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic, base_models, evaluation
 from promptembedder.baselines import hard_cue
 from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
