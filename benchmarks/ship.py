@@ -2,8 +2,8 @@
 
     python benchmarks/ship.py runs/general/model smollm2-135m --recipe general.yaml
 
-Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`, so that nothing is cut unseen; what
-that does to long texts is in docs/research-log.md. The card takes figures from `--results`, the folder that
+Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`, so that nothing is cut unseen;
+what that does to long texts is in docs/research-log.md. The card takes figures from `--results`, the folder that
 `promptembedder evaluate NAME` wrote; run it once without, evaluate, and once more with.
 """
 
