@@ -115,44 +115,6 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-# What a voice assistant is asked to do, and with what.
-REQUESTS = Family(
-    ("request", "command", "message"),
-    (
-        "{do} {thing}",
-        "please {do} {thing}",
-        "could you {do} {thing}?",
-        "{do} {thing} {when}",
-        "hey, {when} {do} {thing}",
-        "i want you to {do} {thing} {when}",
-    ),
-    {
-        "do": (
-            ("action", "command"),
-            """set up/create; delete/get rid of; show me/tell me about; change/update; look for/search for; order/buy;
-            forward/share; explain/clarify; start/turn on; stop/turn off; repeat/say again; check/have a look at;
-            rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from others;
-            describe/give me details of; recommend/suggest; reply to/answer; book/reserve; raise/turn up; lower/turn
-            down; list/read out; save/store""",
-        ),
-        "thing": (
-            ("subject", "domain", "object"),
-            """the alarm/my wake up call; the meeting/my appointment; the song/my playlist; the email/the message from
-            tom; the shopping list/what I need from the grocer; the flight/my plane ticket; the pizza/my take-away; the
-            forecast/the weather report; the lamp/the light in the kitchen; the headlines/the morning news; the bank
-            transfer/my last payment; the photo/the picture of our dog; the recipe/how to bake bread; the taxi/my ride
-            home; the heating/the thermostat; the podcast/the radio show; the stock price/my shares; the vacuum
-            cleaner/the robot that sweeps; the timer/the countdown; the audiobook/the novel on my phone; the game/the
-            quiz; the contact/the phone number of anna; the tweet/my post; the traffic/the jam on the motorway""",
-        ),
-        "when": (
-            ("time", "deadline"),
-            """now/right away; tomorrow/the day after today; at nine/when it is 9 am; on friday/before the weekend; in
-            an hour/sixty minutes from now; tonight/this evening; every morning/each day when I get up; next month/in
-            four weeks; at noon/around lunch time; after work/when I leave the office""",
-        ),
-    },
-)
 # Held out of every run: what moves people, and about what.
 REMARKS = Family(
     ("remark",),
@@ -181,6 +143,8 @@ ASKED = {
     "matter": "Sort the remarks by the matter that they are about.",
 }
 REQUESTS_TOO = "requests among the contrast rows"
+# What an assistant is asked for: held out of every run but that one.
+REQUESTS = replace(FAMILIES[-1], templates=FAMILIES[-1].templates[:3])
 
 
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
@@ -232,10 +196,7 @@ def triplets_right(
 
 def both_ways(model: Any, family: Family, slots: tuple[str, str]) -> float:
     """Share x 100 of made-up texts in the right order under two instructions that swap them; a quarter by chance."""
-    plain = replace(
-        family, slots={slot: family.slots[slot] for slot in slots}, templates=plain_templates(family, slots)
-    )
-    rows = contrast_rows(400, 0, [plain])[::2]  # of every two rows in turn the first is about the first slot
+    rows = contrast_rows(400, 0, [family])[::2]  # of every two rows in turn the first is about the first slot
     right = []
     for slot, sign in zip(slots, (1, -1), strict=True):
         anchor, positive, negative = (
@@ -244,12 +205,6 @@ def both_ways(model: Any, family: Family, slots: tuple[str, str]) -> float:
         )
         right.append(sign * ((anchor * positive).sum(-1) - (anchor * negative).sum(-1)) > 0)
     return 100 * float(np.mean(right[0] & right[1]))
-
-
-def plain_templates(family: Family, slots: tuple[str, str]) -> tuple[str, ...]:
-    """Those that need no other slot."""
-    others = [f"{{{name}}}" for name in family.slots if name not in slots]
-    return tuple(t for t in family.templates if not any(name in t for name in others))
 
 
 def spread(model: Any, arguments: argparse.Namespace) -> float:
@@ -274,7 +229,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 place.write_text("".join(json.dumps(record) + "\n" for record in records))
                 files.append(DataFile(path=str(place)))
             config = replace(config, data=replace(config.data, files=tuple(files)))
-        families = (*FAMILIES, REQUESTS) if name == REQUESTS_TOO else FAMILIES
+        families = FAMILIES if name == REQUESTS_TOO else FAMILIES[:-1]
         with mock.patch("promptembedder.data.contrast_rows", partial(contrast_rows, families=families)):
             data = load_training_data(config.data, config.model.document_instruction, seed)
         model, warm_seconds = started(config, data, arguments)

@@ -41,7 +41,8 @@ from promptembedder.data import load_training_data, read_scored_pairs
 from promptembedder.model import soft_prompt_module
 from promptembedder.training import train
 from promptembedder.training_facts import Curve, draw_curves, read_facts
-from promptembedder.transfer import TransferResult, on_backbone, transfer
+from promptembedder.transfer import on_backbone, transfer
+from promptembedder.transfer_result import TransferResult
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
 

@@ -17,9 +17,10 @@ from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, alignment, base_models, load, save, training
 from promptembedder.closed_forms import closed_forms
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, TransferConfig
+from promptembedder.distillation import SimilarityDistillation
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
-from promptembedder.transfer import SimilarityDistillation, on_backbone, transfer
+from promptembedder.transfer import on_backbone, transfer
 
 
 @pytest.fixture
@@ -227,8 +228,8 @@ def test_texts_are_read_under_the_models_default_unless_told(tiny_model, config,
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     seen = []
     place = sys.modules["promptembedder.transfer"]
-    made = place._distillation_rows
-    monkeypatch.setattr(place, "_distillation_rows", lambda t, x, i: seen.append(tuple(i)) or made(t, x, i))
+    made = place.distillation_rows
+    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i: seen.append(tuple(i)) or made(t, x, i))
     model = tiny_model("llama")
     for given in ((), ("One thing.", "Another.")):
         transfer(model, config(texts=("texts.txt",), text_instructions=given))

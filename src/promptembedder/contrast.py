@@ -238,6 +238,38 @@ FAMILIES = (
             ),
         },
     ),
+    Family(
+        ("request", "command", "message"),
+        (
+            "{do} {thing}",
+            "please {do} {thing}",
+            "could you {do} {thing}?",
+            "{do} {thing} now",
+            "hey, {do} {thing} today",
+            "i want you to {do} {thing}",
+        ),
+        {
+            "do": (
+                ("action",),
+                """set up/create; delete/get rid of; show me/tell me about; change/update; look for/search for;
+                order/buy; forward/share; explain/clarify; start/turn on; stop/turn off; repeat/say again; check/have a
+                look at; rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from
+                others; describe/give me details of; recommend/suggest; reply to/answer; book/reserve; raise/turn up;
+                lower/turn down; read out/read aloud to me; save/store""",
+            ),
+            "thing": (
+                ("subject", "domain", "topic"),
+                """the alarm/my wake up call; the meeting/my appointment; the song/my playlist; the email/the message
+                from tom; the shopping list/what I need from the grocer; the flight/my plane ticket; the pizza/my
+                take-away; the forecast/the weather report; the lamp/the light in the kitchen; the headlines/the morning
+                news; the bank transfer/my last payment; the photo/the picture of our dog; the recipe/how to bake bread;
+                the taxi/my ride home; the heating/the thermostat; the podcast/the radio show; the stock price/my
+                shares; the vacuum cleaner/the robot that sweeps; the timer/the countdown; the audiobook/the novel on my
+                phone; the game/the quiz; the contact/the phone number of anna; the tweet/my post; the traffic/the jam
+                on the motorway""",
+            ),
+        },
+    ),
 )
 
 

@@ -120,17 +120,7 @@ def train(
         examples = steps * settings.batch_size * settings.gradient_accumulation
         folder = output / "model"
         if workers.number() == 0:
-            save(model, folder)
-            atomic.write_text(folder / "config.yaml", dump_yaml(config))
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            write_facts(
-                folder,
-                trained_parameters=trained,
-                steps=steps,
-                examples=examples,
-                seconds=clock.spent,
-                start=None if start is None else str(start),
-            )
+            _save(model, folder, config, steps=steps, examples=examples, seconds=clock.spent, start=start)
         best = None if dev is None else trainer.state.best_metric
         scores = {} if best is None else {"dev": 100 * best}
         with distributed_evaluation(model) as mine:
@@ -159,6 +149,29 @@ def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: Tra
             trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
             return 0.0
     return float(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
+
+
+def _save(
+    model: SentenceTransformer,
+    folder: Path,
+    config: RunConfig,
+    *,
+    steps: int,
+    examples: int,
+    seconds: float,
+    start: str | Path | None,
+) -> None:
+    """The model, its settings and what its training took."""
+    save(model, folder)
+    atomic.write_text(folder / "config.yaml", dump_yaml(config))
+    write_facts(
+        folder,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        steps=steps,
+        examples=examples,
+        seconds=seconds,
+        start=None if start is None else str(start),
+    )
 
 
 def _warm_start(config: RunConfig, module: SoftPromptTransformer, data: TrainingData) -> float:

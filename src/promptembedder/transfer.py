@@ -3,39 +3,36 @@
 First in closed form from what the vocabularies share; then, if there is something to train on, by training `W` alone:
 on labelled rows, or on plain texts by making the new model's similarities agree with the old one's.
 
-Shapes: B texts, I instructions, N texts in all, P prompter width, D and F (or E) widths of the new and the old model.
+Shapes: P prompter width, D width of the new backbone.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from promptembedder import alignment, atomic, base_models
+from promptembedder import alignment, base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
 from promptembedder.data import TrainingData, data_path
+from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
 from promptembedder.model import (
     assemble,
-    encode,
     pair,
     refuse_foreign,
     save,
@@ -46,86 +43,13 @@ from promptembedder.prompter import Prompter
 from promptembedder.saved import prompter_owner
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import last_checkpoint, pair_evaluator, refuse_interrupted, train
-from promptembedder.training_facts import Curve, draw_curves, seconds_of, write_facts
+from promptembedder.training_facts import seconds_of, write_facts
+from promptembedder.transfer_result import Stage, TransferResult, write_report
 
 logger = logging.getLogger(__name__)
 
 _TEXT_STATES = 2 * 2**30
 _TRAINED_STAGES = ("alignment_labelled", "alignment_unlabelled", "unfrozen")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a transfer.
-
-    The time that scoring the closed forms and following dev takes is in none of these figures.
-
-    Attributes:
-        name: `closed_form`, `alignment_labelled`, `alignment_unlabelled` or `unfrozen`.
-        dev: Spearman x 100 after it, where dev pairs are given.
-        seconds: wall time of its fit or optimizer steps.
-        examples: rows or texts it was trained on, repetitions counted.
-        steps: optimizer steps.
-        curve: (examples, seconds since the transfer began, dev) during it.
-    """
-
-    name: str
-    dev: float | None
-    seconds: float
-    examples: int
-    steps: int = 0
-    curve: Curve = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class TransferResult:
-    """What a transfer made.
-
-    Attributes:
-        model: on the new backbone.
-        folder: where it was saved.
-        stages: in their order.
-        starts: the closed-form alignments tried, best first.
-        scores: `dev` and `test` at the end, Spearman x 100, where the files are given.
-    """
-
-    model: SentenceTransformer
-    folder: Path
-    stages: tuple[Stage, ...]
-    starts: tuple[Start, ...]
-    scores: dict[str, float]
-
-
-class SimilarityDistillation(nn.Module):
-    """Loss: the model's in-batch similarities follow those of given teacher embeddings.
-
-    `KL(softmax(T T^t / tau) || softmax(S S^t / tau))` over the rows of a batch, the diagonal left out; teacher
-    and student may have different widths, because only similarities are compared.
-
-    Args:
-        model: the student; its embeddings have unit length.
-        temperature: tau of both softmaxes.
-    """
-
-    def __init__(self, model: SentenceTransformer, temperature: float) -> None:
-        super().__init__()
-        self.model = model
-        self.temperature = temperature
-
-    def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor) -> Tensor:
-        """The loss of a batch; `labels` (B, F) are the teacher's embeddings of the texts."""
-        (features,) = sentence_features
-        student_BD = self.model(features)["sentence_embedding"]
-        teacher_BF = nn.functional.normalize(labels.to(student_BD.dtype), dim=-1)
-        return nn.functional.kl_div(
-            self._log_weights(student_BD), self._log_weights(teacher_BF), log_target=True, reduction="batchmean"
-        )
-
-    def _log_weights(self, embeddings_BX: Tensor) -> Tensor:
-        similarity_BB = embeddings_BX @ embeddings_BX.T / self.temperature
-        itself_BB = torch.eye(len(similarity_BB), dtype=torch.bool, device=similarity_BB.device)
-        # Finite, because a product of a zero weight with an infinite logarithm is not a number.
-        return torch.log_softmax(similarity_BB.masked_fill(itself_BB, -1e4), dim=-1)
 
 
 def transfer(
@@ -256,7 +180,7 @@ def _train_stages(
     elif texts:
         begin = time.perf_counter()
         instructions = config.text_instructions or (module.settings.default_instruction,)
-        rows = _distillation_rows(model, texts, instructions)
+        rows = distillation_rows(model, texts, instructions)
         before += time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
         stages.append(_trained("alignment_unlabelled", moved, run, output, before, resume, rows, loss))
@@ -309,50 +233,6 @@ def on_backbone(
         identity,
     )
     return assemble(module, str(device))
-
-
-def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
-    """Write `results.json`, `report.md` and, where there is a curve, `picture.png`."""
-    curves = {stage.name: stage.curve for stage in result.stages if stage.curve}
-    starts = [
-        {
-            "name": s.name,
-            "reconstruction": _rounded(s.reconstruction),
-            "dev": _rounded(s.dev),
-        }
-        for s in result.starts
-    ]
-    stages = [
-        {**asdict(stage), "dev": _rounded(stage.dev), "seconds": round(stage.seconds, 1)} for stage in result.stages
-    ]
-    figures = {
-        "backbone": backbone,
-        "starts": starts,
-        "stages": stages,
-        "scores": {k: _rounded(v) for k, v in result.scores.items()},
-    }
-    lines = [
-        f"# Transfer to {backbone}",
-        "",
-        "| closed-form start | mean cosine on held-back tokens | dev |",
-        "| --- | ---: | ---: |",
-        *(f"| {start.name} | {_shown(start.reconstruction)} | {_shown(start.dev)} |" for start in result.starts),
-        "",
-        "| stage | dev | seconds | examples |",
-        "| --- | ---: | ---: | ---: |",
-        *(f"| {s.name} | {_shown(_rounded(s.dev))} | {s.seconds:.1f} | {s.examples} |" for s in result.stages),
-        "",
-        *(f"{name}: {score:.2f}  " for name, score in result.scores.items()),
-    ]
-    if curves:
-        lines += ["", "![dev against examples and time](picture.png)"]
-    with atomic.filling(folder) as scratch:
-        (scratch / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        (scratch / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if curves:
-            start = result.stages[0]
-            first = [] if start.dev is None else [(0, start.seconds, start.dev)]
-            draw_curves({name: [*first, *curve] for name, curve in curves.items()}, scratch / "picture.png")
 
 
 def _trained(
@@ -425,17 +305,6 @@ def _read_texts(config: TransferConfig) -> list[str]:
     return texts if len(texts) <= config.max_texts else drawn.sample(texts, config.max_texts)
 
 
-def _distillation_rows(teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str]) -> TrainingData:
-    """Texts with the old model's embeddings of them, one dataset per instruction."""
-    embedded_INE = encode(teacher, texts, list(instructions), show_progress_bar=True)
-    datasets = {
-        f"task_{n + 1}": Dataset.from_dict({"anchor": texts, "label": embedded_NE.tolist()})
-        for n, embedded_NE in enumerate(embedded_INE)
-    }
-    prompts = {f"task_{n + 1}": {"anchor": instruction} for n, instruction in enumerate(instructions)}
-    return TrainingData(DatasetDict(datasets), prompts)
-
-
 def _check_memory(located: LocatedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a backbone that cannot fit, from its config alone."""
     config = base_models.load_config(located)
@@ -448,11 +317,3 @@ def _check_memory(located: LocatedModel, dtype: torch.dtype, device: torch.devic
             f"{located.name} needs {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')}, "
             f"{free / 2**30:.1f} GiB are free on {device}"
         )
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
