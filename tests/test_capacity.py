@@ -70,6 +70,18 @@ def test_a_deep_soft_prompt_starts_as_a_plain_one_and_equals_one_full_forward(ti
         assert not torch.allclose(found[0], plain_too, atol=1e-2)
 
 
+def test_a_deep_soft_prompt_of_low_rank_equals_whole_matrices_of_that_rank(tiny_model):
+    whole, low = (tiny_model(deep_soft_prompt=True, deep_soft_prompt_rank=rank) for rank in (None, 3))
+    thin = low[0].alignment
+    assert np.array_equal(low.encode(TEXTS), whole.encode(TEXTS))  # both start at zero
+    assert thin.deep_in.shape[-1] == thin.deep_out.shape[-2] == 3
+    with torch.no_grad():
+        thin.deep_out.normal_(std=0.1)
+        for layer, (first, second) in enumerate(zip(thin.deep_in, thin.deep_out, strict=True)):
+            whole[0].alignment.deep[layer] = first @ second
+    assert np.allclose(low.encode(TEXTS, prompt=INSTRUCTION), whole.encode(TEXTS, prompt=INSTRUCTION), atol=1e-5)
+
+
 def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
     from promptembedder import widened
 
@@ -87,6 +99,7 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
     "option",
     [
         {"deep_soft_prompt": True},
+        {"deep_soft_prompt": True, "deep_soft_prompt_rank": 3},
         {"linear_head": True},
         {"backbone_layers": 1},
         {"instruction_template": "\n{instruction}\nThis"},
@@ -97,7 +110,9 @@ def test_trained_saved_and_opened(run_config, tmp_path, option):
     before = build(config.model, seed=config.training.seed)
     result = train(config)
     if "deep_soft_prompt" in option:
-        assert (result.model[0].alignment.deep != 0).any(-1).any(-1).all()  # every layer's
+        alignment = result.model[0].alignment
+        changed = alignment.deep_out if "deep_soft_prompt_rank" in option else alignment.deep
+        assert (changed != 0).any(-1).any(-1).all()  # every layer's
     if "linear_head" in option:
         assert not torch.equal(result.model[1].linear.weight, before[1].linear.weight)
     assert not torch.equal(result.model[0].alignment.weight, before[0].alignment.weight)
@@ -170,14 +185,16 @@ def test_bad_input(tiny_model, tiny_settings, tmp_path):
         tiny_settings(instruction_template=WORDS, layout="prefix")
     with pytest.raises(ValueError, match="deep_soft_prompt needs layout 'suffix', found 'prefix'"):
         tiny_settings(deep_soft_prompt=True, layout="prefix")
+    with pytest.raises(ValueError, match="deep_soft_prompt_rank needs deep_soft_prompt"):
+        tiny_settings(deep_soft_prompt_rank=4)
     save(deepened(tiny_model), tmp_path / "model")
     file = tmp_path / "model" / "alignment.safetensors"
     stored = load_file(file)
     save_file({"weight": stored["weight"]}, file)
-    with pytest.raises(PromptEmbedderError, match=r"holds \['weight'\], expected 'deep' and 'weight'"):
+    with pytest.raises(PromptEmbedderError, match=r"holds \{'weight': \(32, 32\)\}, expected \{.*'deep'"):
         load(tmp_path / "model")
     save_file({"weight": stored["weight"], "deep": stored["deep"][:1].clone()}, file)
-    with pytest.raises(PromptEmbedderError, match=r"'deep' is \(1, 32, 32\), expected \(2, 32, 32\)"):
+    with pytest.raises(PromptEmbedderError, match=r"'deep': \(1, 32, 32\).*, expected .*'deep': \(2, 32, 32\)"):
         load(tmp_path / "model")
 
 

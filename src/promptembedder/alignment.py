@@ -1,6 +1,6 @@
 """Alignment: the linear map from the prompter's token-embedding space to the backbone's.
 
-Shapes: K soft tokens, P prompter width, D backbone width, S shared vocabulary, V vocabulary, N prompts.
+Shapes: K soft tokens, P prompter width, D backbone width, J backbone layers, S shared vocabulary, N prompts.
 """
 
 from __future__ import annotations
@@ -21,13 +21,25 @@ class Alignment(nn.Module):
 
     Args:
         weight_PD: W.
-        layers: of the backbone, for a deep soft prompt: one more map each, started at zero; 0: none.
+        layers: J, of the backbone, for a deep soft prompt: one more map (P, D) each, started at zero; 0: none.
+        rank: R, of these maps, then products of (P, R) and (R, D); unset: whole matrices.
     """
 
-    def __init__(self, weight_PD: Tensor, layers: int = 0) -> None:
+    def __init__(self, weight_PD: Tensor, layers: int = 0, rank: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_PD.detach().to(torch.float32).clone())
-        self.deep = nn.Parameter(torch.zeros(layers, *weight_PD.shape)) if layers else None
+        P, D = weight_PD.shape
+        self.deep: nn.Parameter | None = None
+        self.deep_in: nn.Parameter | None = None
+        self.deep_out: nn.Parameter | None = None
+        if layers and rank is None:
+            self.deep = nn.Parameter(torch.zeros(layers, P, D))
+        elif layers and rank is not None:
+            # So long that a step of Adam on `deep_out`, whose size does not depend on the gradient's, moves the soft
+            # prompt as far as a step on whole matrices would.
+            start_JPR = torch.randn(layers, P, rank, generator=torch.Generator().manual_seed(0)) * P**0.5 / rank
+            self.deep_in = nn.Parameter(start_JPR)
+            self.deep_out = nn.Parameter(torch.zeros(layers, rank, D))
 
     def forward(self, tokens_NKP: Tensor) -> Tensor:
         """Map soft tokens (N, K, P) to a soft prompt (N, K, D), float32; a deep one is (N, (1 + layers) K, D).
@@ -36,9 +48,13 @@ class Alignment(nn.Module):
         """
         tokens_NKP = tokens_NKP.to(self.weight.dtype)
         soft_NKD: Tensor = tokens_NKP @ self.weight
-        if self.deep is None:
+        tokens_N1KP = tokens_NKP[:, None]
+        if self.deep is not None:
+            deep_NJKD = tokens_N1KP @ self.deep
+        elif self.deep_in is not None and self.deep_out is not None:
+            deep_NJKD = tokens_N1KP @ self.deep_in @ self.deep_out
+        else:
             return soft_NKD
-        deep_NJKD = tokens_NKP[:, None] @ self.deep  # J: layers
         return torch.cat([soft_NKD, deep_NJKD.flatten(1, 2)], dim=1)
 
 

@@ -56,6 +56,7 @@ class ModelConfig:
         backbone_layers: read with the first so many layers of the backbone only, which also saves time; unset: all.
         deep_soft_prompt: add an alignment per layer, whose output is added at the soft positions of that layer's
             input (layout `suffix`); these start at zero.
+        deep_soft_prompt_rank: of these alignments, which are then products of two thin matrices; unset: whole.
         linear_head: a trained square matrix after pooling, started as the identity.
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
@@ -84,6 +85,7 @@ class ModelConfig:
     text_pass: Literal["same", "int8"] = "same"
     backbone_layers: PositiveInt | None = None
     deep_soft_prompt: bool = False
+    deep_soft_prompt_rank: PositiveInt | None = None
     linear_head: bool = False
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
@@ -102,6 +104,8 @@ class ModelConfig:
                 raise ValueError("instruction_template must hold {instruction} exactly once")
         if self.deep_soft_prompt and self.layout != "suffix":
             raise ValueError(f"deep_soft_prompt needs layout 'suffix', found {self.layout!r}")
+        if self.deep_soft_prompt_rank is not None and not self.deep_soft_prompt:
+            raise ValueError("deep_soft_prompt_rank needs deep_soft_prompt")
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

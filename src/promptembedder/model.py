@@ -249,21 +249,20 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
         config = replace(config, dtype=dtype)  # type: ignore[arg-type]
     try:
         stored = load_file(weights_at)
-        wanted = ["deep", "weight"] if config.deep_soft_prompt else ["weight"]
-        if sorted(stored) != wanted:
-            raise PromptEmbedderError(
-                f"{weights_at} holds {sorted(stored)}, expected {' and '.join(map(repr, wanted))}"
-            )
+        if "weight" not in stored:
+            raise PromptEmbedderError(f"{weights_at} holds {sorted(stored)}, expected 'weight' too")
         weight_PD = stored["weight"].float()
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
         module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
         load_trained_state(module.prompter, prompter_weights_at)
-        if module.alignment.deep is not None:
-            have, want = tuple(stored["deep"].shape), tuple(module.alignment.deep.shape)
-            if have != want:
-                raise PromptEmbedderError(f"{weights_at}: 'deep' is {have}, expected {want}")
-            module.alignment.deep.data.copy_(stored["deep"])
+        have, wanted = (
+            {name: tuple(value.shape) for name, value in tensors.items()}
+            for tensors in (stored, module.alignment.state_dict())
+        )
+        if have != wanted:
+            raise PromptEmbedderError(f"{weights_at} holds {have}, expected {wanted}")
+        module.alignment.load_state_dict(stored)
     except SafetensorError as error:
         raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
     for role in ("prompter", "backbone"):
@@ -360,7 +359,8 @@ def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str)
         text_pass=config.text_pass,
         num_soft_tokens=config.num_soft_tokens if config.deep_soft_prompt else None,
     )
-    return Alignment(weight_PD, settings.num_hidden_layers if config.deep_soft_prompt else 0), backbone
+    layers = settings.num_hidden_layers if config.deep_soft_prompt else 0
+    return Alignment(weight_PD, layers, config.deep_soft_prompt_rank), backbone
 
 
 def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:

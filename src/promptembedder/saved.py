@@ -82,6 +82,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "hidden_offset": settings["hidden_offset"],
         "backbone_layers": settings["backbone_layers"] or "all",
         "deep_soft_prompt": settings["deep_soft_prompt"],
+        "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],
         "linear_head": settings["linear_head"],
         "softmax_temperature": settings["softmax_temperature"],
         "text_template": settings["text_template"],
