@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from promptembedder import evaluation
-from promptembedder.config import RunConfig, dump_yaml, load_run
-from promptembedder.module import CONFIG_FILE, SHARED_PROMPTER
+from promptembedder.alignment import thinned
+from promptembedder.config import ModelConfig, RunConfig, dump_yaml, load_run, parse
+from promptembedder.module import ALIGNMENT_FILE, CONFIG_FILE, SHARED_PROMPTER
 from promptembedder.shipped import PLACE
 from promptembedder.training_facts import read_facts
 
@@ -118,6 +119,19 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
     return "\n".join(lines)
 
 
+def thin(folder: Path, rank: int) -> None:
+    """Keep a deep soft prompt's matrices as products of two thin ones."""
+    file, settings_at = folder / ALIGNMENT_FILE, folder / CONFIG_FILE
+    stored, saved = load_file(file), json.loads(settings_at.read_text())
+    whole = stored.pop("deep")
+    stored["deep_in"], stored["deep_out"] = thinned(whole, rank)
+    kept = (stored["deep_in"] @ stored["deep_out"]).square().sum() / whole.square().sum()
+    print(f"rank {rank} keeps {kept:.1%} of the deep soft prompt's squared norm")
+    save_file(stored, file)
+    saved["model"]["deep_soft_prompt_rank"] = rank
+    settings_at.write_text(json.dumps(saved, indent=2) + "\n")
+
+
 def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
     """Half precision, no trace of the maker's machine, a higher text limit; gives the run's settings."""
     saved = json.loads((folder / CONFIG_FILE).read_text())
@@ -134,7 +148,7 @@ def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
     run = load_run(folder / "config.yaml")
     run = replace(
         run,
-        model=replace(run.model, max_text_tokens=max_text_tokens),
+        model=parse(ModelConfig, saved["model"], where=str(folder)),
         data=replace(run.data, root=None),
         training=replace(run.training, output="runs/general"),
     )
@@ -148,6 +162,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--recipe", required=True, help="that the model was made with, below recipes/")
     parser.add_argument("--max-text-tokens", type=int, default=512)
+    parser.add_argument("--deep-rank", type=int, help="keep a deep soft prompt's matrices in this rank")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     facts = read_facts(arguments.model)
@@ -155,6 +170,8 @@ def main() -> None:
         sys.exit(f"{arguments.model}: needs the facts of one whole training (training.json)")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(arguments.model, Path(scratch) / arguments.name))
+        if arguments.deep_rank:
+            thin(folder, arguments.deep_rank)
         run = neutral(folder, arguments.max_text_tokens)
         (folder / "README.md").write_text(card(arguments.name, arguments.recipe, run, facts, arguments.results))
         shutil.rmtree(PLACE / arguments.name, ignore_errors=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build, encode, load, save
+from promptembedder.alignment import thinned
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import train
 
@@ -80,6 +81,17 @@ def test_a_deep_soft_prompt_of_low_rank_equals_whole_matrices_of_that_rank(tiny_
         for layer, (first, second) in enumerate(zip(thin.deep_in, thin.deep_out, strict=True)):
             whole[0].alignment.deep[layer] = first @ second
     assert np.allclose(low.encode(TEXTS, prompt=INSTRUCTION), whole.encode(TEXTS, prompt=INSTRUCTION), atol=1e-5)
+
+
+def test_thinned_is_whole_matrices_of_that_rank_and_the_best_of_smaller_rank():
+    torch.manual_seed(4)
+    whole_JPD = torch.randn(3, 9, 4) @ torch.randn(3, 4, 7)
+    first_JPR, second_JRD = thinned(whole_JPD, 4)
+    assert (first_JPR.shape, second_JRD.shape) == ((3, 9, 4), (3, 4, 7))
+    assert torch.allclose(first_JPR @ second_JRD, whole_JPD, atol=1e-4)
+    for whole_PD, first_PR, second_RD in zip(whole_JPD, *thinned(whole_JPD, 2), strict=True):
+        lost = torch.linalg.svdvals(whole_PD)[2:].norm()  # no matrix of rank 2 is nearer
+        assert torch.isclose((first_PR @ second_RD - whole_PD).norm(), lost, rtol=1e-4)
 
 
 def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):

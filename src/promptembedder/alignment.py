@@ -58,6 +58,14 @@ class Alignment(nn.Module):
         return torch.cat([soft_NKD, deep_NJKD.flatten(1, 2)], dim=1)
 
 
+def thinned(deep_JPD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (J, P, R) and (J, R, D) of the nearest matrices of rank R (Eckart and Young 1936), both of one length."""
+    left, values, right = torch.linalg.svd(deep_JPD.double(), full_matrices=False)
+    root_JR = values[:, :rank].sqrt()
+    first_JPR, second_JRD = left[..., :rank] * root_JR[:, None], root_JR[..., None] * right[:, :rank]
+    return first_JPR.float(), second_JRD.float()
+
+
 def identity(P: int, D: int) -> Tensor:
     """The start where prompter and backbone share their embeddings.
 
