@@ -115,6 +115,36 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Held out of every run but one: what an assistant is asked to do, and with what. In words of its own, so that figures
+# stay comparable when `contrast.py` changes its.
+REQUESTS = Family(
+    ("request", "command", "message"),
+    (
+        "{do} {thing}",
+        "please {do} {thing}",
+        "could you {do} {thing}?",
+    ),
+    {
+        "do": (
+            ("action", "command"),
+            """set up/create; delete/get rid of; show me/tell me about; change/update; look for/search for; order/buy;
+            forward/share; explain/clarify; start/turn on; stop/turn off; repeat/say again; check/have a look at;
+            rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from others;
+            describe/give me details of; recommend/suggest; reply to/answer; book/reserve; raise/turn up; lower/turn
+            down; list/read out; save/store""",
+        ),
+        "thing": (
+            ("subject", "domain", "object"),
+            """the alarm/my wake up call; the meeting/my appointment; the song/my playlist; the email/the message from
+            tom; the shopping list/what I need from the grocer; the flight/my plane ticket; the pizza/my take-away; the
+            forecast/the weather report; the lamp/the light in the kitchen; the headlines/the morning news; the bank
+            transfer/my last payment; the photo/the picture of our dog; the recipe/how to bake bread; the taxi/my ride
+            home; the heating/the thermostat; the podcast/the radio show; the stock price/my shares; the vacuum
+            cleaner/the robot that sweeps; the timer/the countdown; the audiobook/the novel on my phone; the game/the
+            quiz; the contact/the phone number of anna; the tweet/my post; the traffic/the jam on the motorway""",
+        ),
+    },
+)
 # Held out of every run: what moves people, and about what.
 REMARKS = Family(
     ("remark",),
@@ -143,8 +173,6 @@ ASKED = {
     "matter": "Sort the remarks by the matter that they are about.",
 }
 REQUESTS_TOO = "requests among the contrast rows"
-# What an assistant is asked for: held out of every run but that one.
-REQUESTS = replace(FAMILIES[-1], templates=FAMILIES[-1].templates[:3])
 
 
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:

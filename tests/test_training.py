@@ -14,7 +14,7 @@ import torch
 import promptembedder
 from conftest import CUE, INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build
-from promptembedder.aspects import ASPECTS, MEANING, made_up_instructions
+from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
 from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.explain import explain
 from promptembedder.module import SoftPromptLeaves
@@ -309,7 +309,11 @@ def test_made_up_instructions_name_their_aspect():
     drawn = list(itertools.islice(made_up_instructions(ASPECTS, seed=1), 400))
     about = [(text, aspect) for text, aspect in drawn if aspect != MEANING]
     assert 250 < len(about) < 350
-    assert all(aspect in text for text, aspect in about)
+    by_values = [(text, aspect) for text, aspect in about if aspect not in text]
+    assert 20 < len(by_values) < 60
+    for text, aspect in by_values:
+        assert VALUES[text.split(" is ", 1)[1].removesuffix(".")] == aspect
+    assert set(VALUES.values()) <= set(ASPECTS)
     assert len({text for text, _ in drawn}) > 300
     assert not any("{" in text for text, _ in drawn)
 

@@ -40,7 +40,36 @@ _ABOUT_ASPECT = (
     "Retrieve {thing}s of the same {aspect}, regardless of their {other}.",
     "Retrieve {thing}s that agree in {aspect}, ignoring the {other}.",
     "Compare the {thing}s by {aspect}, not by {other}.",
+    "Identify the {manner} {aspect} of the {thing}.",
+    "Tell which {manner} {aspect} the {field} {thing} belongs to.",
+    "Identify the {aspect} of the {field} {thing}.",
 )
+_MANNERS = ("general", "main", "likely", "usual", "exact", "broad", "particular", "overall", "apparent", "underlying")
+# Words of one token and of several, so that none of them is taken for what an instruction is about.
+_FIELDS = """
+legal medical financial historical chemical political agricultural musical culinary astronomical archaeological
+meteorological theological psychological gardening linguistics geology economics accounting photography veterinary
+dentistry oceanography aviation cryptography thermodynamics shipbuilding football sports travel cooking railway film
+"""
+FIELDS = tuple(_FIELDS.split())
+# Of two values an instruction names, the aspect that they are values of.
+VALUES = {
+    "positive or negative": "sentiment",
+    "good, bad or neither": "sentiment",
+    "happy or sad": "emotion",
+    "angry, calm or afraid": "emotion",
+    "polite or rude": "tone",
+    "insulting": "tone",
+    "formal or casual": "style",
+    "easy or hard": "difficulty",
+    "dangerous or safe": "risk",
+    "cheap or expensive": "price",
+    "a fact or a view": "opinion",
+    "about a person, a place or a thing": "entity",
+    "from Europe, Asia or Africa": "location",
+    "about winter or summer": "season",
+}
+_ABOUT_VALUES = ("Tell whether the {thing} is {values}.", "Decide whether the {field} {thing} is {values}.")
 _ABOUT_MEANING = (
     "Retrieve {thing}s that mean the same as the given {thing}.",
     "Retrieve paraphrases of the given {thing}.",
@@ -50,12 +79,19 @@ _ABOUT_MEANING = (
     "Retrieve {thing}s that answer the question.",
     "Represent the {thing} so that a search finds it.",
     "Represent the meaning of the {thing}.",
+    "Retrieve {field} {thing}s that answer the question.",
+    "Retrieve {field} and {field_too} {thing}s that are relevant to the query.",
+    "Given a {field} question, retrieve {thing}s that answer it.",
+    "Retrieve {field} {thing}s that mean the same as the given {thing}.",
+    "Retrieve {thing}s that support or refute the {field} claim.",
+    "Retrieve {thing}s of the same {field} {other} as the given {thing}.",
 )
 
 
 def instruction_about(aspect: str, other: str, thing: str, drawn: random.Random) -> str:
     """A made-up instruction about an aspect; some of the phrases name another aspect, to be ignored."""
-    return drawn.choice(_ABOUT_ASPECT).format(aspect=aspect, other=other, thing=thing)
+    phrase, manner, field = drawn.choice(_ABOUT_ASPECT), drawn.choice(_MANNERS), drawn.choice(FIELDS)
+    return phrase.format(aspect=aspect, other=other, thing=thing, manner=manner, field=field)
 
 
 def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
@@ -67,10 +103,15 @@ def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[st
     """
     drawn = random.Random(seed)
     while True:
-        thing = drawn.choice(THINGS)
-        if drawn.random() < 0.25:
+        thing, kind = drawn.choice(THINGS), drawn.random()
+        field, field_too = drawn.sample(FIELDS, 2)
+        if kind < 0.25:
             other = drawn.choice([name for name in THINGS if name != thing])
-            yield drawn.choice(_ABOUT_MEANING).format(thing=thing, other=other), MEANING
+            words = {"thing": thing, "other": other, "field": field, "field_too": field_too}
+            yield drawn.choice(_ABOUT_MEANING).format(**words), MEANING
+        elif kind < 0.35:
+            values, aspect = drawn.choice(list(VALUES.items()))
+            yield drawn.choice(_ABOUT_VALUES).format(thing=thing, values=values, field=field), aspect
         else:
             aspect, other = drawn.sample(aspects, 2)
             yield instruction_about(aspect, other, thing, drawn), aspect

@@ -251,11 +251,12 @@ FAMILIES = (
         {
             "do": (
                 ("action",),
-                """set up/create; delete/get rid of; show me/tell me about; change/update; look for/search for;
-                order/buy; forward/share; explain/clarify; start/turn on; stop/turn off; repeat/say again; check/have a
-                look at; rate/review; remind me of/don't let me forget; rename/give another name to; hide/keep from
-                others; describe/give me details of; recommend/suggest; reply to/answer; book/reserve; raise/turn up;
-                lower/turn down; read out/read aloud to me; save/store""",
+                """tell me about/show me/what is there to know about/check/look up/do I have anything on; set
+                up/add/create/make a new entry for/put in/note down; delete/remove/cancel/clear/get rid of/take away;
+                change/update/edit/correct/move/modify; start/turn on/open/switch on/launch/activate; stop/turn
+                off/close/switch off/end/quit; send/forward/share/pass on; order/buy/pay for/get me; raise/turn up/give
+                me more of; lower/turn down/reduce/give me less of; recommend/suggest/find me something good for; read
+                out/read aloud/recite; save/keep/store/file; explain/clarify/help me understand""",
             ),
             "thing": (
                 ("subject", "domain", "topic"),
