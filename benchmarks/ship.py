@@ -59,6 +59,8 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
     stems = [Path(source.path).name.split(".")[0] for source in run.data.files]
     if unknown := [stem for stem in stems if stem not in LICENCES]:
         sys.exit(f"no licence is known for {', '.join(unknown)}; add it to LICENCES")
+    rank = run.model.deep_soft_prompt_rank
+    thin_ones = f", those of the deep soft prompt in rank {rank} after the training" if rank else ""
     cut = f", texts cut at {run.data.max_text_tokens} tokens" if run.data.max_text_tokens else ""
     lines = [
         "---",
@@ -87,7 +89,7 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         f"Recipe `recipes/{recipe}`: layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens, "
         f"{facts['steps']} steps of {run.training.batch_size} rows, {run.data.max_negatives} hard negative, "
         f"{run.data.contrast_rows:,} of the rows made up (`data.contrast_rows`){cut}; "
-        f"{facts['trained_parameters']:,} trained parameters. Weights are kept in float16.",
+        f"{facts['trained_parameters']:,} trained parameters. Weights are kept in float16{thin_ones}.",
         "",
         "| file | source | licence as stated at the source |",
         "| --- | --- | --- |",

@@ -88,6 +88,7 @@ def test_thinned_is_whole_matrices_of_that_rank_and_the_best_of_smaller_rank():
     whole_JPD = torch.randn(3, 9, 4) @ torch.randn(3, 4, 7)
     first_JPR, second_JRD = thinned(whole_JPD, 4)
     assert (first_JPR.shape, second_JRD.shape) == ((3, 9, 4), (3, 4, 7))
+    assert all(factor.is_contiguous() for factor in (first_JPR, second_JRD))  # as safetensors wants them
     assert torch.allclose(first_JPR @ second_JRD, whole_JPD, atol=1e-4)
     for whole_PD, first_PR, second_RD in zip(whole_JPD, *thinned(whole_JPD, 2), strict=True):
         lost = torch.linalg.svdvals(whole_PD)[2:].norm()  # no matrix of rank 2 is nearer

@@ -63,7 +63,7 @@ def thinned(deep_JPD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     left, values, right = torch.linalg.svd(deep_JPD.double(), full_matrices=False)
     root_JR = values[:, :rank].sqrt()
     first_JPR, second_JRD = left[..., :rank] * root_JR[:, None], root_JR[..., None] * right[:, :rank]
-    return first_JPR.float(), second_JRD.float()
+    return first_JPR.float().contiguous(), second_JRD.float().contiguous()
 
 
 def identity(P: int, D: int) -> Tensor:
