@@ -4,7 +4,7 @@
 
 Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
 (`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
-of tasks that were trained on (`seen`) and of two that were not (`unseen`); `requests`, `remarks`: share of made-up
+of five tasks, trained on unless the entry leaves some out (`seen`), and of two that never are (`unseen`); `requests`, `remarks`: share of made-up
 texts, of kinds never trained on (but for one entry), that are in order under two instructions which swap positive and
 negative; `spread`: mean distance between the soft prompts of instructions over their mean norm, 0 where the
 instruction is ignored. Seconds are of warm start and steps; layout `suffix` reads every text once for all runs
@@ -45,6 +45,7 @@ from promptembedder.warm_start import warm_start
 RECIPES = Path(__file__).parents[1] / "recipes"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
 PAIRS_ONLY = ("quora_paraphrases", "conala_rewrites")
+FEW = ("snli_triplets", "clinc150_intent", "cr_sentiment")
 UNSEEN = ("snips_intent", "subj")
 TEXT = 'This sentence : "{text}"'
 RATE = "training.prompter_learning_rate"
@@ -55,6 +56,7 @@ def frame(text_template: str, cue: str) -> tuple[str, str]:
     return (f"model.text_template={json.dumps(text_template)}", f"training.warm_start.cue={json.dumps(cue)}")
 
 
+QWEN = "qwen2.5-coder-0.5b-instruct"
 ONE_CUE = frame(TEXT, 'means in one word:"')
 # Name: settings that differ from the base, the recipe general.yaml.
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -72,6 +74,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "alignment rate 3e-3": ("training.alignment_learning_rate=3e-3",),
     "layout prefix": (
         "model.layout=prefix",
+        "model.deep_soft_prompt=false",
         f"model.text_template={json.dumps(TEXT + ' means in one word:' + chr(34))}",
         "training.warm_start.steps=0",
         f"{RATE}=2e-4",
@@ -103,11 +106,15 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no hard negatives": ("data.max_negatives=0",),
     "2 hard negatives": ("data.max_negatives=2",),
     "false negatives masked": ("training.mask_false_negatives=true",),
-    "deep soft prompt": ("model.deep_soft_prompt=true",),
-    "linear head": ("model.linear_head=true",),
-    "deep soft prompt and linear head": ("model.deep_soft_prompt=true", "model.linear_head=true"),
+    "no deep soft prompt": ("model.deep_soft_prompt=false",),
+    "no linear head": ("model.linear_head=false",),
+    "neither": ("model.deep_soft_prompt=false", "model.linear_head=false"),
+    "deep soft prompt of rank 32": ("model.deep_soft_prompt_rank=32",),
     "texts in int8": ("model.text_pass=int8",),
+    "prompter SmolLM2, backbone Qwen2.5-Coder-0.5B": (f"model.backbone={QWEN}",),
+    "prompter Qwen2.5-Coder-0.5B, backbone SmolLM2": (f"model.prompter={QWEN}",),
     "one instruction for all": (),
+    "three training files": (),
     "no contrast rows": ("data.contrast_rows=0",),
     "4,000 contrast rows": ("data.contrast_rows=4000",),
     "36,000 contrast rows": ("data.contrast_rows=36000",),
@@ -178,9 +185,10 @@ REQUESTS_TOO = "requests among the contrast rows"
 def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
     config = load_run(RECIPES / "general.yaml", [*(arguments.set or []), *ABLATIONS[name]], root=str(arguments.data))
     named = {Path(file.path).name: file for file in config.data.files}
+    sources = FEW if name == "three training files" else (*SEEN, *PAIRS_ONLY)
     files = tuple(
         replace(named[f"{source}.jsonl.gz"], max_rows=count_rows(source, arguments) - arguments.held)
-        for source in (*SEEN, *PAIRS_ONLY)
+        for source in sources
     )
     training = replace(
         config.training,
@@ -191,7 +199,8 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
         seed=seed,
     )
     if config.model.layout == "suffix":
-        states = arguments.output / f"states-{config.model.backbone_layers or 'all'}-{config.model.text_pass}"
+        read_by = (config.model.backbone, config.model.backbone_layers or "all", config.model.text_pass)
+        states = arguments.output / "-".join(map(str, ("states", *read_by)))
         training = replace(training, text_state_cache=arguments.states, text_state_folder=str(states))
     data: DataConfig = replace(config.data, files=files)
     evaluation = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.steps)
