@@ -4,12 +4,12 @@
 
 Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
 (`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
-of five tasks, trained on unless the entry leaves some out (`seen`), and of two that never are (`unseen`); `requests`, `remarks`: share of made-up
-texts, of kinds never trained on (but for one entry), that are in order under two instructions which swap positive and
-negative; `spread`: mean distance between the soft prompts of instructions over their mean norm, 0 where the
-instruction is ignored. Seconds are of warm start and steps; layout `suffix` reads every text once for all runs
-(text-state cache on disk, up to `--states`), so they say nothing of the change. With contrast rows the warm start knows
-their instructions too.
+of five tasks, trained on unless the entry leaves some out (`seen`), and of two that never are (`unseen`); `requests`,
+`remarks`: share of made-up texts, of kinds never trained on (but for one entry), that are in order under two
+instructions which swap positive and negative; `spread`: mean distance between the soft prompts of instructions over
+their mean norm, 0 where the instruction is ignored. Seconds are of warm start and steps; layout `suffix` reads every
+text once for all runs (text-state cache on disk, up to `--states`), so they say nothing of the change. With contrast
+rows the warm start knows their instructions too.
 Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
 """
 
