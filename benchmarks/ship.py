@@ -2,9 +2,9 @@
 
     python benchmarks/ship.py runs/general/model smollm2-135m --recipe general.yaml
 
-Writes `src/promptembedder/models/NAME`. The text limit is raised to `--max-text-tokens`, so that nothing is cut unseen;
-what that does to long texts is in docs/research-log.md. The card takes figures from `--results`, the folder that
-`promptembedder evaluate NAME` wrote; run it once without, evaluate, and once more with.
+Writes `src/promptembedder/models/NAME`, which cuts texts at `--max-text-tokens`; what other limits do is in
+docs/research-log.md. The card takes figures from `--results`, the folder that `promptembedder evaluate NAME` wrote; run
+it once without, evaluate, and once more with.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         "",
         "English. A 135M LLM knows little: expect sentence similarity and intents to work, knowledge-heavy retrieval "
         "less so. Trained on few rows for minutes; instructions far from those of training are followed less well. "
-        f"Trained on texts of {run.data.max_text_tokens or run.model.max_text_tokens} tokens: long documents may fare "
-        "better cut (`model.max_seq_length = 64`) or in parts.",
+        f"Trained on texts of {run.data.max_text_tokens or run.model.max_text_tokens} tokens, so texts are cut at "
+        f"{run.model.max_text_tokens} (`model.max_seq_length` raises that): long documents fare better in parts.",
         "",
     ]
     return "\n".join(lines)
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("name")
     parser.add_argument("--recipe", required=True, help="that the model was made with, below recipes/")
-    parser.add_argument("--max-text-tokens", type=int, default=512)
+    parser.add_argument("--max-text-tokens", type=int, default=128)
     parser.add_argument("--deep-rank", type=int, help="keep a deep soft prompt's matrices in this rank")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()

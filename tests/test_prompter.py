@@ -42,6 +42,39 @@ def test_requests_do_not_depend_on_their_batch(tiny_model, architecture):
         assert torch.allclose(together[n], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_what_requests_begin_with_is_read_once_and_gradients_pass_through_it(tiny_model, architecture):
+    prompter = tiny_model(architecture, num_soft_tokens=2)[0].prompter
+    requests = [INSTRUCTION, "Short.", INSTRUCTION + " In brief."]
+    read = []
+    embedding = prompter.lm.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, arguments, __: read.append(arguments[0].numel()))
+
+    def gradients(batches):
+        prompter.zero_grad()
+        for batch in batches:
+            prompter(*prompter.tokenize(batch)).tokens_NKP.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in prompter.parameters() if p.grad is not None])
+
+    together = gradients([requests])
+    tokens, (opening, rest) = prompter.tokenize(requests)[0].numel(), read
+    assert opening > 1
+    assert rest == tokens - len(requests) * opening
+    hook.remove()
+    alone = gradients([[request] for request in requests])
+    assert alone.norm() > 0
+    assert torch.allclose(together, alone, atol=1e-4 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("requests", [["to be", "to be\nor not"], ["to be", "to be"], ["to be", "or not"]])
+def test_a_request_that_begins_another(tiny_model, requests):
+    prompter = tiny_model()[0].prompter
+    prompter.tokenizer.chat_template = None
+    together = prompter(*prompter.tokenize(requests)).tokens_NKP
+    for n, request in enumerate(requests):
+        assert torch.allclose(together[n], prompter(*prompter.tokenize([request])).tokens_NKP[0], atol=1e-5)
+
+
 def test_different_instructions_give_different_soft_tokens(tiny_model):
     prompter = tiny_model()[0].prompter
     first, second = prompter(*prompter.tokenize([INSTRUCTION, "Find the topic."])).tokens_NKP

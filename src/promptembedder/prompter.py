@@ -5,6 +5,8 @@ Shapes: N requests, S request tokens, K soft tokens, P prompter width, V vocabul
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,15 +81,42 @@ class Prompter(nn.Module):
         return self
 
     def tokenize(self, requests: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (N, S) int64 each, left padded, of the requests in the LLM's chat template."""
+        """Token ids and mask, (N, S) int64 each, of the requests in the LLM's chat template.
+
+        Padding stands after what all of them begin with, the template's opening, so that `begin` reads that once.
+        """
         rows = [self._request_ids(request) for request in requests]
         length = max(len(row) for row in rows)
+        shared = min(len(os.path.commonprefix(rows)), min(len(row) for row in rows) - 1)
+        if length + self.num_soft_tokens > (getattr(self.lm.config, "sliding_window", None) or sys.maxsize):
+            shared = 0  # padding in the middle would push the opening out of the window
         ids_NS = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
         mask_NS = torch.zeros_like(ids_NS)
         for n, row in enumerate(rows):
-            ids_NS[n, length - len(row) :] = torch.tensor(row)
-            mask_NS[n, length - len(row) :] = 1
+            ids = torch.tensor(row)
+            ids_NS[n, :shared], ids_NS[n, length - len(row) + shared :] = ids[:shared], ids[shared:]
+            mask_NS[n, :shared] = mask_NS[n, length - len(row) + shared :] = 1
         return ids_NS, mask_NS
+
+    def begin(self, ids_NS: Tensor, mask_NS: Tensor) -> tuple[DynamicCache, int]:
+        """Read what all requests begin with once, in place of N times; gradients pass.
+
+        Args:
+            ids_NS: request token ids, as `tokenize` pads them.
+            mask_NS: 1 for tokens, 0 for padding.
+
+        Returns:
+            The cache to read the rest with, and how many tokens are in it; at least one is left to read.
+        """
+        lm: Any = self.lm
+        cache = DynamicCache(config=lm.config)
+        alike_S = (mask_NS != 0).all(0) & (ids_NS == ids_NS[:1]).all(0)
+        shared = min(int(alike_S.cumprod(0).sum()), ids_NS.shape[1] - 1)
+        if len(ids_NS) == 1 or shared == 0:
+            return cache, 0
+        lm(input_ids=ids_NS[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids_NS))
+        return cache, shared
 
     def forward(self, ids_NS: Tensor, mask_NS: Tensor) -> SoftTokens:
         """Generate K soft tokens per request, keeping gradients through all K steps.
@@ -96,14 +125,14 @@ class Prompter(nn.Module):
         next input (PromptEmbedder, arXiv 2605.28066; the relaxation as in GIRCSE).
 
         Args:
-            ids_NS: request token ids, left padded.
+            ids_NS: request token ids, as `tokenize` pads them.
             mask_NS: 1 for tokens, 0 for padding.
         """
         lm: Any = self.lm
         embeddings_VP, scale = input_embeddings(lm)
-        inputs_NSP = lm.get_input_embeddings()(ids_NS)
-        cache = DynamicCache(config=lm.config)
-        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)
+        cache, shared = self.begin(ids_NS, mask_NS)
+        inputs_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
+        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         tokens, logits = [], []
         for step in range(self.num_soft_tokens):
             output = lm(

@@ -136,10 +136,13 @@ def _log_weights(prompter: Prompter, instructions: Sequence[str], cue_NK: Tensor
     ids_NS, mask_NS = (tensor.to(cue_NK.device) for tensor in prompter.tokenize(instructions))
     ids = torch.cat([ids_NS, cue_NK[:, :-1]], dim=1)
     mask = torch.cat([mask_NS, torch.ones_like(cue_NK[:, :-1])], dim=1)
+    cache, shared = prompter.begin(ids_NS, mask_NS)
     logits_NKV = prompter.lm(
-        input_ids=ids,
+        input_ids=ids[:, shared:],
         attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
         logits_to_keep=cue_NK.shape[1],
     ).logits
     log_weights_NKV = torch.log_softmax(logits_NKV.float() / prompter.temperature, dim=-1)
