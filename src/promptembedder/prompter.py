@@ -5,7 +5,7 @@ Shapes: N requests, S request tokens, K soft tokens, P prompter width, V vocabul
 
 from __future__ import annotations
 
-import os
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +87,8 @@ class Prompter(nn.Module):
         """
         rows = [self._request_ids(request) for request in requests]
         length = max(len(row) for row in rows)
-        shared = min(len(os.path.commonprefix(rows)), min(len(row) for row in rows) - 1)
+        alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))
+        shared = min(sum(1 for _ in alike), min(len(row) for row in rows) - 1)
         if length + self.num_soft_tokens > (getattr(self.lm.config, "sliding_window", None) or sys.maxsize):
             shared = 0  # padding in the middle would push the opening out of the window
         ids_NS = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
