@@ -134,6 +134,21 @@ def test_trained_saved_and_opened(run_config, tmp_path, option):
     assert np.allclose(load(result.folder).encode(TEXTS, prompt=INSTRUCTION), expected, atol=1e-5)
 
 
+def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):
+    option = {"deep_soft_prompt": True, "linear_head": True, "hidden_offset": True}
+    config = run_config(model=option, prompter_learning_rate=1e-5, alignment_learning_rate=1e-2, max_steps=1, warmup=0)
+    before = dict(build(config.model, seed=config.training.seed).named_parameters())
+    after = dict(train(config).model.named_parameters())
+    # The first step of Adam moves every weight by its rate, however large the gradient.
+    moved = {name: float((after[name] - before[name]).detach().abs().max()) for name in after}
+    rates = {name: rate for name, rate in moved.items() if rate}
+    fast = {"0.alignment.weight", "0.alignment.deep", "0.prompter.hidden_offset.weight", "1.linear.weight"}
+    assert {name for name, rate in rates.items() if rate > 5e-3} == fast
+    slow = [rate for name, rate in rates.items() if name not in fast]
+    assert slow
+    assert max(slow) < 2e-5
+
+
 @pytest.mark.parametrize("option", [{"deep_soft_prompt": True}, {"linear_head": True}])
 def test_leaf_and_plain_training_are_the_same(run_config, option):
     """The callback clips all trained weights, those after pooling too."""

@@ -252,6 +252,19 @@ def test_encode_nothing(
     assert np.load(output).shape == shape
 
 
+def test_encode_reads_texts_up_to_a_limit(
+    command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    path.write_text("one two three four five six seven\n")
+    assert command("encode", saved, path, "-o", output, "--max-text-tokens", 2).code == 0
+    assert not np.allclose(np.load(output), model.encode(["one two three four five six seven"]), atol=1e-3)
+    limited = load(saved)
+    limited.max_seq_length = 2
+    np.testing.assert_allclose(np.load(output), limited.encode(["one two three four five six seven"]), atol=1e-5)
+    assert command("encode", saved, path, "-o", output, "--max-text-tokens", 0).code == 2
+
+
 def test_encode_with_a_model_saved_truncated(
     command: Callable[..., Outcome], saved: Path, texts: Path, tmp_path: Path
 ) -> None:

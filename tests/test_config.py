@@ -75,6 +75,11 @@ def test_an_empty_file_is_all_defaults(read: Callable[..., RunConfig]) -> None:
         ("training.early_stop_patience=null", "training", "early_stop_patience", None),
         ("evaluation.test=sts/test.jsonl.gz", "evaluation", "test", "sts/test.jsonl.gz"),
         ("model.text_template=a = {text}", "model", "text_template", "a = {text}"),
+        ("model.text_template={text}", "model", "text_template", "{text}"),
+        ('model.text_template=This : "{text}"', "model", "text_template", 'This : "{text}"'),
+        ("model.text_template={text} # one", "model", "text_template", "{text} # one"),
+        ("model.default_instruction=Topic: which one?", "model", "default_instruction", "Topic: which one?"),
+        ("model.default_instruction=Say which # it has", "model", "default_instruction", "Say which # it has"),
         ("data.files=[{path: a.jsonl, weight: 2}]", "data", "files", (DataFile(path="a.jsonl", weight=2.0),)),
     ],
 )

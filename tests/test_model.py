@@ -170,6 +170,10 @@ def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatc
     model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()})
     model.encode(TEXTS, prompt=INSTRUCTION)
     assert len(calls) == 4
+    # What was remembered on another device stays behind when the model moves.
+    module._remembered_for = module._remembered_for.to("meta")
+    model.encode(TEXTS, prompt=INSTRUCTION)
+    assert len(calls) == 5
 
 
 def test_save_refuses_a_folder_that_is_no_model_and_replaces_one_that_is(tiny_model, tmp_path):

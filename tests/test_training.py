@@ -318,6 +318,17 @@ def test_made_up_instructions_name_their_aspect():
     assert not any("{" in text for text, _ in drawn)
 
 
+def test_made_up_instructions_keep_to_the_aspects_given():
+    some = ["topic", "tone"]  # a vocabulary may split the others
+    drawn = list(itertools.islice(made_up_instructions(some, seed=1), 300))
+    assert {aspect for _, aspect in drawn} == {*some, MEANING}
+    assert any(" is insulting" in text for text, _ in drawn)
+    assert {aspect for _, aspect in itertools.islice(made_up_instructions(["topic", "task"], seed=1), 300)} == {
+        *("topic", "task"),
+        MEANING,
+    }
+
+
 def test_warm_start_needs_a_cue_of_k_tokens(tiny_model):
     module = tiny_model(num_soft_tokens=20)[0]
     with pytest.raises(PromptEmbedderError, match=r"warm_start.cue has \d+ tokens for 20 soft tokens"):

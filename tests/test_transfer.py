@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from conftest import INSTRUCTION, TEXTS
@@ -322,6 +323,42 @@ def test_command(tiny_model, tiny_lm, tmp_path, command, run_config):
     assert command("info", line["model"]).code == 0
     wrong = command("transfer", tmp_path / "model")
     assert (wrong.code, wrong.err.strip()) == (2, "promptembedder: give the new backbone: --backbone NAME")
+
+
+def test_the_model_to_be_moved_is_not_overwritten(tiny_model, config, tmp_path):
+    save(tiny_model("llama"), tmp_path / "moved" / "model")
+    before = (tmp_path / "moved" / "model" / "alignment.safetensors").read_bytes()
+    with pytest.raises(PromptEmbedderError, match=r"holds a model with the old backbone.*training.output"):
+        transfer(load(tmp_path / "moved" / "model"), config())
+    assert (tmp_path / "moved" / "model" / "alignment.safetensors").read_bytes() == before
+    # An earlier result is.
+    elsewhere = config(training={"output": str(tmp_path / "other")})
+    for _ in range(2):
+        transfer(load(tmp_path / "moved" / "model"), elsewhere)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, config, rows, caplog):
+    old = tiny_model("llama", deep_soft_prompt=True, linear_head=True, backbone_layers=1)
+    moved = transfer(old, config(rows=rows)).model[0]
+    assert moved.settings.backbone_layers is None
+    assert len(moved.alignment.deep) == 2 > len(old[0].alignment.deep)
+    assert ("starts anew" in caplog.text) is not rows
+    kept = transfer(old, config(backbone_layers=1)).model[0]
+    assert len(kept.alignment.deep) == 1
+
+
+def test_a_prompter_to_share_is_compared_by_value_before_anything_is_done(tiny_model, config, tmp_path, monkeypatch):
+    save(tiny_model("llama"), tmp_path / "old")
+    weights = tmp_path / "old" / "prompter" / "adapter_model.safetensors"
+    save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
+    transfer(load(tmp_path / "old"), config(), share_prompter=tmp_path / "old")
+    other = tiny_model("llama")
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if "lora_B" in n).add_(1)
+    monkeypatch.setattr("promptembedder.base_models.locate", None)
+    with pytest.raises(PromptEmbedderError, match="is another one than the model's; it cannot be shared"):
+        transfer(other, config(), share_prompter=tmp_path / "old")
 
 
 def test_a_shared_prompter(tiny_model, config, tmp_path):

@@ -102,6 +102,7 @@ def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[st
         seed: of what is drawn.
     """
     drawn = random.Random(seed)
+    values_of = [(values, aspect) for values, aspect in VALUES.items() if aspect in aspects]
     while True:
         thing, kind = drawn.choice(THINGS), drawn.random()
         field, field_too = drawn.sample(FIELDS, 2)
@@ -109,8 +110,8 @@ def made_up_instructions(aspects: Sequence[str], seed: int) -> Iterator[tuple[st
             other = drawn.choice([name for name in THINGS if name != thing])
             words = {"thing": thing, "other": other, "field": field, "field_too": field_too}
             yield drawn.choice(_ABOUT_MEANING).format(**words), MEANING
-        elif kind < 0.35:
-            values, aspect = drawn.choice(list(VALUES.items()))
+        elif kind < 0.35 and values_of:
+            values, aspect = drawn.choice(values_of)
             yield drawn.choice(_ABOUT_VALUES).format(thing=thing, values=values, field=field), aspect
         else:
             aspect, other = drawn.sample(aspects, 2)

@@ -89,6 +89,7 @@ def encode(
     text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
     id_field: Annotated[str, typer.Option(help="Field of the id; rows without one get their number.")] = "id",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
+    max_text_tokens: Annotated[int | None, typer.Option(min=1, help="Read texts so far; unset: the model's.")] = None,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions.")] = None,
     precision: Annotated[Precision, typer.Option(help="How values are stored.")] = Precision.float32,
     bridge: Annotated[Path | None, typer.Option(help="Map the embeddings into an older model's space.")] = None,
@@ -122,6 +123,8 @@ def encode(
         # So does the first chunk: an input that cannot be read is said before the model opens too.
         first, count = list(itertools.islice(chunks, 1)), 0
         embedder = load(model, device=device)
+        if max_text_tokens is not None:
+            embedder.max_seq_length = max_text_tokens
         for chunk in _progress(itertools.chain(first, chunks)):
             ids, batch = zip(*chunk, strict=True)
             embeddings = embedder.encode(list(batch), show_progress_bar=False, **options)

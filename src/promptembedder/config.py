@@ -280,6 +280,7 @@ class TransferConfig:
         backbone: the new Embedding LLM: short name, folder, .gguf file or hub id.
         backbone_revision: hub commit of it.
         dtype: of its weights; unset: as the old model's.
+        backbone_layers: of it, from the input; unset: all, whatever the old model reads.
         starts: closed-form alignments to choose from, by name; empty: all that there are.
         data: labelled rows to train the alignment on; no files: none.
         texts: files of plain texts, on which the new model learns to agree with the old one.
@@ -294,13 +295,14 @@ class TransferConfig:
     backbone: str
     backbone_revision: str | None = None
     dtype: Precision | None = None
+    backbone_layers: PositiveInt | None = None
     starts: tuple[str, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     texts: tuple[str, ...] = ()
     text_instructions: tuple[str, ...] = ()
     max_texts: PositiveInt = 4096
     distillation_temperature: PositiveFloat = 0.05
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output="runs/transfer"))
     unfrozen_steps: Count = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -365,11 +367,19 @@ def _overridden(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise PromptEmbedderError(f"override {override!r}: {section!r} is not a section")
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            place[last] = value
+        place[last] = _value(value)
     return result
+
+
+def _value(text: str) -> Any:
+    """What the command line gives, read as YAML; a sentence stays one where YAML sees a mapping or a comment in it."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, dict) and (not text.lstrip().startswith("{") or set(value.values()) == {None}):
+        return text  # "Topic: which?", "{text}"
+    return text if isinstance(value, str) and " #" in text and " #" not in value else value
 
 
 def _one_line(error: ValidationError, kind: type) -> str:

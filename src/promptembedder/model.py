@@ -40,7 +40,7 @@ from promptembedder.module import (
     BaseModels,
     SoftPromptTransformer,
 )
-from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state
+from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state, trained_state
 from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
 
 _LORA_TARGETS = "all-linear"
@@ -116,9 +116,7 @@ def save(
     """
     target = Path(path)
     refuse_foreign(target)
-    lender = None if share_prompter is None else prompter_owner(share_prompter)
-    if lender is not None and lender == target.resolve():
-        raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
+    lender = None if share_prompter is None else lender_of(model, share_prompter, target)
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +136,29 @@ def save(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Path) -> Path:
+    """The folder whose prompter weights a model may share when it is saved to `target`.
+
+    Raises:
+        PromptEmbedderError: there are no weights to share, they are `target`'s own, or another prompter's.
+    """
+    lender = prompter_owner(share_prompter)
+    if lender == target.resolve():
+        raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
+    # By value: the lender may keep its weights in half precision.
+    own, theirs = trained_state(soft_prompt_module(model).prompter), load_file(_weights_in(lender))
+    if own.keys() != theirs.keys() or not all(torch.equal(own[n].float(), theirs[n].float()) for n in own):
+        raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
+    return lender
+
+
+def _weights_in(folder: Path) -> Path:
+    return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+
+
 def _share_prompter(written: Path, lender: Path, target: Path) -> None:
     """Replace the prompter weights just written by a pointer to another model's."""
-    own, theirs = written / PROMPTER_FOLDER / PROMPTER_WEIGHTS, lender / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    digest = sha256(theirs)
-    if sha256(own) != digest:
-        raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
+    digest = sha256(_weights_in(lender))
     shutil.rmtree(written / PROMPTER_FOLDER)
     saved = read_json(written / CONFIG_FILE)
     saved[SHARED_PROMPTER] = {"folder": os.path.relpath(lender, target), "sha256": digest}

@@ -255,8 +255,11 @@ class SoftPromptTransformer(InputModule):
 
     def _remembered_soft_prompt(self, instruction: str) -> Tensor:
         # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
-        sums = torch.stack([p.detach().sum() for p in self.parameters() if p.requires_grad] or [torch.zeros(())])
-        if self._remembered_for is None or not torch.equal(sums, self._remembered_for):
+        nothing = torch.zeros((), device=self.alignment.weight.device)
+        sums = torch.stack([p.detach().sum() for p in self.parameters() if p.requires_grad] or [nothing])
+        before = self._remembered_for
+        # The library moves models between devices, and these tensors do not go along.
+        if before is None or before.device != sums.device or not torch.equal(sums, before):
             self._remembered.clear()
             self._remembered_for = sums
         if instruction not in self._remembered:

@@ -85,11 +85,13 @@ class Prompter(nn.Module):
 
         Padding stands after what all of them begin with, the template's opening, so that `begin` reads that once.
         """
+        lm: Any = self.lm
         rows = [self._request_ids(request) for request in requests]
         length = max(len(row) for row in rows)
         alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))
         shared = min(sum(1 for _ in alike), min(len(row) for row in rows) - 1)
-        if length + self.num_soft_tokens > (getattr(self.lm.config, "sliding_window", None) or sys.maxsize):
+        window = getattr(lm.config.get_text_config(decoder=True), "sliding_window", None)
+        if length + self.num_soft_tokens > (window or sys.maxsize):
             shared = 0  # padding in the middle would push the opening out of the window
         ids_NS = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
         mask_NS = torch.zeros_like(ids_NS)

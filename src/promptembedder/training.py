@@ -31,6 +31,8 @@ from promptembedder.training_facts import Curve, dev_curve, write_facts
 from promptembedder.warm_start import warm_start
 
 _DEV_METRIC = "eval_dev_spearman_cosine"
+# Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
+_OTHERS_THAN_THE_PROMPTER = r"\.alignment\.|\.hidden_offset\.|\.\d+\.linear\."
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ def _trainer(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.prompter_learning_rate,
-        learning_rate_mapping={r"alignment\.|hidden_offset\.|^\d+\.linear\.": settings.alignment_learning_rate},
+        learning_rate_mapping={_OTHERS_THAN_THE_PROMPTER: settings.alignment_learning_rate},
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type=settings.schedule,

@@ -33,6 +33,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
 from promptembedder.model import (
     assemble,
+    lender_of,
     pair,
     refuse_foreign,
     save,
@@ -40,7 +41,7 @@ from promptembedder.model import (
 )
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
-from promptembedder.saved import prompter_owner
+from promptembedder.saved import read_settings
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import last_checkpoint, pair_evaluator, refuse_interrupted, train
 from promptembedder.training_facts import seconds_of, write_facts
@@ -75,14 +76,13 @@ def transfer(
     """
     old = soft_prompt_module(model)
     output = Path(config.training.output)
-    _check(config, share_prompter, resume)
+    _check(model, config, share_prompter, resume)
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
-    refuse_foreign(output / "model")
     located = base_models.locate(config.backbone, config.backbone_revision)
     # No device is asked for: the new model goes where the old one is.
-    moved = on_backbone(model, located, dtype=config.dtype)
+    moved = on_backbone(model, located, dtype=config.dtype, backbone_layers=config.backbone_layers)
     new = soft_prompt_module(moved)
     if config.unfrozen_steps:
         new.prompter = _own_copy(old)
@@ -119,14 +119,26 @@ def transfer(
     return result
 
 
-def _check(config: TransferConfig, share_prompter: str | Path | None, resume: bool) -> None:
+def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: str | Path | None, resume: bool) -> None:
     """Refuse settings that contradict each other, before anything is read or made."""
+    target = Path(config.training.output) / "model"
+    refuse_foreign(target)
+    old = soft_prompt_module(model)
+    if target.exists() and _backbone_in(target) == old.base_models.backbone_fingerprint:
+        raise PromptEmbedderError(
+            f"{target} holds a model with the old backbone, perhaps the one to be moved; choose another training.output"
+        )
     if share_prompter is not None:
         if config.unfrozen_steps:
             raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
-        prompter_owner(share_prompter)
+        lender_of(model, share_prompter, target)
     if config.unfrozen_steps and not config.data.has_rows:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
+    if not (config.data.has_rows or config.texts) and (old.settings.deep_soft_prompt or old.settings.linear_head):
+        logger.warning(
+            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
+            "texts to train on the new one goes without"
+        )
     if config.data.has_rows and config.texts:
         raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
     output = Path(config.training.output)
@@ -134,6 +146,11 @@ def _check(config: TransferConfig, share_prompter: str | Path | None, resume: bo
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
     for stage in () if resume else _TRAINED_STAGES:
         refuse_interrupted(output / stage)
+
+
+def _backbone_in(folder: Path) -> Any:
+    """Fingerprint of a saved model's backbone; `None` in a folder that holds no model."""
+    return read_settings(folder)["base_models"]["backbone_fingerprint"] if any(folder.iterdir()) else None
 
 
 def _starts(
@@ -192,11 +209,16 @@ def _train_stages(
 
 
 def on_backbone(
-    model: SentenceTransformer, located: LocatedModel, *, dtype: Precision | None = None
+    model: SentenceTransformer,
+    located: LocatedModel,
+    *,
+    dtype: Precision | None = None,
+    backbone_layers: int | None = None,
 ) -> SentenceTransformer:
     """The same prompter before another backbone, with an alignment of zeros; the two models share the prompter.
 
-    A deep soft prompt starts at zero again, a linear head at the identity: both belong to a backbone.
+    A deep soft prompt starts at zero again, a linear head at the identity, and all layers are read unless
+    `backbone_layers` says how many: these belong to a backbone.
 
     Raises:
         PromptEmbedderError: the backbone is the same, or does not fit into memory.
@@ -207,6 +229,7 @@ def on_backbone(
         backbone=located.name,
         backbone_revision=located.revision,
         dtype=dtype or old.settings.dtype,
+        backbone_layers=backbone_layers,
     )
     device = old.alignment.weight.device
     precision = base_models.resolve_dtype(settings.dtype, device)
