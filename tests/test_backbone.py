@@ -104,7 +104,7 @@ def test_one_soft_prompt_per_text(tiny_model, layout):
         together = module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"]
         for n, text in enumerate(TEXTS):
             alone = module(module.preprocess([text], prompt=INSTRUCTION))["sentence_embedding"][0]
-            assert torch.allclose(together[n], alone, atol=1e-5)
+            assert torch.allclose(together[n], alone, atol=1e-4)  # numbers of up to 3, soft tokens alike to 4e-7
 
 
 def test_int8_text_pass_is_close_and_no_part_of_the_model(tiny_model, tiny_settings):

@@ -26,12 +26,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from promptembedder import attention, widened
 from promptembedder.attention import StatesApart
+from promptembedder.config import Layout, Readout
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import States, merged, packed, shallow_copy, unpacked
 from promptembedder.text_cache import TextStateCache
 
-Layout = Literal["prefix", "suffix"]
-Readout = Literal["last", "mean"]
 TextPass = Literal["same", "int8"]
 
 # Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower, and

@@ -69,12 +69,12 @@ class SoftPromptLeaves:
         self._constant: dict[str, Tensor] = {}
         self.embedding_bytes = 0
 
-    def get(self, instruction: str, made_NKD: Tensor | None) -> Tensor | None:
-        """The leaf of an instruction; `made_NKD` with its graph starts one."""
-        if made_NKD is not None:
-            self._made[instruction] = (made_NKD, made_NKD.detach().requires_grad_())
-        found = self._made.get(instruction)
-        return None if found is None else found[1]
+    def leaf(self, instruction: str, make: Callable[[], Tensor]) -> Tensor:
+        """The leaf (1, K, D) of an instruction; `make` gives the soft prompt with its graph, once a step."""
+        if instruction not in self._made:
+            made_1KD = make()
+            self._made[instruction] = (made_1KD, made_1KD.detach().requires_grad_())
+        return self._made[instruction][1]
 
     def constant(self, instruction: str, make: Callable[[], Tensor]) -> Tensor:
         """Soft tokens of a prompter that is not trained: made once in all the training."""
@@ -242,11 +242,8 @@ class SoftPromptTransformer(InputModule):
             return self._remembered_soft_prompt(instruction)
         if self.leaves is None:
             return self.alignment(self.soft_tokens(instruction).tokens_NKP)  # type: ignore[no-any-return]
-        leaf = self.leaves.get(instruction, None)
-        if leaf is None:
-            leaf = self.leaves.get(instruction, self.alignment(self._soft_tokens_of_step(instruction, self.leaves)))
-            assert leaf is not None
-        return leaf
+        leaves = self.leaves
+        return leaves.leaf(instruction, lambda: self.alignment(self._soft_tokens_of_step(instruction, leaves)))
 
     def _soft_tokens_of_step(self, instruction: str, leaves: SoftPromptLeaves) -> Tensor:
         if any(parameter.requires_grad for parameter in self.prompter.parameters()):
