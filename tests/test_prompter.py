@@ -96,6 +96,20 @@ def test_chat_template_is_used_when_there_is_one(tiny_model):
     assert INSTRUCTION in without.tokenizer.decode(without.tokenize([INSTRUCTION])[0][0])
 
 
+@pytest.mark.parametrize(
+    "today",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- endif %}{{- day }}",
+    ],
+)
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day(tiny_model, today):
+    prompter = tiny_model()[0].prompter
+    prompter.tokenizer.chat_template = today + " {% for m in messages %}{{ m.content }}{% endfor %}"
+    decoded = prompter.tokenizer.decode(prompter.tokenize([INSTRUCTION])[0][0])
+    assert decoded == f"26 Jul 2024 {INSTRUCTION}"
+
+
 def test_long_requests_are_cut(tiny_model):
     prompter = tiny_model(max_instruction_tokens=5)[0].prompter
     long, longer = prompter.tokenize(["word " * 50])[0], prompter.tokenize(["word " * 500])[0]

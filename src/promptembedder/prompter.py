@@ -22,6 +22,9 @@ from promptembedder.errors import PromptEmbedderError
 # The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
 _HIDDEN_OFFSET = "hidden_offset.weight"
+# Some chat templates print today's date (Llama 3.2); soft prompts of one instruction must not change overnight. The day
+# is the one that Llama's template falls back to.
+_SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class SoftTokens(NamedTuple):
@@ -177,8 +180,13 @@ class Prompter(nn.Module):
             request = self.tokenizer.decode(cut[: self.max_request_tokens])
         if not self.tokenizer.chat_template:
             return list(self.tokenizer(request + "\n")["input_ids"])
+        template = self.tokenizer.get_chat_template()
         encoded = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": request}], add_generation_prompt=True, tokenize=True, return_dict=True
+            [{"role": "user", "content": request}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            chat_template=_SAME_EVERY_DAY + template if "strftime_now" in template else template,
         )
         return list(encoded["input_ids"])
 
