@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS
-from promptembedder import PromptEmbedderError, build, encode, load, save
+from promptembedder import PromptEmbedderError, build, encode, load, save, widened
 from promptembedder.alignment import thinned
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import train
@@ -96,8 +96,6 @@ def test_thinned_is_whole_matrices_of_that_rank_and_the_best_of_smaller_rank():
 
 
 def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
-    from promptembedder import widened
-
     monkeypatch.setattr(widened, "cpu_has_bfloat16", lambda: False)
     module = deepened(tiny_model, dtype="bfloat16")[0]
     with torch.no_grad():
@@ -108,6 +106,7 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
     assert not torch.allclose(found, without, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16 without instructions for it"])
 @pytest.mark.parametrize(
     "option",
     [
@@ -118,7 +117,10 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
         {"instruction_template": "\n{instruction}\nThis"},
     ],
 )
-def test_trained_saved_and_opened(run_config, tmp_path, option):
+def test_trained_saved_and_opened(run_config, tmp_path, monkeypatch, option, dtype):
+    dtype, _, without = dtype.partition(" ")
+    monkeypatch.setattr(widened, "cpu_has_bfloat16", lambda: not without)
+    option = option | {"dtype": dtype}
     config = run_config(model=option, prompter_learning_rate=1e-2, alignment_learning_rate=1e-2)
     before = build(config.model, seed=config.training.seed)
     result = train(config)
@@ -127,7 +129,9 @@ def test_trained_saved_and_opened(run_config, tmp_path, option):
         changed = alignment.deep_out if "deep_soft_prompt_rank" in option else alignment.deep
         assert (changed != 0).any(-1).any(-1).all()  # every layer's
     if "linear_head" in option:
-        assert not torch.equal(result.model[1].linear.weight, before[1].linear.weight)
+        head = result.model[1].linear.weight
+        assert not torch.equal(head, before[1].linear.weight)
+        assert torch.equal(load(result.folder)[1].linear.weight, head)  # to the last digit, whatever the LLMs run in
     assert not torch.equal(result.model[0].alignment.weight, before[0].alignment.weight)
     expected = result.model.encode(TEXTS, prompt=INSTRUCTION)
     assert np.allclose(np.linalg.norm(expected, axis=-1), 1, atol=1e-5)

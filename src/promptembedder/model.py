@@ -84,8 +84,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
             modules.append(load_module(folder / entry["path"], device=device, dtype=dtype))
         else:
             modules.append(_library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"]))
-    return SentenceTransformer(
-        modules=modules,
+    return _in_sequence(
+        modules,
         device=device,
         prompts=saved.get("prompts"),
         default_prompt_name=saved.get("default_prompt_name"),
@@ -431,7 +431,19 @@ def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTrans
         width = module.get_embedding_dimension()
         head = Dense(width, width, bias=False, activation_function=None, init_weight=torch.eye(width))
         modules.append(head)
-    return SentenceTransformer(modules=[*modules, Normalize()], device=device, similarity_fn_name="cosine")
+    return _in_sequence([*modules, Normalize()], device=device, similarity_fn_name="cosine")
+
+
+def _in_sequence(modules: list[torch.nn.Module], **settings: Any) -> SentenceTransformer:
+    """The modules as one model, each in its own precision.
+
+    The library's constructor casts the later modules to the first one's dtype. Embeddings leave ours in float32 whatever
+    the backbone runs in, and a linear head is trained: both ask for float32 there.
+    """
+    model = SentenceTransformer(modules=modules[:1], **settings)
+    for module in modules[1:]:
+        model.append(module.to(model.device))
+    return model
 
 
 def _library_class(type_name: str, folder: Path) -> type[Module]:
