@@ -98,7 +98,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
     "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
     "whole prompter": ("model.prompter_training=full", f"{RATE}=5e-6", "training.warm_start.learning_rate=5e-5"),
-    "alignment frozen": ("training.train_alignment=false",),
+    "alignment frozen": ("training.train_alignment=false", "model.deep_soft_prompt=false"),
     "hidden offset": ("model.hidden_offset=true",),
     "conditioned on text too": ("model.condition_on=instruction_and_text",),
     "contrastive temperature 0.02": ("training.temperature=0.02",),

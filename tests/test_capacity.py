@@ -153,6 +153,17 @@ def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):
     assert max(slow) < 2e-5
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_deep_soft_prompt_that_nothing_would_train_is_refused(run_config, tmp_path, rank):
+    deep = {"deep_soft_prompt": True, "deep_soft_prompt_rank": rank}
+    config = run_config("frozen", model=deep, train_alignment=False)
+    with pytest.raises(PromptEmbedderError, match="stay at zero"):
+        train(config)
+    assert not (tmp_path / "frozen" / "model").exists()
+    trained = train(run_config("trained", model=deep)).model
+    assert train(config, model=trained).model is trained  # goes on: the prompter alone
+
+
 @pytest.mark.parametrize("option", [{"deep_soft_prompt": True}, {"linear_head": True}])
 def test_leaf_and_plain_training_are_the_same(run_config, option):
     """The callback clips all trained weights, those after pooling too."""

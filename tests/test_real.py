@@ -72,8 +72,10 @@ def test_saved_model_is_small_and_opens_with_its_path(model, tmp_path):
 
 def test_the_shipped_model_is_the_same_in_both_precisions():
     texts = ["A man is playing a guitar.", "Someone plays the guitar.", "The stock market fell sharply today."]
-    exact, narrow = (promptembedder.load("smollm2-135m", device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
-    one, other = exact.encode(texts), narrow.encode(texts)
+    one, other = (
+        promptembedder.load("smollm2-135m", device="cpu", dtype=dtype).encode(texts)
+        for dtype in ("float32", "bfloat16")
+    )
     assert ((one * other).sum(-1) > 0.99).all()
     similar = other @ other.T
     assert similar[0, 1] > similar[0, 2] + 0.3

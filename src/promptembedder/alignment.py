@@ -41,6 +41,12 @@ class Alignment(nn.Module):
             self.deep_in = nn.Parameter(start_JPR)
             self.deep_out = nn.Parameter(torch.zeros(layers, rank, D))
 
+    @property
+    def deep_is_zero(self) -> bool:
+        """Whether there is a deep soft prompt, and it is still as it starts."""
+        last = self.deep if self.deep is not None else self.deep_out
+        return last is not None and not last.any()
+
     def forward(self, tokens_NKP: Tensor) -> Tensor:
         """Map soft tokens (N, K, P) to a soft prompt (N, K, D), float32; a deep one is (N, (1 + layers) K, D).
 

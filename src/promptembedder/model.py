@@ -437,8 +437,8 @@ def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTrans
 def _in_sequence(modules: list[torch.nn.Module], **settings: Any) -> SentenceTransformer:
     """The modules as one model, each in its own precision.
 
-    The library's constructor casts the later modules to the first one's dtype. Embeddings leave ours in float32 whatever
-    the backbone runs in, and a linear head is trained: both ask for float32 there.
+    The library's constructor casts the later modules to the first one's dtype. But embeddings leave ours in float32
+    whatever the backbone runs in, and a linear head is trained: it is to stay float32, too.
     """
     model = SentenceTransformer(modules=modules[:1], **settings)
     for module in modules[1:]:

@@ -260,6 +260,11 @@ def _check(config: RunConfig, model: ModelConfig) -> None:
 
 def _open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -> None:
     """Let gradients reach what is to be trained, and nothing else."""
+    if not settings.train_alignment and module.alignment.deep_is_zero:
+        raise PromptEmbedderError(
+            "training.train_alignment is off, so the new deep soft prompt would stay at zero; train the alignment, or "
+            "turn model.deep_soft_prompt off"
+        )
     module.alignment.requires_grad_(settings.train_alignment)
     for name, parameter in module.prompter.named_parameters():
         parameter.requires_grad_(settings.train_prompter and module.prompter.is_trained(name))
