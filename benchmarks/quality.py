@@ -26,12 +26,15 @@ import promptembedder
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic, evaluation
 from promptembedder.config import RunConfig, load_run
+from promptembedder.evaluation.run import FACTS
 from promptembedder.training import train
 from promptembedder.training_facts import read_facts
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 UNTRAINED = {"mean_pooling": "mean", "prompt_eol": "prompt_eol"}
 UNTRAINED_TEMPLATES = {column: evaluation.BASELINES[name] for column, name in UNTRAINED.items()}
+# Of what is not trained here.
+REVISIONS = {**dict.fromkeys(UNTRAINED, "untrained"), "minilm": "published"}
 # Column: its recipe. LoRA takes rows, batches and loss from it.
 TRAINED = {"lora": "general-suffix", "prefix": "general-prefix", "suffix": "general-suffix", "best": "general"}
 LORA_RATES = (5e-4, 1e-3, 2e-3)
@@ -125,7 +128,7 @@ def revision(seed: int, arguments: argparse.Namespace) -> str:
 def untrained_encoder(column: str, arguments: argparse.Namespace) -> evaluation.InstructedEncoder:
     if column == "minilm":
         opened = evaluation.open_model(str(arguments.minilm))
-        return evaluation.InstructedEncoder(opened.model, "quality/minilm", "published")
+        return evaluation.InstructedEncoder(opened.model, "quality/minilm", REVISIONS[column])
     config = run_config("suffix", 0, 1, arguments)
     opened = evaluation.open_model(config.model.backbone, baseline=UNTRAINED[column])
     tokenizer, limit, (_, template) = opened.model.tokenizer, config.model.max_text_tokens, UNTRAINED_TEMPLATES[column]
@@ -135,7 +138,14 @@ def untrained_encoder(column: str, arguments: argparse.Namespace) -> evaluation.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return template.format(text=text if len(ids) <= limit else tokenizer.decode(ids[:limit]))
 
-    return evaluation.InstructedEncoder(opened.model, f"quality/{column}", "untrained", wrap=wrap, instructed=False)
+    return evaluation.InstructedEncoder(
+        opened.model, f"quality/{column}", REVISIONS[column], wrap=wrap, instructed=False
+    )
+
+
+def folder_of(name: str, of: str, arguments: argparse.Namespace) -> Path:
+    """Where the scores of a model's revision are, in mteb's layout."""
+    return Path(arguments.output / arguments.suite / "results" / f"quality__{name}" / of)
 
 
 def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
@@ -147,9 +157,8 @@ def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
 
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Table and figures of everything that is there; seeds of a column are averaged."""
-    place = arguments.output / arguments.suite / "results"
-    wanted = [place / f"quality__{c}-{s}" / revision(s, arguments) for c in TRAINED for s in arguments.seeds]
-    wanted += [place / f"quality__{column}" for column in (*UNTRAINED, "minilm")]
+    wanted = [folder_of(f"{c}-{s}", revision(s, arguments), arguments) for c in TRAINED for s in arguments.seeds]
+    wanted += [folder_of(column, of, arguments) for column, of in REVISIONS.items()]
     comparison = evaluation.compare(evaluation.read_columns([folder for folder in wanted if folder.is_dir()]))
     seeds: dict[str, list[str]] = {}
     for name in comparison.columns:
@@ -195,11 +204,16 @@ def main() -> None:
         parser.error(f"unknown columns {sorted(wrong)}; valid: {', '.join(known)}")
     one_setting(arguments.output, {name: getattr(arguments, name) for name in ("batch", "set")})
     for column in columns:
-        if column in TRAINED:
-            for seed in arguments.seeds:
-                evaluate(f"{column}-{seed}", trained_encoder(column, seed, arguments), arguments)
-        else:
-            evaluate(column, untrained_encoder(column, arguments), arguments)
+        for seed in arguments.seeds if column in TRAINED else [None]:
+            name = column if seed is None else f"{column}-{seed}"
+            of = REVISIONS[column] if seed is None else revision(seed, arguments)
+            # Written after the last task: a column whose scores are there needs no model any more.
+            if (folder_of(name, of, arguments) / FACTS).is_file():
+                say(f"{name}: scores are there")
+            elif seed is None:
+                evaluate(name, untrained_encoder(column, arguments), arguments)
+            else:
+                evaluate(name, trained_encoder(column, seed, arguments), arguments)
     print(json.dumps(collect(arguments)))
 
 
