@@ -10,6 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,11 +34,11 @@ def main() -> None:
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             x, linear = torch.randn(ROWS, IN, dtype=dtype), nn.Linear(IN, OUT, bias=False, dtype=dtype)
-            results[str(dtype).removeprefix("torch.")] = gflops(lambda x=x, linear=linear: linear(x))
+            results[str(dtype).removeprefix("torch.")] = gflops(partial(linear, x))
         plain = nn.Sequential(nn.Linear(IN, OUT, bias=False))
-        packed = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)
+        packed = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
         x = torch.randn(ROWS, IN)
-        results["int8"] = gflops(lambda: packed(x))
+        results["int8"] = gflops(partial(packed, x))
     ratios = {name: round(value / results["float32"], 2) for name, value in results.items()}
     cpu = torch.cpu.get_capabilities()
     native = {name: cpu.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx512_vnni")}

@@ -25,7 +25,10 @@ from promptembedder.training import train
 from promptembedder.warm_start import warm_start
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
-SETTINGS = {"off": {"soft_prompt_leaf": False}, "on": {"soft_prompt_leaf": True, "text_state_cache": 8 * 2**30}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "off": {"soft_prompt_leaf": False},
+    "on": {"soft_prompt_leaf": True, "text_state_cache": 8 * 2**30},
+}
 
 
 def main() -> None:

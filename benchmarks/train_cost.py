@@ -31,6 +31,7 @@ from torch import Tensor
 import lora
 from kept_results import command
 from promptembedder import ModelConfig, atomic, base_models, build
+from promptembedder.config import Precision
 from promptembedder.module import SoftPromptLeaves
 from promptembedder.text_cache import open_text_cache
 
@@ -87,7 +88,7 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     if arguments.shape:
         llm = random_llm(arguments.shape, dtype, arguments.scratch)
         prompter = random_llm("qwen3-0.6b", dtype, arguments.scratch)
-    name = str(dtype).removeprefix("torch.")
+    precision: Precision = "bfloat16" if dtype is torch.bfloat16 else "float32"
     leaves = None
     if variant.startswith("lora"):
         model = lora.build(llm, dtype, device, checkpointing=variant == "lora_checkpointing")
@@ -97,7 +98,7 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
             backbone=llm,
             layout="prefix" if variant == "prefix" else "suffix",
             text_pass="int8" if variant == "suffix_int8" else "same",
-            dtype=name,
+            dtype=precision,
             alignment_start="random" if arguments.shape else "auto",
         )
         model = build(config, device=device)

@@ -10,8 +10,8 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old model's similarities;
 - `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`);
 - `examples_ratio`, `time_ratio`: examples and seconds LoRA takes to its best dev score, over those alignment-only takes
-  to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there, `Infinity` where
-  the closed form is there before any training. Scoring dev is in nobody's time.
+  to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there, and no ratio of
+  examples where the closed form is there before any (`without_examples`). Scoring dev is in nobody's time.
 
 With `--quick PART...` the models of these parts are evaluated on the quick suite too (`quick_...`, mean over tasks).
 Every part is kept in `--output` and not run again. The last lines are one JSON object per backbone.
@@ -149,18 +149,21 @@ def reached(curve: Curve, score: float) -> tuple[int, float] | None:
     return next(((examples, seconds) for examples, seconds, dev in curve if dev is not None and dev >= score), None)
 
 
-def ratios(ours: Curve, theirs: Curve) -> dict[str, float | None]:
+def ratios(ours: Curve, theirs: Curve) -> dict[str, float | bool | None]:
     """How many times fewer examples and seconds ours takes to LoRA's best dev score, and to 95 % of it."""
-    best = max(dev for _, _, dev in theirs)
-    figures: dict[str, float | None] = {}
+    best = max(dev for _, _, dev in theirs if dev is not None)
+    figures: dict[str, float | bool | None] = {}
     for name, score in (("", best), ("_95", 0.95 * best)):
         we, they = reached(ours, score), reached(theirs, score)
-        known = we is not None and they is not None
-        if known and we[0] == 0:  # the closed form is there already: no examples to compare
-            figures[f"examples_ratio{name}"] = float("inf") if they[0] else 1.0
-        else:
-            figures[f"examples_ratio{name}"] = round(they[0] / we[0], 1) if known else None
-        figures[f"time_ratio{name}"] = round(they[1] / max(we[1], 1e-9), 1) if known else None
+        examples = seconds = None
+        if we is not None and they is not None:
+            examples = round(they[0] / we[0], 1) if we[0] else None
+            seconds = round(they[1] / max(we[1], 1e-9), 1)
+        figures |= {
+            f"examples_ratio{name}": examples,
+            f"time_ratio{name}": seconds,
+            f"without_examples{name}": we is not None and we[0] == 0,
+        }
     return figures
 
 
@@ -236,7 +239,8 @@ QUICK = ("closed_form", "alignment_only", "unlabelled", "from_scratch", "lora")
 REVISION = "transfer"
 FIGURES = (
     *("hard_cue", "closed_form", "alignment_only", "unlabelled", "from_scratch", "lora"),
-    *("examples_ratio", "time_ratio", "examples_ratio_95", "time_ratio_95"),
+    *("examples_ratio", "time_ratio", "without_examples"),
+    *("examples_ratio_95", "time_ratio_95", "without_examples_95"),
 )
 
 
