@@ -116,8 +116,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "one instruction for all": (),
     "three training files": (),
     "no contrast rows": ("data.contrast_rows=0",),
-    "4,000 contrast rows": ("data.contrast_rows=4000",),
-    "36,000 contrast rows": ("data.contrast_rows=36000",),
+    "12,000 contrast rows": ("data.contrast_rows=12000",),
     "requests among the contrast rows": (),
 }
 
