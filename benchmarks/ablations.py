@@ -99,7 +99,6 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
     "whole prompter": ("model.prompter_training=full", f"{RATE}=5e-6", "training.warm_start.learning_rate=5e-5"),
     "alignment frozen": ("training.train_alignment=false", "model.deep_soft_prompt=false"),
-    "hidden offset": ("model.hidden_offset=true",),
     "conditioned on text too": ("model.condition_on=instruction_and_text",),
     "contrastive temperature 0.02": ("training.temperature=0.02",),
     "contrastive temperature 0.1": ("training.temperature=0.1",),
@@ -295,7 +294,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 OF_THE_PROMPTER = (
     *("prompter", "prompter_revision", "num_soft_tokens", "softmax_temperature", "prompter_training", "lora_rank"),
-    *("lora_alpha", "hidden_offset", "max_instruction_tokens", "dtype"),
+    *("lora_alpha", "max_instruction_tokens", "dtype"),
 )
 
 

@@ -111,6 +111,14 @@ class BestOnDev(TrainerCallback):
                 parameter.copy_(kept[name])
 
 
+class Trainer(SentenceTransformerTrainer):
+    """Resumes with LoRA's weights in float32; the library opens them in the LLM's dtype on the way."""
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: torch.nn.Module | None = None) -> None:
+        state = load_file(Path(checkpoint_path) / WEIGHTS)
+        set_peft_model_state_dict(adapted(self.model), state, adapter_name=ADAPTER)
+
+
 @dataclass(frozen=True)
 class Trained:
     """A LoRA model (the best on dev where that was followed), seconds of its steps, and (examples, seconds, dev)."""
@@ -138,7 +146,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     checkpoints = (output or Path(settings.output)).with_name("checkpoints")
     best = BestOnDev(model, checkpoints / "best.safetensors")
     model.model_card_data.generate_widget_examples = False
-    trainer = SentenceTransformerTrainer(
+    trainer = Trainer(
         model=model,
         args=_arguments(config, data, learning_rate, checkpoints, save=output is not None, follow=follow),
         train_dataset=data.datasets,

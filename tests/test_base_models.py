@@ -71,10 +71,14 @@ def test_fingerprint_ignores_lora(tiny_model, tiny_lm):
     assert base_models.fingerprint(tiny_model("llama")[0].prompter.lm) == base_models.fingerprint(lm)
 
 
-def test_dtype():
+def test_dtype(monkeypatch):
     assert base_models.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
     assert base_models.resolve_dtype("float32", "cuda") is torch.float32
-    assert base_models.resolve_dtype("auto", "cuda") is torch.bfloat16
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        monkeypatch.setattr(base_models, "cpu_has_bfloat16", lambda native=native: native)
+        assert base_models.resolve_dtype("auto", "cuda") is expected
+        assert base_models.resolve_dtype("auto", "cpu") is expected
 
 
 def test_backbone_runs_in_bfloat16(tiny_settings):

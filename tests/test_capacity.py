@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -139,18 +141,43 @@ def test_trained_saved_and_opened(run_config, tmp_path, monkeypatch, option, dty
 
 
 def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):
-    option = {"deep_soft_prompt": True, "linear_head": True, "hidden_offset": True}
+    option = {"deep_soft_prompt": True, "linear_head": True}
     config = run_config(model=option, prompter_learning_rate=1e-5, alignment_learning_rate=1e-2, max_steps=1, warmup=0)
     before = dict(build(config.model, seed=config.training.seed).named_parameters())
     after = dict(train(config).model.named_parameters())
     # The first step of Adam moves every weight by its rate, however large the gradient.
     moved = {name: float((after[name] - before[name]).detach().abs().max()) for name in after}
     rates = {name: rate for name, rate in moved.items() if rate}
-    fast = {"0.alignment.weight", "0.alignment.deep", "0.prompter.hidden_offset.weight", "1.linear.weight"}
+    fast = {"0.alignment.weight", "0.alignment.deep", "1.linear.weight"}
     assert {name for name, rate in rates.items() if rate > 5e-3} == fast
     slow = [rate for name, rate in rates.items() if name not in fast]
     assert slow
     assert max(slow) < 2e-5
+
+
+def test_the_best_checkpoint_comes_back_to_the_last_digit(run_config, tmp_path):
+    model = build(run_config(model={"linear_head": True}).model)
+    # A checkpoint that names another precision than the open LLMs have.
+    model[0].settings = replace(model[0].settings, dtype="bfloat16")
+    frozen = {name: p.clone() for name, p in model[0].backbone.named_parameters()}
+    config = run_config(evaluation={"dev": "pairs.jsonl"}, alignment_learning_rate=1e-2, early_stop_patience=1)
+    result = train(config, model=model)
+    scores = {line["step"]: line["eval_dev_spearman_cosine"] for line in result.history if "eval_runtime" in line}
+    best = max(scores, key=lambda step: scores[step])
+    kept = load_file(tmp_path / "run" / f"checkpoint-{best}" / "1_Dense" / "model.safetensors")["linear.weight"]
+    assert torch.equal(result.model[1].linear.weight, kept)
+    assert not torch.equal(kept, kept.bfloat16().float())
+    for name, parameter in result.model[0].backbone.named_parameters():
+        assert torch.equal(parameter, frozen[name]), name
+
+
+def test_a_best_checkpoint_that_cannot_be_read_ends_the_run(run_config, monkeypatch):
+    def failing(*_):
+        raise PromptEmbedderError("gone")
+
+    monkeypatch.setattr("promptembedder.training.restore", failing)
+    with pytest.raises(PromptEmbedderError, match="gone"):
+        train(run_config(evaluation={"dev": "pairs.jsonl"}))
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -239,35 +266,3 @@ def test_bad_input(tiny_model, tiny_settings, tmp_path):
     save_file({"weight": stored["weight"], "deep": stored["deep"][:1].clone()}, file)
     with pytest.raises(PromptEmbedderError, match=r"'deep': \(1, 32, 32\).*, expected .*'deep': \(2, 32, 32\)"):
         load(tmp_path / "model")
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_hidden_offset_starts_at_nothing_and_is_added_after_generation(tiny_model, architecture):
-    plain, offset = tiny_model(architecture)[0], tiny_model(architecture, hidden_offset=True)[0]
-    prompter, K = offset.prompter, offset.settings.num_soft_tokens
-    with torch.no_grad():
-        mixtures = plain.soft_tokens(INSTRUCTION).tokens_NKP
-        assert torch.equal(offset.soft_tokens(INSTRUCTION).tokens_NKP, mixtures)
-        prompter.hidden_offset.weight.normal_(generator=torch.Generator().manual_seed(1))
-        found = offset.soft_tokens(INSTRUCTION).tokens_NKP
-        # One plain forward over request and mixtures; position k's last state is what soft token k came from.
-        table = prompter.lm.get_input_embeddings()
-        request_SP = table(prompter.tokenize([INSTRUCTION])[0][0])
-        sequence = torch.cat([request_SP, mixtures[0, :-1]])[None]
-        hidden_KP = prompter.lm(inputs_embeds=sequence, output_hidden_states=True).hidden_states[-1][0, -K:]
-        norm = table(torch.arange(table.weight.shape[0])).norm(dim=-1).mean()
-        unit_KP = hidden_KP / hidden_KP.norm(dim=-1, keepdim=True)
-        expected = mixtures[0] + norm * unit_KP @ prompter.hidden_offset.weight.T
-    assert torch.allclose(found[0], expected, atol=1e-4)
-
-
-def test_a_hidden_offset_is_trained_saved_and_opened(run_config, tmp_path):
-    config = run_config(model={"hidden_offset": True})
-    model = train(config).model
-    assert model[0].prompter.hidden_offset.weight.abs().max() > 0
-    save(model, tmp_path / "saved")
-    opened = load(tmp_path / "saved")
-    assert torch.equal(opened[0].prompter.hidden_offset.weight, model[0].prompter.hidden_offset.weight)
-    assert np.allclose(opened.encode(TEXTS, prompt=SECOND), model.encode(TEXTS, prompt=SECOND), atol=1e-5)
-    frozen = train(run_config(model={"hidden_offset": True}, train_prompter=False, warm_steps=0)).model
-    assert frozen[0].prompter.hidden_offset.weight.abs().max() == 0

@@ -274,6 +274,9 @@ def test_encode_with_a_model_saved_truncated(
     output = tmp_path / "vectors.npy"
     assert command("encode", tmp_path / "shorter", texts, "-o", output).code == 0
     np.testing.assert_allclose(np.load(output), shorter.encode(TEXTS), atol=1e-5)
+    for wider in (20, 999):  # as many as the model was saved with
+        assert command("encode", tmp_path / "shorter", texts, "-o", output, "--truncate-dim", wider).code == 0
+        np.testing.assert_allclose(np.load(output), shorter.encode(TEXTS), atol=1e-5)
 
 
 # -- explain and info -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -174,6 +175,15 @@ def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatc
     module._remembered_for = module._remembered_for.to("meta")
     model.encode(TEXTS, prompt=INSTRUCTION)
     assert len(calls) == 5
+    # Weights that nobody trains any more may change, too.
+    model.requires_grad_(False)
+    model.encode(TEXTS, prompt=INSTRUCTION)
+    module.alignment.weight.mul_(2)
+    model.encode(TEXTS, prompt=INSTRUCTION)
+    assert len(calls) == 6
+    # Pools of processes get a copy without what it remembers, which may lie on an accelerator.
+    assert module._remembered
+    assert not copy.deepcopy(module)._remembered
 
 
 def test_save_refuses_a_folder_that_is_no_model_and_replaces_one_that_is(tiny_model, tmp_path):
@@ -232,9 +242,9 @@ def test_a_model_of_the_package_opens_by_name(saved, monkeypatch, tmp_path):
 
 
 def test_a_model_stored_in_half_precision_opens(tiny_model, tmp_path):
-    model = tiny_model(linear_head=True, deep_soft_prompt=True, hidden_offset=True)
+    model = tiny_model(linear_head=True, deep_soft_prompt=True)
     with torch.no_grad():
-        for parameter in (*model[0].alignment.parameters(), model[0].prompter.hidden_offset.weight):
+        for parameter in (*model[0].alignment.parameters(), model[1].linear.weight):
             parameter.add_(0.1 * torch.randn_like(parameter))
     expected = model.encode(TEXTS, prompt=INSTRUCTION)
     promptembedder.save(model, tmp_path / "saved")

@@ -78,9 +78,9 @@ def test_training_lowers_the_loss(run_config):
     assert all(line["grad_norm"] > 0 for line in history if "grad_norm" in line)
 
 
-@pytest.mark.parametrize("layout", ["prefix", "suffix"])
-def test_resumed_equals_uninterrupted(run_config, layout):
-    model = {"layout": layout, "hidden_offset": layout == "suffix"}
+@pytest.mark.parametrize(("layout", "dtype"), [("prefix", "float32"), ("suffix", "float32"), ("suffix", "bfloat16")])
+def test_resumed_equals_uninterrupted(run_config, layout, dtype):
+    model = {"layout": layout, "linear_head": layout == "suffix", "dtype": dtype}
     whole = train(run_config("whole", model=model, max_steps=4, save_every_steps=2)).model
     # The same run, stopped after two steps: its schedule must be that of four.
     config = run_config("parts", model=model, max_steps=4, save_every_steps=2)

@@ -274,6 +274,7 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         ({"rows": True, "texts": ("texts.txt",)}, "not both"),
         ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
+        ({"dtype": "bfloat16"}, "the model's prompter runs in float32"),
         ({"starts": ("guess",)}, "unknown start 'guess'; valid: least_squares, ridge"),
     ],
 )
@@ -346,6 +347,26 @@ def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, config, rows, 
     assert ("starts anew" in caplog.text) is not rows
     kept = transfer(old, config(backbone_layers=1)).model[0]
     assert len(kept.alignment.deep) == 1
+
+
+def test_prompts_and_a_shorter_embedding_are_handed_on(tiny_model, config):
+    old = tiny_model("llama")
+    old.prompts, old.default_prompt_name, old.truncate_dim = {"query": INSTRUCTION}, "query", 8
+    result = transfer(old, config())
+    for moved in (result.model, load(result.folder)):
+        assert (moved.prompts["query"], moved.default_prompt_name, moved.truncate_dim) == (INSTRUCTION, "query", 8)
+        assert moved.encode(["A text."]).shape == (1, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_transfer_leaves_the_old_models_weights_alone(tiny_model, config, dtype):
+    old = tiny_model("llama", dtype=dtype, linear_head=True)
+    before = {name: p.detach().clone() for name, p in old.named_parameters()}
+    result = transfer(old, config(rows=True))
+    for name, parameter in old.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    opened = load(result.folder)
+    assert torch.equal(opened[1].linear.weight, result.model[1].linear.weight)
 
 
 def test_a_prompter_to_share_is_compared_by_value_before_anything_is_done(tiny_model, config, tmp_path, monkeypatch):

@@ -226,6 +226,8 @@ def resolve_dtype(setting: str, device: torch.device | str | None = None) -> tor
     if setting != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":  # older ones emulate it, as some CPUs do
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if kind != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32

@@ -115,7 +115,8 @@ def encode(
         width = over.weight_DF.shape[1]
     binary = precision is Precision.ubinary
     dtype = np.dtype(np.uint8 if binary else precision.value)
-    options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size, "truncate_dim": truncate_dim}
+    options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size}
+    options |= {"truncate_dim": width} if truncate_dim is not None else {}
     options |= {"precision": "ubinary"} if binary else {}
     options |= {"task": "document"} if document else {}
     # The writer comes first: an output that cannot be written is said before the model opens.
@@ -202,6 +203,7 @@ def transfer(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Move a trained model to another backbone: a new alignment matrix, the same prompter."""
+    from promptembedder import workers
     from promptembedder.config import TransferConfig, parse_settings
     from promptembedder.model import load
     from promptembedder.transfer import transfer as move
@@ -212,7 +214,8 @@ def transfer(
     settings["data"] = {"files": [{"path": path} for path in train or []]} | ({"root": str(data)} if data else {})
     settings["evaluation"] = {"dev": dev} if dev else {}
     config = parse_settings(TransferConfig, settings, overrides or [], where="transfer")
-    result = move(load(model), config, share_prompter=model if share_prompter else None, resume=resume)
+    old = load(model, device=workers.device(), dtype=None if config.dtype == "auto" else config.dtype)
+    result = move(old, config, share_prompter=model if share_prompter else None, resume=resume)
     for stage in result.stages:
         score = "" if stage.dev is None else f"dev {stage.dev:6.2f}  "
         _say(f"{stage.name:22} {score}{stage.seconds:8.1f} s  {stage.examples} examples")

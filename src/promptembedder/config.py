@@ -47,7 +47,6 @@ class ModelConfig:
         prompter_training: `lora` keeps the saved model small, `full` trains every weight of the prompter.
         lora_rank: rank of the prompter's LoRA.
         lora_alpha: LoRA scale is alpha / rank.
-        hidden_offset: add a trained linear map of the prompter's last hidden state to each soft token; see `Prompter`.
         alignment_start: `auto` is identity where the two LLMs are the same, least squares otherwise.
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
@@ -78,7 +77,6 @@ class ModelConfig:
     prompter_training: Literal["lora", "full"] = "lora"
     lora_rank: PositiveInt = 16
     lora_alpha: PositiveInt = 32
-    hidden_offset: bool = False
     alignment_start: Literal["auto", "identity", "least_squares", "random"] = "auto"
     condition_on: Literal["instruction", "instruction_and_text"] = "instruction"
     dtype: Precision = "auto"

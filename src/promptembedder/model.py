@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
         path: folder written by `save` or `SentenceTransformer.save_pretrained`, or the name of a model that comes with
             the package, such as `smollm2-135m`.
         device: where it runs; unset: the accelerator, if there is one.
-        dtype: `bfloat16` or `float32` to run the backbone in another precision than saved.
+        dtype: `bfloat16` or `float32` to run the LLMs in another precision than saved.
 
     Raises:
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
@@ -84,14 +85,32 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
             modules.append(load_module(folder / entry["path"], device=device, dtype=dtype))
         else:
             modules.append(_library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"]))
-    return _in_sequence(
-        modules,
+    return SentenceTransformer(
+        modules=modules,
         device=device,
         prompts=saved.get("prompts"),
         default_prompt_name=saved.get("default_prompt_name"),
         similarity_fn_name=saved.get("similarity_fn_name"),
         truncate_dim=saved.get("truncate_dim"),
     )
+
+
+def restore(model: SentenceTransformer, path: str | Path) -> None:
+    """Put the trained weights of a saved model into an open one of the same structure; no LLM is opened.
+
+    Args:
+        model: made by `build` or `load`; its LLMs are left alone.
+        path: folder written by `save` or by a trainer as a checkpoint.
+
+    Raises:
+        PromptEmbedderError: a file is missing or damaged, or weights have other shapes.
+    """
+    folder = Path(path)
+    with _opening(folder):
+        _restore_module(soft_prompt_module(model), folder)
+    for later, entry in zip(list(model)[1:], read_json(folder / "modules.json")[1:], strict=True):
+        opened = _library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"])
+        later.load_state_dict(opened.state_dict())
 
 
 def save(
@@ -205,7 +224,8 @@ def encode(
         show_progress_bar: print one.
 
     Returns:
-        (N, E), or (I, N, E) for a sequence of instructions, float32 on the unit sphere; N may be 0.
+        (N, E), or (I, N, E) for a sequence of instructions, float32; N may be 0. On the unit sphere, but for a model
+        with a `truncate_dim`: the first numbers of such vectors.
 
     Raises:
         PromptEmbedderError: a text is empty or no string.
@@ -254,32 +274,16 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
     saved = read_settings(folder)
     config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
     expected = parse(BaseModels, saved["base_models"], where=str(folder / CONFIG_FILE))
-    weights_at, prompter_weights_at = folder / ALIGNMENT_FILE, prompter_weights(folder, saved)
-    for needed in (weights_at, prompter_weights_at):
-        if not needed.is_file():
-            raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
     if dtype not in (None, "bfloat16", "float32"):
         raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected 'bfloat16' or 'float32'")
     if dtype is not None:
         config = replace(config, dtype=dtype)  # type: ignore[arg-type]
-    try:
-        stored = load_file(weights_at)
-        if "weight" not in stored:
-            raise PromptEmbedderError(f"{weights_at} holds {sorted(stored)}, expected 'weight' too")
-        weight_PD = stored["weight"].float()
+    with _opening(folder):
+        weight_PD = _stored_alignment(folder)["weight"].float()
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
         module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
-        load_trained_state(module.prompter, prompter_weights_at)
-        have, wanted = (
-            {name: tuple(value.shape) for name, value in tensors.items()}
-            for tensors in (stored, module.alignment.state_dict())
-        )
-        if have != wanted:
-            raise PromptEmbedderError(f"{weights_at} holds {have}, expected {wanted}")
-        module.alignment.load_state_dict(stored)
-    except SafetensorError as error:
-        raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
+        _restore_module(module, folder)
     for role in ("prompter", "backbone"):
         want = getattr(expected, f"{role}_fingerprint")
         have = getattr(module.base_models, f"{role}_fingerprint")
@@ -289,6 +293,38 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
                 f"model was trained with ({want[:12]}){_remedy(getattr(expected, role))}"
             )
     return module
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Before anything is opened, all weights must be there; a damaged file is one line."""
+    for needed in (folder / ALIGNMENT_FILE, prompter_weights(folder, read_settings(folder))):
+        if not needed.is_file():
+            raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
+    try:
+        yield
+    except SafetensorError as error:
+        raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
+
+
+def _stored_alignment(folder: Path) -> dict[str, Tensor]:
+    stored = load_file(folder / ALIGNMENT_FILE)
+    if "weight" not in stored:
+        raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {sorted(stored)}, expected 'weight' too")
+    return stored
+
+
+def _restore_module(module: SoftPromptTransformer, folder: Path) -> None:
+    """Put the saved weights of alignment and prompter into an open module."""
+    stored = _stored_alignment(folder)
+    load_trained_state(module.prompter, prompter_weights(folder, read_settings(folder)))
+    have, wanted = (
+        {name: tuple(value.shape) for name, value in tensors.items()}
+        for tensors in (stored, module.alignment.state_dict())
+    )
+    if have != wanted:
+        raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {have}, expected {wanted}")
+    module.alignment.load_state_dict(stored)
 
 
 def _remedy(name: str) -> str:
@@ -340,7 +376,6 @@ def _build_module(
         num_soft_tokens=config.num_soft_tokens,
         temperature=config.softmax_temperature,
         max_request_tokens=config.max_instruction_tokens,
-        hidden_offset=config.hidden_offset,
     )
     matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
     return SoftPromptTransformer(prompter, matrix, backbone, tokenizer, config, identity)
@@ -431,19 +466,7 @@ def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTrans
         width = module.get_embedding_dimension()
         head = Dense(width, width, bias=False, activation_function=None, init_weight=torch.eye(width))
         modules.append(head)
-    return _in_sequence([*modules, Normalize()], device=device, similarity_fn_name="cosine")
-
-
-def _in_sequence(modules: list[torch.nn.Module], **settings: Any) -> SentenceTransformer:
-    """The modules as one model, each in its own precision.
-
-    The library's constructor casts the later modules to the first one's dtype. But embeddings leave ours in float32
-    whatever the backbone runs in, and a linear head is trained: it is to stay float32, too.
-    """
-    model = SentenceTransformer(modules=modules[:1], **settings)
-    for module in modules[1:]:
-        model.append(module.to(model.device))
-    return model
+    return SentenceTransformer(modules=[*modules, Normalize()], device=device, similarity_fn_name="cosine")
 
 
 def _library_class(type_name: str, folder: Path) -> type[Module]:

@@ -127,8 +127,10 @@ class SoftPromptTransformer(InputModule):
         base_models: BaseModels,
     ) -> None:
         super().__init__()
-        self.prompter = prompter
+        # First, because sentence-transformers casts the modules after this one to the dtype of its first parameter, and
+        # embeddings are float32 whatever the LLMs run in.
         self.alignment = alignment
+        self.prompter = prompter
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = config
@@ -252,8 +254,8 @@ class SoftPromptTransformer(InputModule):
 
     def _remembered_soft_prompt(self, instruction: str) -> Tensor:
         # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
-        nothing = torch.zeros((), device=self.alignment.weight.device)
-        sums = torch.stack([p.detach().sum() for p in self.parameters() if p.requires_grad] or [nothing])
+        trained = [p for name, p in self.prompter.named_parameters() if self.prompter.is_trained(name)]
+        sums = torch.stack([p.detach().sum() for p in (*self.alignment.parameters(), *trained)])
         before = self._remembered_for
         # The library moves models between devices, and these tensors do not go along.
         if before is None or before.device != sums.device or not torch.equal(sums, before):
@@ -281,6 +283,10 @@ class SoftPromptTransformer(InputModule):
         return torch.tensor(
             ids[-self.settings.max_instruction_tokens :], dtype=torch.long, device=self.alignment.weight.device
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pools of processes get the model on the CPU, what it remembers may lie on an accelerator.
+        return {**self.__dict__, "_remembered": OrderedDict(), "_remembered_for": None}
 
     # -- what sentence-transformers asks of a module ------------------------------------------------------------
 

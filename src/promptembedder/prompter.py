@@ -21,7 +21,6 @@ from promptembedder.errors import PromptEmbedderError
 
 # The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
-_HIDDEN_OFFSET = "hidden_offset.weight"
 # Some chat templates print today's date (Llama 3.2); soft prompts of one instruction must not change overnight. The day
 # is the one that Llama's template falls back to.
 _SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
@@ -48,9 +47,6 @@ class Prompter(nn.Module):
         num_soft_tokens: K.
         temperature: divides the logits before the softmax.
         max_request_tokens: longer requests are cut at the end, before the template closes.
-        hidden_offset: add `e A h_k / ||h_k||` to soft token k, h_k the last hidden state that its mixture came from, e
-            the mean norm of an embedding, A (P, P) trained from zero. Reaches what a saturated softmax does not
-            pass on; the LLM is fed the mixture alone.
     """
 
     def __init__(
@@ -61,7 +57,6 @@ class Prompter(nn.Module):
         num_soft_tokens: int,
         temperature: float,
         max_request_tokens: int,
-        hidden_offset: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -69,13 +64,6 @@ class Prompter(nn.Module):
         self.num_soft_tokens = num_soft_tokens
         self.temperature = temperature
         self.max_request_tokens = max_request_tokens
-        self.hidden_offset: nn.Linear | None = None
-        if hidden_offset:
-            embeddings_VP, scale = input_embeddings(lm)
-            self.embedding_norm = float(embeddings_VP.detach().float().norm(dim=-1).mean()) * scale
-            P = embeddings_VP.shape[1]
-            self.hidden_offset = nn.Linear(P, P, bias=False)
-            nn.init.zeros_(self.hidden_offset.weight)
 
     def train(self, mode: bool = True) -> Prompter:
         """Keep the LLM in eval mode: dropout would make the soft prompt of a step depend on chance."""
@@ -148,13 +136,12 @@ class Prompter(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-                output_hidden_states=self.hidden_offset is not None,
             )
             logits_NV = output.logits[:, -1]
             logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
             weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
             token_NP = (weights_NV.to(embeddings_VP.dtype) @ embeddings_VP) * scale
-            tokens.append(token_NP + self._offset(output) if self.hidden_offset is not None else token_NP)
+            tokens.append(token_NP)
             logits.append(logits_NV)
             if step + 1 < self.num_soft_tokens:
                 inputs_NSP = token_NP[:, None]
@@ -162,16 +149,13 @@ class Prompter(nn.Module):
                 positions_NS = positions_NS[:, -1:] + 1
         return SoftTokens(torch.stack(tokens, 1), torch.stack(logits, 1))
 
-    def _offset(self, output: Any) -> Tensor:
-        assert self.hidden_offset is not None
-        hidden_NP = nn.functional.normalize(output.hidden_states[-1][:, -1].float(), dim=-1)
-        offset_NP: Tensor = self.embedding_norm * self.hidden_offset(hidden_NP)
-        return offset_NP
+    @property
+    def embeddings_dtype(self) -> torch.dtype:
+        """What its frozen weights are kept in."""
+        return input_embeddings(self.lm)[0].dtype  # type: ignore[arg-type]
 
     def is_trained(self, name: str) -> bool:
         """Whether a parameter of this module is one of those that training changes and `save` stores."""
-        if name.startswith("hidden_offset."):
-            return True
         return name.startswith("lm.") and (not hasattr(self.lm, "peft_config") or "lora_" in name)
 
     def _request_ids(self, request: str) -> list[int]:
@@ -200,8 +184,6 @@ def trained_state(prompter: Prompter) -> dict[str, Tensor]:
         state = get_peft_model_state_dict(lm, save_embedding_layers=False)
     else:
         state = dict(lm.named_parameters())
-    if prompter.hidden_offset is not None:
-        state[_HIDDEN_OFFSET] = prompter.hidden_offset.weight
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
@@ -218,8 +200,6 @@ def load_trained_state(prompter: Prompter, path: Path) -> None:
         differing = sorted(set(expected.items()) ^ set(found.items()))[0]
         raise PromptEmbedderError(f"{path}: weights do not fit the prompter, first difference {differing}")
     lm: Any = prompter.lm
-    if prompter.hidden_offset is not None:
-        prompter.hidden_offset.weight.data.copy_(state.pop(_HIDDEN_OFFSET))
     if hasattr(lm, "peft_config"):
         from peft import set_peft_model_state_dict
 

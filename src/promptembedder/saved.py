@@ -79,7 +79,6 @@ def describe(path: str | Path) -> dict[str, Any]:
         "conditioned_on": settings["condition_on"],
         "prompter_training": settings["prompter_training"]
         + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
-        "hidden_offset": settings["hidden_offset"],
         "backbone_layers": settings["backbone_layers"] or "all",
         "deep_soft_prompt": settings["deep_soft_prompt"],
         "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],

@@ -23,7 +23,7 @@ from promptembedder.callbacks import SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import build, load, refuse_foreign, save, soft_prompt_module
+from promptembedder.model import build, load, refuse_foreign, restore, save, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
 from promptembedder.saved import read_settings
 from promptembedder.text_cache import TextStateCache, open_text_cache
@@ -32,7 +32,7 @@ from promptembedder.warm_start import warm_start
 
 _DEV_METRIC = "eval_dev_spearman_cosine"
 # Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
-_OTHERS_THAN_THE_PROMPTER = r"\.alignment\.|\.hidden_offset\.|\.\d+\.linear\."
+_OTHERS_THAN_THE_PROMPTER = r"\.alignment\.|\.\d+\.linear\."
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,21 @@ def train(
         trainer.state.log_history,
         None if cache is None else cache.hit_rate,
     )
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """Goes back to a checkpoint by its trained weights.
+
+    The library opens the whole model again, both LLMs in the precision and on the device of a fresh start, copies
+    everything over what is there, and where that fails goes on with a line in the log.
+    """
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        restore(self.model, checkpoint_path)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            restore(self.model, self.state.best_model_checkpoint)
 
 
 def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> float:
@@ -366,7 +381,7 @@ def _trainer(
     )
     # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = SentenceTransformerTrainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=data.datasets,

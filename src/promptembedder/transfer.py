@@ -128,6 +128,16 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         raise PromptEmbedderError(
             f"{target} holds a model with the old backbone, perhaps the one to be moved; choose another training.output"
         )
+    running = old.prompter.embeddings_dtype
+    if (
+        config.dtype is not None
+        and old.settings.prompter_training == "lora"  # trained whole, it is float32 always
+        and base_models.resolve_dtype(config.dtype, old.alignment.weight.device) != running
+    ):
+        raise PromptEmbedderError(
+            f"dtype {config.dtype}: the model's prompter runs in {str(running).removeprefix('torch.')}, and a saved "
+            "model opens both LLMs in one precision; load the model in the new one first"
+        )
     if share_prompter is not None:
         if config.unfrozen_steps:
             raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
@@ -255,7 +265,11 @@ def on_backbone(
         settings,
         identity,
     )
-    return assemble(module, str(device))
+    moved = assemble(module, str(device))
+    moved.prompts, moved.default_prompt_name = dict(model.prompts), model.default_prompt_name
+    if model.truncate_dim is not None and model.truncate_dim < width:
+        moved.truncate_dim = model.truncate_dim
+    return moved
 
 
 def _trained(
