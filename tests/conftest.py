@@ -14,6 +14,7 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -249,3 +250,20 @@ def run_config(tiny_settings: Callable[..., ModelConfig], tmp_path: Path) -> Cal
         )
 
     return make
+
+
+def assert_same_model(one: SentenceTransformer, other: SentenceTransformer) -> None:
+    """Every weight of two models is bitwise equal."""
+    weights, others = one.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    different = [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
+    assert not different
+
+
+def assert_same_embeddings(one: np.ndarray, other: np.ndarray) -> None:
+    """Embeddings of two models with the same weights: only the order of additions may differ.
+
+    Weights that were read from a file lie at other addresses than those made in memory, and some processors'
+    matrix products add up in an order that depends on that.
+    """
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import promptembedder
-from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError, shipped
 from promptembedder.explain import explain
 from promptembedder.saved import describe
@@ -123,7 +123,8 @@ def test_saved_and_loaded_is_identical(tiny_model, tmp_path, architecture, chang
     model.prompts["same"] = INSTRUCTION
     promptembedder.save(model, tmp_path / "saved")
     loaded = promptembedder.load(tmp_path / "saved", device="cpu")
-    assert np.array_equal(model.encode(TEXTS, prompt=INSTRUCTION), loaded.encode(TEXTS, prompt_name="same"))
+    assert_same_model(model, loaded)
+    assert_same_embeddings(model.encode(TEXTS, prompt=INSTRUCTION), loaded.encode(TEXTS, prompt_name="same"))
     assert loaded[0].settings == model[0].settings
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in loaded.named_parameters() if p.requires_grad}
@@ -137,7 +138,8 @@ def test_different_prompter_and_backbone(tiny_model, tiny_lm, tmp_path):
     assert embeddings.shape == (len(TEXTS), 48)
     promptembedder.save(model, tmp_path / "saved")
     loaded = promptembedder.load(tmp_path / "saved", device="cpu")
-    assert np.array_equal(embeddings, loaded.encode(TEXTS, prompt=INSTRUCTION))
+    assert_same_model(model, loaded)
+    assert_same_embeddings(embeddings, loaded.encode(TEXTS, prompt=INSTRUCTION))
 
 
 def test_prompter_and_backbone_share_weights_until_trained(tiny_model):
@@ -227,7 +229,7 @@ def test_a_model_of_the_package_opens_by_name(saved, monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert shipped.names() == ["saved"]
-    assert np.array_equal(promptembedder.load("saved", device="cpu").encode(TEXTS), expected)
+    assert_same_embeddings(promptembedder.load("saved", device="cpu").encode(TEXTS), expected)
     assert describe("saved") == describe(saved)
     with pytest.raises(PromptEmbedderError, match="no model at saves; models by name: saved"):
         promptembedder.load("saves")

@@ -76,6 +76,7 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
         assert instructions <= {1, 2}
         assert all((n - flags) % (K * D * 4) == 0 for n in numbers("soft_prompt_gradient_bytes", printed))
         assert len([n for n in numbers("embedding_bytes", printed) if n > 0]) == 4
+        assert set(numbers("other_gradient_bytes", printed)) == ({D * D * 4} if "linear_head" in model else set())
     assert (tmp_path / "two" / "run" / "model" / "alignment.safetensors").is_file()
 
 

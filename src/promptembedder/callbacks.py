@@ -63,8 +63,9 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         assert leaves is not None
         if self._summed_here:
             gradients = workers.sum_soft_prompt_gradients(self._module, self._instructions)
-            gradients += workers.average_gradients(self._elsewhere)
             self._exchanged = {"soft_prompt_gradient_bytes": gradients, "embedding_bytes": leaves.embedding_bytes}
+            if self._elsewhere:
+                self._exchanged["other_gradient_bytes"] = workers.average_gradients(self._elsewhere)
         leaves.embedding_bytes = 0
         leaves.backward()
         self.grad_norm = float(nn.utils.clip_grad_norm_(self._trained, self._max_grad_norm))
