@@ -4,7 +4,8 @@
 
 Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
 paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
-`best`, recipe `general.yaml`; for every seed. With `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
+`best`, recipe `general.yaml`; `real_rows`, the same without its made-up rows, so on LoRA's; for every seed. With
+`--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
 Every step is kept in `--output` and not done again: stop and go on at will, or run columns in several processes
 (`--columns lora` in one, `--columns prefix suffix` in another, then without, to collect). `--choose N` first picks each
 trained column's learning rate from three, by STSBenchmark dev after N steps. The last line is one JSON object.
@@ -36,7 +37,14 @@ UNTRAINED_TEMPLATES = {column: evaluation.BASELINES[name] for column, name in UN
 # Of what is not trained here.
 REVISIONS = {**dict.fromkeys(UNTRAINED, "untrained"), "minilm": "published"}
 # Column: its recipe. LoRA takes rows, batches and loss from it.
-TRAINED = {"lora": "general-suffix", "prefix": "general-prefix", "suffix": "general-suffix", "best": "general"}
+TRAINED = {
+    "lora": "general-suffix",
+    "prefix": "general-prefix",
+    "suffix": "general-suffix",
+    "best": "general",
+    "real_rows": "general",
+}
+SETTINGS = {"real_rows": ["data.contrast_rows=0"]}
 LORA_RATES = (5e-4, 1e-3, 2e-3)
 # Ours: times the recipe's learning rates.
 FACTORS = (0.5, 1.0, 2.0)
@@ -44,7 +52,8 @@ FACTORS = (0.5, 1.0, 2.0)
 
 def run_config(column: str, seed: int, steps: int, arguments: argparse.Namespace) -> RunConfig:
     """The recipe's settings."""
-    config = load_run(RECIPES / f"{TRAINED[column]}.yaml", arguments.set or [], root=str(arguments.data))
+    settings = [*SETTINGS.get(column, []), *(arguments.set or [])]
+    config = load_run(RECIPES / f"{TRAINED[column]}.yaml", settings, root=str(arguments.data))
     training = replace(
         config.training,
         output=str(arguments.output / "models" / f"{column}-{seed}-{steps}"),
