@@ -52,6 +52,16 @@ def test_shared_vocabulary_sees_through_spellings():
     assert not {*second.all_special_ids} & set(ids_second.tolist())
 
 
+def test_a_byte_fallback_stands_behind_the_character_itself():
+    """`<0x61>` spells `a` too, but no text is split into it: its embedding is untrained."""
+    first, second = byte_level_tokenizer(), sentencepiece_tokenizer()
+    second.add_tokens(["<0xGG>"])  # looks like one, and is none
+    of_first = dict(zip(*(ids.tolist() for ids in alignment.shared_vocabulary(first, second)), strict=True))
+    for character in "aT.":
+        assert of_first[first.convert_tokens_to_ids(character)] == second.convert_tokens_to_ids(character)
+    assert of_first[first.convert_tokens_to_ids("Z")] == second.convert_tokens_to_ids("<0x5A>")
+
+
 def test_build_picks_the_start(tiny_settings, tiny_lm):
     same = build(tiny_settings("llama"), device="cpu")[0].alignment.weight
     assert torch.equal(same, torch.eye(32))

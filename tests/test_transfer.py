@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -113,12 +114,11 @@ def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, co
     before = {name: value.clone() for name, value in trained_state(model[0].prompter).items()}
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
     given = {"rows": True} if kind == "rows" else {"texts": ("texts.txt",)}
-    result = transfer(model, config(**given))
+    result = transfer(model, config(**given, evaluation={"dev": None}))
     after = trained_state(result.model[0].prompter)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [stage.name for stage in result.stages][1].startswith("alignment_")
     assert result.stages[1].examples == 16
-    assert len(result.stages[1].curve) == 2
     assert not torch.equal(result.model[0].alignment.weight.cpu(), result.starts[0].weight_PD)
     opened = load(tmp_path / "moved" / "model")
     expected = result.model.encode(TEXTS, prompt=INSTRUCTION)
@@ -150,7 +150,7 @@ def test_starts_are_chosen_by_dev_or_else_by_reconstruction(tiny_model, config):
 def test_unfrozen_steps_train_a_prompter_of_its_own(tiny_model, config):
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in trained_state(model[0].prompter).items()}
-    result = transfer(model, config(rows=True, unfrozen_steps=3))
+    result = transfer(model, config(rows=True, unfrozen_steps=3, evaluation={"dev": None}))
     assert result.stages[-1].name == "unfrozen"
     after = trained_state(result.model[0].prompter)
     assert not all(torch.equal(before[name], after[name]) for name in before)
@@ -262,8 +262,8 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         type(model[0]), "soft_tokens", lambda self, i: calls.append(torch.is_grad_enabled()) or made(self, i)
     )
     transfer(model, config(rows=True, evaluation={"dev": None}, training={"max_steps": 6}))
-    # Once for each default instruction in the closed forms, once for each of the rows in all six steps.
-    assert len(calls) == 4
+    # Once for each default instruction and each of the rows in the closed forms, once for these in all six steps.
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize(
@@ -275,14 +275,67 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
         ({"dtype": "bfloat16"}, "the model's prompter runs in float32"),
+        ({"rows": True, "training": {"matryoshka_dims": (99,)}}, "the embedding has 48 dimensions"),
+        ({"backbone_layers": 3}, "backbone_layers = 3, but"),
         ({"starts": ("guess",)}, "unknown start 'guess'; valid: least_squares, ridge"),
     ],
 )
-def test_bad_input(tiny_model, config, tmp_path, changes, message):
+def test_bad_input_is_said_before_the_backbone_is_opened(tiny_model, config, tmp_path, monkeypatch, changes, message):
     (tmp_path / "few.txt").write_text("one\ntwo\n")
+    model, settings = tiny_model("llama"), config(**changes)
+    monkeypatch.setattr(base_models, "load_causal_lm", lambda *a: pytest.fail("loaded"))
     with pytest.raises(PromptEmbedderError, match=re.escape(message)):
-        transfer(tiny_model("llama"), config(**changes))
+        transfer(model, settings)
     assert not (tmp_path / "moved" / "model").exists()
+
+
+def test_the_same_backbone_is_known_by_its_weights_too(tiny_model, tiny_lm, config, tmp_path):
+    copied = shutil.copytree(tiny_lm("llama"), tmp_path / "by another name")
+    with pytest.raises(PromptEmbedderError, match="is the backbone that the model has already"):
+        transfer(tiny_model("llama"), config(str(copied)))
+
+
+def test_one_row_teaches_nothing(tiny_model, config, tmp_path):
+    settings = config(rows=True)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "a", "pos": ["b"], "instruction": INSTRUCTION}) + "\n")
+    with pytest.raises(PromptEmbedderError, match="no instruction has two rows to tell apart"):
+        transfer(tiny_model("llama"), settings)
+
+
+def test_not_under_torchrun(tiny_model, config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PromptEmbedderError, match="runs in one process; start it without torchrun"):
+        transfer(tiny_model("llama"), config())
+
+
+def test_a_training_that_makes_dev_worse_is_not_kept(tiny_model, config, tmp_path, monkeypatch, caplog):
+    result = transfer(
+        tiny_model("llama", linear_head=True),
+        config(rows=True, unfrozen_steps=2, training={"alignment_learning_rate": 3}),
+    )
+    start, trained, unfrozen = result.stages
+    assert not trained.kept
+    assert [examples for examples, _, _ in trained.curve] == [8, 16]
+    assert min(dev for _, _, dev in trained.curve) < start.dev
+    assert trained.dev == start.dev
+    assert torch.equal(result.model[0].alignment.weight, result.starts[0].weight_PD)
+    assert torch.equal(result.model[1].linear.weight, torch.eye(48))
+    assert unfrozen.dev >= start.dev
+    assert result.scores["dev"] >= start.dev
+    assert "so the weights before it are kept" in caplog.text
+    assert "alignment_labelled, not kept" in (tmp_path / "moved" / "report.md").read_text()
+
+
+def test_closed_forms_need_no_words_shared_with_the_old_backbone(tiny_model, tiny_lm, monkeypatch):
+    """Words that the prompter and the new backbone share are enough for all but two."""
+    old = tiny_model("qwen2", backbone=str(tiny_lm("llama")))
+    new = on_backbone(old, base_models.locate(str(tiny_lm("gemma3", 48))))
+    made, nothing = alignment.shared_vocabulary, torch.zeros(0, dtype=torch.long)
+    among = lambda a, b: (nothing, nothing) if a is old[0].tokenizer else made(a, b)  # noqa: E731
+    monkeypatch.setattr(alignment, "shared_vocabulary", among)
+    names = {start.name for start in closed_forms(old[0], new[0], [INSTRUCTION])}
+    assert {"ridge", "weighted", "mixture"} <= names
+    assert not {"through_old", "mixture_and_drift"} & names
 
 
 def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, config, monkeypatch):

@@ -6,6 +6,7 @@ Shapes: K soft tokens, P prompter width, D backbone width, J backbone layers, S 
 from __future__ import annotations
 
 import json
+import re
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from promptembedder.errors import PromptEmbedderError
 
 _WORD_MARK = "\u2581"  # sentencepiece's visible blank
+_BYTE_FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class Alignment(nn.Module):
@@ -131,10 +133,11 @@ def ridge(prompter_SP: Tensor, backbone_SD: Tensor, penalty: float = 1e-2, weigh
 
 
 def procrustes(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
-    """The best `c R` (P, D) with orthonormal rows or columns of `R` and a scale `c`, in float64.
+    """A rotation with a scale, `c R` (P, D) with orthonormal rows or columns of `R`, in float64.
 
-    Orthogonal Procrustes (Schönemann 1966) with a scale: `R = U V^T` of the singular value decomposition of
-    `prompter^T backbone`, `c` = sum of its singular values / `||prompter R||_F^2`.
+    Orthogonal Procrustes (Schönemann 1966): `R = U V^T` of the singular value decomposition of `prompter^T backbone`,
+    `c` = sum of its singular values / `||prompter R||_F^2`. For P <= D the best in least squares; for P > D the `R`
+    whose inner product with the backbone's embeddings is largest, which then is not quite the same.
     """
     first, second = prompter_SP.double().cpu(), backbone_SD.double().cpu()
     left, values, right = torch.linalg.svd(first.T @ second, full_matrices=False)
@@ -172,7 +175,8 @@ def shared_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenize
     """Token ids (S,) and (S,) of the spellings that two vocabularies share, special tokens left out.
 
     Spellings are compared as bytes: byte-level BPE (`Ġthe`), sentencepiece (`▁the`) and byte fallbacks
-    (`<0x0A>`) come out the same.
+    (`<0x0A>`) come out the same. A byte fallback counts only where no other token has its spelling: no text is ever
+    split into it, so that its embedding is untrained.
     """
     spelled_first, spelled_second = _spellings(first), _spellings(second)
     shared = sorted(spelled_first.keys() & spelled_second.keys())
@@ -191,6 +195,7 @@ def _spellings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
     )
     byte_of = _byte_level_alphabet()
     spelled: dict[bytes, int] = {}
+    fallbacks: dict[bytes, int] = {}
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if index in special:
             continue
@@ -198,12 +203,13 @@ def _spellings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
             if not all(c in byte_of for c in token):
                 continue
             spelling = bytes(byte_of[c] for c in token)
-        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            spelling = bytes([int(token[3:5], 16)])
+        elif _BYTE_FALLBACK.fullmatch(token):
+            fallbacks[bytes([int(token[3:5], 16)])] = index
+            continue
         else:
             spelling = token.replace(_WORD_MARK, " ").encode()
         spelled.setdefault(spelling, index)
-    return spelled
+    return fallbacks | spelled
 
 
 def _byte_level_alphabet() -> dict[str, int]:

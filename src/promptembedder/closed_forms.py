@@ -44,6 +44,18 @@ class Start:
 
 
 NAMES = ("least_squares", "ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift")
+# They need words that the old and the new backbone share.
+THROUGH_OLD = ("through_old", "mixture_and_drift")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that no closed form has.
+
+    Raises:
+        PromptEmbedderError: an unknown name.
+    """
+    if wrong := [name for name in names if name not in NAMES]:
+        raise PromptEmbedderError(f"unknown start {wrong[0]!r}; valid: {', '.join(NAMES)}")
 
 
 def closed_forms(
@@ -71,13 +83,14 @@ def closed_forms(
     Raises:
         PromptEmbedderError: an unknown name; `least_squares` alone is wanted and cannot be fitted.
     """
-    if wrong := [name for name in only if name not in NAMES]:
-        raise PromptEmbedderError(f"unknown start {wrong[0]!r}; valid: {', '.join(NAMES)}")
+    check_names(only)
     prompter_to_new = alignment.shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
     old_to_new = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
-    if min(len(prompter_to_new[0]), len(old_to_new[0])) < _FEWEST_SHARED:
+    if len(prompter_to_new[0]) < _FEWEST_SHARED:
         return []
     wanted = [name for name in NAMES if not only or name in only]
+    if len(old_to_new[0]) < _FEWEST_SHARED:
+        wanted = [name for name in wanted if name not in THROUGH_OLD]
     tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
     starts = _fitted(old, new, prompter_to_new, old_to_new, mixtures_MV, wanted)
     if {"mixture", "mixture_and_drift"} & set(wanted):
@@ -95,7 +108,6 @@ def _fitted(
 ) -> list[Start]:
     """Starts that map the embeddings of words, each also fitted without a tenth of the words, to be measured on it."""
     prompter_SP, new_SD = _shared(old.prompter.lm, new.backbone.lm, prompter_to_new)
-    old_UF, new_UD = _shared(old.backbone.lm, new.backbone.lm, old_to_new)
     S = len(prompter_SP)
     held_S = torch.zeros(S, dtype=torch.bool)
     held_S[random.Random(0).sample(range(S), max(1, int(_HELD_BACK * S)))] = True
@@ -108,8 +120,10 @@ def _fitted(
         "ridge": lambda s, _: alignment.ridge(prompter_SP[s], new_SD[s]),
         "procrustes": lambda s, _: alignment.procrustes(prompter_SP[s], new_SD[s]),
         "weighted": lambda s, _: alignment.ridge(prompter_SP[s], new_SD[s], weights_S=used_S[s]),
-        "through_old": lambda _, u: trained_PF @ alignment.ridge(old_UF[u], new_UD[u]),
     }
+    if "through_old" in wanted:
+        old_UF, new_UD = _shared(old.backbone.lm, new.backbone.lm, old_to_new)
+        fits["through_old"] = lambda _, u: trained_PF @ alignment.ridge(old_UF[u], new_UD[u])
     if int((~held_S).sum()) >= prompter_SP.shape[1]:
         fits["least_squares"] = lambda s, _: alignment.least_squares(prompter_SP[s], new_SD[s])
     elif list(wanted) == ["least_squares"]:
@@ -136,18 +150,20 @@ def _mixtures(
     wanted: Sequence[str],
 ) -> list[Start]:
     """Starts that send the instructions' soft tokens where the same mixtures of the new backbone's words are."""
-    to_new_PD = alignment.ridge(*_shared(old.prompter.lm, new.backbone.lm, prompter_to_new))
-    to_new_FD = alignment.ridge(*_shared(old.backbone.lm, new.backbone.lm, old_to_new))
-    trained_PF = old.alignment.weight.detach().float().cpu()
     words_MD = _mixed(mixtures_MV, prompter_to_new, new.backbone.lm)
-    # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
-    words_MF = _mixed(mixtures_MV, alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer), old.backbone.lm)
-    drift_MD = (tokens_MP @ trained_PF - words_MF) @ to_new_FD
-    weights_PD = {
-        "mixture": alignment.folded(to_new_PD, tokens_MP, words_MD),
-        "mixture_and_drift": alignment.folded(trained_PF @ to_new_FD, tokens_MP, words_MD + drift_MD),
-    }
-    return [Start(name, weight_PD, None) for name, weight_PD in weights_PD.items() if name in wanted]
+    starts = []
+    if "mixture" in wanted:
+        to_new_PD = alignment.ridge(*_shared(old.prompter.lm, new.backbone.lm, prompter_to_new))
+        starts.append(Start("mixture", alignment.folded(to_new_PD, tokens_MP, words_MD), None))
+    if "mixture_and_drift" in wanted:
+        to_new_FD = alignment.ridge(*_shared(old.backbone.lm, new.backbone.lm, old_to_new))
+        trained_PF = old.alignment.weight.detach().float().cpu()
+        # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
+        among_old = alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
+        drift_MD = (tokens_MP @ trained_PF - _mixed(mixtures_MV, among_old, old.backbone.lm)) @ to_new_FD
+        moved_PD = alignment.folded(trained_PF @ to_new_FD, tokens_MP, words_MD + drift_MD)
+        starts.append(Start("mixture_and_drift", moved_PD, None))
+    return starts
 
 
 @torch.no_grad()

@@ -203,7 +203,7 @@ class TrainingConfig:
         batch_size: pairs per forward; with `gradient_accumulation` G, G times as many per optimizer step.
         gradient_accumulation: forwards per optimizer step.
         prompter_learning_rate: of the prompter's LLM, AdamW.
-        alignment_learning_rate: of all other trained matrices (W, deep soft prompt, hidden offset, linear head), AdamW.
+        alignment_learning_rate: of all other trained matrices (W, deep soft prompt, linear head), AdamW.
         weight_decay: AdamW, on matrices.
         warmup: share of the steps with rising learning rate.
         schedule: what follows the rise.

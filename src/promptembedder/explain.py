@@ -25,7 +25,7 @@ class SoftTokenReading:
 
 
 def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[SoftTokenReading]:
-    """Read the K soft tokens that a model's prompter writes for an instruction; a hidden offset is not in words.
+    """Read the K soft tokens that a model's prompter writes for an instruction.
 
     Args:
         model: made by `build` or `load`, conditioned on the instruction alone.

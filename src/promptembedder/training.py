@@ -45,7 +45,7 @@ class TrainingResult:
         scores: `dev` and `test`, Spearman x 100, where the files are given.
         steps: optimizer steps taken.
         seconds: wall time of the optimizer steps and evaluations between them.
-        examples: rows trained on, repetitions counted.
+        examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full.
         history: the trainer's log lines.
         text_state_hit_rate: share of the texts whose states were found, with `text_state_cache`.
     """
@@ -97,6 +97,9 @@ def train(
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
+    most_rows = max(len(rows) for rows in data.datasets.values())
+    if most_rows < 2:
+        raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
     workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
     _make_folder(output, fresh=checkpoint is None)
     if model is None and start is not None:
@@ -119,7 +122,7 @@ def train(
             module.leaves = None
             module.training_text_tokens = None
         steps = trainer.state.global_step
-        examples = steps * settings.batch_size * settings.gradient_accumulation
+        examples = steps * min(settings.batch_size, most_rows) * settings.gradient_accumulation
         folder = output / "model"
         if workers.number() == 0:
             _save(model, folder, config, steps=steps, examples=examples, seconds=clock.spent, start=start)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from promptembedder import alignment, base_models
+from promptembedder import alignment, base_models, workers
 from promptembedder.base_models import LocatedModel
-from promptembedder.closed_forms import Start, closed_forms
+from promptembedder.closed_forms import Start, check_names, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
-from promptembedder.data import TrainingData, data_path
+from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
@@ -50,6 +50,8 @@ from promptembedder.transfer_result import Stage, TransferResult, write_report
 logger = logging.getLogger(__name__)
 
 _TEXT_STATES = 2 * 2**30
+# So that their soft tokens stay fewer than the prompter is wide.
+_MOST_INSTRUCTIONS = 40
 _TRAINED_STAGES = ("alignment_labelled", "alignment_unlabelled", "unfrozen")
 
 
@@ -80,7 +82,9 @@ def transfer(
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
+    rows = _read_rows(config, old.settings)
     located = base_models.locate(config.backbone, config.backbone_revision)
+    _check_shape(located, config)
     # No device is asked for: the new model goes where the old one is.
     moved = on_backbone(model, located, dtype=config.dtype, backbone_layers=config.backbone_layers)
     new = soft_prompt_module(moved)
@@ -88,11 +92,11 @@ def transfer(
         new.prompter = _own_copy(old)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
     try:
-        starts, fitting = _starts(old, new, config, bool(texts))
+        starts, fitting = _starts(old, new, config, _instructions(old, config, rows), bool(rows or texts))
         starts = _ranked(moved, starts, dev)
         _set_weight(new, starts[0].weight_PD)
         stages = [Stage("closed_form", starts[0].dev, fitting, 0)]
-        stages += _train_stages(model, moved, config, texts, fitting, resume)
+        stages += _train_stages(model, moved, config, rows, texts, stages[0], resume)
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
@@ -121,6 +125,9 @@ def transfer(
 
 def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: str | Path | None, resume: bool) -> None:
     """Refuse settings that contradict each other, before anything is read or made."""
+    if workers.count() > 1:
+        raise PromptEmbedderError("a transfer runs in one process; start it without torchrun")
+    check_names(config.starts)
     target = Path(config.training.output) / "model"
     refuse_foreign(target)
     old = soft_prompt_module(model)
@@ -135,8 +142,8 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         and base_models.resolve_dtype(config.dtype, old.alignment.weight.device) != running
     ):
         raise PromptEmbedderError(
-            f"dtype {config.dtype}: the model's prompter runs in {str(running).removeprefix('torch.')}, and a saved "
-            "model opens both LLMs in one precision; load the model in the new one first"
+            f"dtype {config.dtype}: the model's prompter runs in {str(running).removeprefix('torch.')} here, and a "
+            "saved model opens both LLMs in one precision; open the model in the precision that the new one is to have"
         )
     if share_prompter is not None:
         if config.unfrozen_steps:
@@ -164,13 +171,17 @@ def _backbone_in(folder: Path) -> Any:
 
 
 def _starts(
-    old: SoftPromptTransformer, new: SoftPromptTransformer, config: TransferConfig, texts: bool
+    old: SoftPromptTransformer,
+    new: SoftPromptTransformer,
+    config: TransferConfig,
+    instructions: list[str],
+    trained: bool,
 ) -> tuple[list[Start], float]:
     """Closed forms, or a random start where there are none and something to train on; seconds it took."""
     begin = time.perf_counter()
-    starts = closed_forms(old, new, _instructions(old, config), only=config.starts)
+    starts = closed_forms(old, new, instructions, only=config.starts)
     if not starts:
-        if not (config.data.has_rows or texts):
+        if not trained:
             raise PromptEmbedderError(
                 f"{config.backbone} shares too few tokens with the prompter for a closed-form start; give rows or "
                 "texts to train the alignment on"
@@ -186,8 +197,9 @@ def _train_stages(
     model: SentenceTransformer,
     moved: SentenceTransformer,
     config: TransferConfig,
+    rows: TrainingData | None,
     texts: list[str],
-    before: float,
+    start: Stage,
     resume: bool,
 ) -> list[Stage]:
     """The steps with training that the settings ask for."""
@@ -201,21 +213,20 @@ def _train_stages(
         ),
         evaluation=replace(config.evaluation, test=None),
     )
-    stages: list[Stage] = []
-    if config.data.has_rows:
-        stages.append(_trained("alignment_labelled", moved, run, output, before, resume))
+    stages = [start]
+    if rows is not None:
+        stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     elif texts:
         begin = time.perf_counter()
         instructions = config.text_instructions or (module.settings.default_instruction,)
-        rows = distillation_rows(model, texts, instructions)
-        before += time.perf_counter() - begin
+        taught = distillation_rows(model, texts, instructions)
+        teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
-        stages.append(_trained("alignment_unlabelled", moved, run, output, before, resume, rows, loss))
-    if config.unfrozen_steps:
-        before += sum(stage.seconds for stage in stages)
+        stages.append(_trained("alignment_unlabelled", moved, run, output, stages, resume, taught, loss, teacher))
+    if config.unfrozen_steps and rows is not None:
         opened = replace(run.training, train_prompter=True, max_steps=config.unfrozen_steps)
-        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, before, resume))
-    return stages
+        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, stages, resume, rows))
+    return stages[1:]
 
 
 def on_backbone(
@@ -243,11 +254,14 @@ def on_backbone(
     )
     device = old.alignment.weight.device
     precision = base_models.resolve_dtype(settings.dtype, device)
+    again = f"{located.name} is the backbone that the model has already; name another one"
+    if (located.name, located.revision) == (old.base_models.backbone, old.base_models.backbone_revision):
+        raise PromptEmbedderError(again)
     _check_memory(located, precision, device)
     lm = base_models.load_causal_lm(located, precision).to(device)
     fingerprint = base_models.fingerprint(lm)
     if fingerprint == old.base_models.backbone_fingerprint:
-        raise PromptEmbedderError(f"{located.name} is the backbone that the model has already; name another one")
+        raise PromptEmbedderError(again)
     P = old.alignment.weight.shape[0]
     width = lm.get_input_embeddings().weight.shape[1]
     matrix, backbone = pair(settings, lm, torch.zeros(P, width), located.name)
@@ -277,17 +291,44 @@ def _trained(
     model: SentenceTransformer,
     run: RunConfig,
     output: Path,
-    before: float,
+    stages: list[Stage],
     resume: bool,
-    data: TrainingData | None = None,
+    data: TrainingData,
     loss: nn.Module | None = None,
+    preparing: float = 0.0,
 ) -> Stage:
-    """Train; the times of the curve count from the beginning of the transfer, `before` seconds ago."""
+    """Train, or leave the model as it was where that was better on dev.
+
+    The curve's times count from the beginning of the first of the `stages` before; `preparing`: seconds beside steps.
+    """
     run = replace(run, training=replace(run.training, output=str(output / name)))
+    before = [(parameter, parameter.detach().clone()) for parameter in _trainable(model)]
     result = train(run, model=model, data=data, loss=loss, resume=resume and last_checkpoint(output / name) is not None)
+    dev, was = result.scores.get("dev"), stages[-1].dev
+    worse = dev is not None and was is not None and dev < was
+    if worse:
+        logger.warning("%s: dev fell from %.2f to %.2f, so the weights before it are kept", name, was, dev)
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        dev = was
     return Stage(
-        name, result.scores.get("dev"), seconds_of(result.history), result.examples, result.steps, result.curve(before)
+        name,
+        dev,
+        preparing + seconds_of(result.history),
+        result.examples,
+        result.steps,
+        result.curve(sum(stage.seconds for stage in stages) + preparing),
+        kept=not worse,
     )
+
+
+def _trainable(model: SentenceTransformer) -> list[nn.Parameter]:
+    """Every weight that a step may train: all but those of the two LLMs."""
+    module = soft_prompt_module(model)
+    frozen = {id(p) for p in module.backbone.parameters()}
+    frozen |= {id(p) for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name)}
+    return [p for p in model.parameters() if id(p) not in frozen]
 
 
 def _own_copy(module: SoftPromptTransformer) -> Prompter:
@@ -322,11 +363,18 @@ def _set_weight(module: SoftPromptTransformer, weight_PD: Tensor) -> None:
         module.alignment.weight.copy_(weight_PD)
 
 
-def _instructions(old: SoftPromptTransformer, config: TransferConfig) -> list[str]:
-    """Those that matter in this transfer: of the texts, the evaluation and the model."""
+def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None) -> list[str]:
+    """Those that matter in this transfer: of the rows or texts, the evaluation and the model."""
     named = [*config.text_instructions, config.evaluation.instruction if config.evaluation.dev else None]
-    defaults = [old.settings.default_instruction, old.settings.document_instruction]
-    return list(dict.fromkeys(text for text in [*named, *defaults] if text))
+    named += [old.settings.default_instruction, old.settings.document_instruction]
+    named += [] if rows is None else rows.instructions
+    return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
+
+
+def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
+    if not config.data.has_rows:
+        return None
+    return load_training_data(config.data, old.document_instruction, config.training.seed)
 
 
 def _read_texts(config: TransferConfig) -> list[str]:
@@ -340,6 +388,20 @@ def _read_texts(config: TransferConfig) -> list[str]:
         )
     drawn = random.Random(config.training.seed)
     return texts if len(texts) <= config.max_texts else drawn.sample(texts, config.max_texts)
+
+
+def _check_shape(located: LocatedModel, config: TransferConfig) -> None:
+    """Refuse settings that the backbone is too small for, from its config alone."""
+    shape = base_models.load_config(located).get_text_config(decoder=True)
+    if config.backbone_layers is not None and config.backbone_layers > shape.num_hidden_layers:
+        raise PromptEmbedderError(
+            f"backbone_layers = {config.backbone_layers}, but {located.name} has {shape.num_hidden_layers}"
+        )
+    if max(config.training.matryoshka_dims, default=0) > shape.hidden_size:
+        raise PromptEmbedderError(
+            f"training.matryoshka_dims holds {max(config.training.matryoshka_dims)}, "
+            f"the embedding has {shape.hidden_size} dimensions"
+        )
 
 
 def _check_memory(located: LocatedModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -22,10 +22,11 @@ class Stage:
     Attributes:
         name: `closed_form`, `alignment_labelled`, `alignment_unlabelled` or `unfrozen`.
         dev: Spearman x 100 after it, where dev pairs are given.
-        seconds: wall time of its fit or optimizer steps.
+        seconds: wall time of its fit, or of its optimizer steps and, without labels, of the old model's reading.
         examples: rows or texts it was trained on, repetitions counted.
         steps: optimizer steps.
         curve: (examples, seconds since the transfer began, dev) during it.
+        kept: off where dev fell, so that the model is left as it was before it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Stage:
     examples: int
     steps: int = 0
     curve: Curve = field(default_factory=list)
+    kept: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
         "",
         "| stage | dev | seconds | examples |",
         "| --- | ---: | ---: | ---: |",
-        *(f"| {s.name} | {_shown(_rounded(s.dev))} | {s.seconds:.1f} | {s.examples} |" for s in result.stages),
+        *(
+            f"| {s.name}{'' if s.kept else ', not kept'} | {_shown(_rounded(s.dev))} | {s.seconds:.1f} | {s.examples} |"
+            for s in result.stages
+        ),
         "",
         *(f"{name}: {score:.2f}  " for name, score in result.scores.items()),
     ]
