@@ -1,7 +1,8 @@
 """The peer: what a user would do instead. sentence-transformers with peft LoRA on the same LLM, hard instruction.
 
 Rank 16 on all linear layers, last-token pooling, the instruction glued before the text. The same rows, batches and
-loss as `promptembedder train` takes from a run's settings.
+loss as `promptembedder train` takes from a run's settings, and as many tokens of each text: it is cut before the
+instruction is glued to it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.functional import cast_adapter_dtype
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, base_models, evaluation
@@ -30,8 +33,8 @@ from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
-# Room for instructions in the rows, which are not known before they are read.
-INSTRUCTION_TOKENS = 40
+# Room beside the text: of every instruction's tokens none is cut.
+INSTRUCTION_TOKENS = 128
 TEMPLATE = "Instruct: {instruction}\nQuery: {text}"
 
 
@@ -51,28 +54,42 @@ def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = Fa
     return model
 
 
-def longest_input(model: SentenceTransformer, config: RunConfig, text_tokens: int | None = None) -> int:
-    """As many tokens of the text as the others read, and the longest instruction on top."""
-    instructions = [config.evaluation.instruction, config.model.document_instruction]
-    instructions += [source.instruction for source in config.data.files if source.instruction]
-    head = max(len(model.tokenizer(prompt(text))["input_ids"]) for text in instructions)
-    return (text_tokens or config.model.max_text_tokens) + max(head, INSTRUCTION_TOKENS)
+def cut(tokenizer: Any, texts: list[str], limit: int) -> list[str]:
+    """The texts' first `limit` tokens, as text."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        text if len(of_text) <= limit else tokenizer.decode(of_text[:limit])
+        for text, of_text in zip(texts, ids, strict=True)
+    ]
+
+
+def cut_rows(tokenizer: Any, data: TrainingData, limit: int) -> DatasetDict:
+    """The rows with every text's first `limit` tokens."""
+    return data.datasets.map(
+        lambda rows: {column: cut(tokenizer, texts, limit) for column, texts in rows.items()},
+        batched=True,
+        load_from_cache_file=False,
+    )
 
 
 def prompt(instruction: str) -> str:
     return TEMPLATE.format(instruction=instruction, text="")
 
 
-def evaluator(config: RunConfig) -> EmbeddingSimilarityEvaluator:
+def evaluator(model: SentenceTransformer, config: RunConfig) -> EmbeddingSimilarityEvaluator:
     """The run's dev pairs under its instruction, picked as `promptembedder train` picks them."""
     assert config.evaluation.dev is not None
     first, second, scores = read_scored_pairs(config.evaluation.dev, config.data.root)
     pairs = config.evaluation.dev_pairs or len(scores)
     picked = [n * len(scores) // pairs for n in range(pairs)]
     head = prompt(config.evaluation.instruction)
+    one, other = (
+        [head + text for text in cut(model.tokenizer, [texts[n] for n in picked], config.model.max_text_tokens)]
+        for texts in (first, second)
+    )
     return EmbeddingSimilarityEvaluator(
-        [head + first[n] for n in picked],
-        [head + second[n] for n in picked],
+        one,
+        other,
         [scores[n] for n in picked],
         batch_size=config.evaluation.batch_size,
         main_similarity="cosine",
@@ -81,7 +98,7 @@ def evaluator(config: RunConfig) -> EmbeddingSimilarityEvaluator:
 
 
 def dev_score(model: SentenceTransformer, config: RunConfig) -> float:
-    return 100 * float(evaluator(config)(model)["spearman_cosine"])
+    return 100 * float(evaluator(model, config)(model)["spearman_cosine"])
 
 
 class BestOnDev(TrainerCallback):
@@ -142,27 +159,34 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config.model.backbone, base_models.resolve_dtype(config.model.dtype, device), device)
-    model.max_seq_length = longest_input(model, config, config.data.max_text_tokens)
+    limit = config.data.max_text_tokens or config.model.max_text_tokens
+    model.max_seq_length = config.model.max_text_tokens + INSTRUCTION_TOKENS
     checkpoints = (output or Path(settings.output)).with_name("checkpoints")
     best = BestOnDev(model, checkpoints / "best.safetensors")
     model.model_card_data.generate_widget_examples = False
     trainer = Trainer(
         model=model,
         args=_arguments(config, data, learning_rate, checkpoints, save=output is not None, follow=follow),
-        train_dataset=data.datasets,
+        train_dataset=cut_rows(model.tokenizer, data, limit),
         loss=make_loss(model, settings),
-        evaluator=evaluator(config) if follow else None,
+        evaluator=evaluator(model, config) if follow else None,
         callbacks=[TrainingClock(), best],
     )
     if follow:
         start = dev_score(model, config)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    done = None if last is None else TrainerState.load_from_json(str(Path(last) / TRAINER_STATE_NAME))
+    if last is not None and done is not None and done.global_step >= settings.max_steps:
+        trainer.state = done
+        trainer._load_from_checkpoint(last)
+    else:
+        trainer.train(resume_from_checkpoint=last)
     best.restore()
     history = trainer.state.log_history
     seconds = seconds_of(history)
     if output is not None:
         save(model, output, config, seconds, learning_rate)
-    curve = dev_curve(history, settings.batch_size, "eval_spearman_cosine")
+    curve = dev_curve(history, settings.batch_size * settings.gradient_accumulation, "eval_spearman_cosine")
     return Trained(model, seconds, [(0, 0.0, start), *curve] if follow else [])
 
 
@@ -175,10 +199,10 @@ def save(model: SentenceTransformer, output: Path, config: RunConfig, seconds: f
         output,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         steps=config.training.max_steps,
-        examples=config.training.max_steps * config.training.batch_size,
+        examples=config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation,
         seconds=seconds,
         learning_rate=learning_rate,
-        max_seq_length=longest_input(model, config),
+        max_text_tokens=config.model.max_text_tokens,
     )
 
 
@@ -191,6 +215,7 @@ def _arguments(
         output_dir=str(checkpoints),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
@@ -218,7 +243,7 @@ def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTr
     """Open a saved adapter on its LLM."""
     model = build(llm, dtype, device)
     set_peft_model_state_dict(adapted(model), load_file(adapter / WEIGHTS), adapter_name=ADAPTER)
-    model.max_seq_length = (read_facts(adapter) or {})["max_seq_length"]
+    model.max_seq_length = (read_facts(adapter) or {})["max_text_tokens"] + INSTRUCTION_TOKENS
     return model
 
 
@@ -226,11 +251,16 @@ def encoder(config: RunConfig, adapter: Path, name: str, revision: str) -> evalu
     """A saved adapter for mteb, instructions glued before the texts."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(config.model.backbone, adapter, base_models.resolve_dtype(config.model.dtype, device), device)
+    limit = config.model.max_text_tokens
+
+    def wrap(text: str, instruction: str) -> str:
+        return TEMPLATE.format(instruction=instruction, text=cut(model.tokenizer, [text], limit)[0])
+
     return evaluation.InstructedEncoder(
         model,
         name,
         revision,
-        wrap=lambda text, instruction: TEMPLATE.format(instruction=instruction, text=text),
+        wrap=wrap,
         document_instruction=config.model.document_instruction,
         training=read_facts(adapter),
     )

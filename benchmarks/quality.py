@@ -144,8 +144,7 @@ def untrained_encoder(column: str, arguments: argparse.Namespace) -> evaluation.
 
     def wrap(text: str, instruction: str) -> str:
         # The text is cut as the others cut it; the cue after it stays.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return template.format(text=text if len(ids) <= limit else tokenizer.decode(ids[:limit]))
+        return template.format(text=lora.cut(tokenizer, [text], limit)[0])
 
     return evaluation.InstructedEncoder(
         opened.model, f"quality/{column}", REVISIONS[column], wrap=wrap, instructed=False
