@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
+import shutil
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -162,14 +166,120 @@ def test_changed_rows_are_another_revision(data):
     assert before.metadata.dataset["revision"] != after.metadata.dataset["revision"]
 
 
-def test_results_of_other_rows_are_made_again(data, tmp_path, encoder):
-    before = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "results")
+def test_results_made_otherwise_are_neither_taken_nor_removed(data, tmp_path, encoder, monkeypatch):
+    tasks = partial(evaluation.local_tasks, data, ["Similar"])
+    kept = evaluation.evaluate(encoder, tasks(), tmp_path / "results").folder / "Similar.json"
+    before = kept.read_bytes()
+
+    def refused(made, message):
+        with pytest.raises(PromptEmbedderError, match=rf"Similar\.json was made {message}.*; give another --output"):
+            evaluation.evaluate(encoder, made, tmp_path / "results")
+        assert kept.read_bytes() == before
+
+    refused(tasks(instructions={"Similar": INSTRUCTION}), "with instruction '.*', now it is '.*'")
+    refused(tasks(quick=True), "on other rows or another sample")
+    encoder.model.max_seq_length = 5
+    refused(tasks(), "with max_tokens .*, now it is 5")
     rows = [{"sentence1": MANY[n], "sentence2": MANY[n + 3], "score": -n % 4} for n in range(12)]
     write(data / "sts" / "Similar.jsonl.gz", rows)
-    after = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "results")
-    fresh = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "elsewhere")
-    assert after.scores == pytest.approx(fresh.scores, abs=1e-3)
-    assert after.scores["Similar"] != pytest.approx(before.scores["Similar"], abs=1e-2)
+    refused(tasks(), "on other rows or another sample")
+
+
+def test_an_interrupted_evaluation_is_held_to_its_instructions_too(data, tmp_path, encoder, monkeypatch):
+    run = sys.modules["promptembedder.evaluation.run"]
+    evaluated = run.mteb.evaluate
+
+    def stopped(*args, **kwargs):
+        evaluated(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.mteb, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "results")
+    monkeypatch.undo()
+    told = evaluation.local_tasks(data, ["Similar"], instructions={"Similar": INSTRUCTION})
+    with pytest.raises(PromptEmbedderError, match="with instruction"):
+        evaluation.evaluate(encoder, told, tmp_path / "results")
+    result = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar", "Same"]), tmp_path / "results")
+    assert set(result.scores) == {"Similar", "Same"}
+    assert not list(result.folder.glob(".*"))
+
+
+def test_a_baseline_is_known_by_its_weights(tiny_lm, tmp_path):
+    revisions = {
+        evaluation.open_model(str(lm), baseline="mean", device="cpu").mteb_model_meta.revision
+        for lm in (
+            tiny_lm("llama"),
+            tiny_lm("llama", 48),
+            shutil.copytree(tiny_lm("llama"), tmp_path / "same" / "llama"),
+        )
+    }
+    assert len(revisions) == 2
+
+
+def test_empty_texts_are_read_as_a_full_stop(data, tmp_path, encoder, caplog):
+    corpus = [{"_id": str(n), "title": "", "text": "" if n == 3 else text} for n, text in enumerate(MANY)]
+    write(data / "retrieval" / "Find" / "corpus.jsonl.gz", corpus)
+    evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Find"]), tmp_path / "results")
+    assert "Find: 1 of 30 texts are empty and read as '.'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("sts/Similar", {"sentence1": "a", "sentence2": "b", "score": "1"}, "'score' is '1', expected a number"),
+        ("sts/Similar", {"sentence1": "a", "sentence2": "b", "score": math.nan}, "'score' is 'nan', expected a number"),
+        ("sts/Similar", {"sentence1": 7, "sentence2": "b", "score": 1}, "'sentence1' is '7', expected a text"),
+        ("classification/Class.test", {"text": "a", "label": "x"}, "'label' is 'x', of another kind than in the first"),
+        ("clustering/Groups", {"text": "a", "label": [1]}, "expected a text or a whole number"),
+        ("reranking/Order", {"query": "a", "positive": [], "negative": []}, "'positive' is '[]', expected a list"),
+        (
+            "summarization/Short",
+            {"human_summaries": [], "machine_summaries": ["a"], "relevance": [1]},
+            "'human_summaries' is '[]', expected a list of texts",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_before_the_model_opens(data, tmp_path, monkeypatch, command, file, row, message):
+    path = data / f"{file}.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    write(path, [*rows, row])
+    task = path.name.split(".")[0]
+    done = command("evaluate", "nowhere", "--data", data, "--suite", "full", "--task", task)
+    assert done.code == 2
+    assert f"{path.name}:{len(rows) + 1}: " in done.err or f"{path.name}, line {len(rows) + 1}: " in done.err
+    assert message in done.err
+
+
+def test_files_that_are_no_tasks(data):
+    (data / "sts" / "README.md").write_text("words")
+    assert "README.md" not in [task.metadata.name for task in evaluation.local_tasks(data)]
+    write(data / "sts" / "Empty.jsonl.gz", [])
+    with pytest.raises(PromptEmbedderError, match=r"Empty\.jsonl\.gz holds no rows"):
+        evaluation.local_tasks(data, ["Empty"])[0].load_data()
+    write(data / "clustering" / "Similar.jsonl.gz", [{"text": "a", "label": 1}])
+    with pytest.raises(PromptEmbedderError, match="two tasks are named Similar"):
+        evaluation.local_tasks(data)
+
+
+def test_tasks_of_the_hub_have_instructions(encoder):
+    (given, bare) = evaluation.hub_tasks(["ArguAna", "STS15"])
+    assert encoder.made_with(given.metadata)["instruction"] == given.metadata.prompt["query"]
+    assert encoder.made_with(bare.metadata)["instruction"] == type(bare).abstask_prompt
+    assert len(evaluation.hub_tasks(["BEIR"])) > 10
+
+
+@pytest.mark.parametrize("content", ["{", "kinds: [1]", "- 1", "training: 5"])
+def test_damaged_facts(data, tmp_path, encoder, content):
+    tasks = evaluation.local_tasks(data, ["Similar"])
+    folder = evaluation.evaluate(encoder, tasks, tmp_path / "results").folder
+    (folder / "promptembedder.yaml").write_text(content)
+    for read in (
+        lambda: evaluation.evaluate(encoder, tasks, tmp_path / "results"),
+        lambda: evaluation.read_columns([folder]),
+    ):
+        with pytest.raises(PromptEmbedderError, match=r"promptembedder\.yaml is damaged; remove it"):
+            read()
 
 
 def test_quick_classes_are_thinned_per_label(data, monkeypatch):
@@ -228,6 +338,10 @@ def test_command(data, tmp_path, tiny_model, command):
             "unknown baseline 'guess'; valid: mean, last",
         ),
         (["{model}", "--data", "{data}", "--instructions", "{empty}/none.json"], "no instructions at "),
+        (
+            ["{lm}", "--baseline", "mean", "--data", "{data}", "--task", "Similar", "--device", "gpu"],
+            "device 'gpu' cannot be used here",
+        ),
         (
             ["{lm}", "--baseline", "mean", "--data", "{data}", "--task", "Similar", "--instructions", "{data}/i.json"],
             "reads no instructions; leave --instructions out",

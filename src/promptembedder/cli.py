@@ -170,6 +170,9 @@ def evaluate(
     else:
         given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
         tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite is Suite.quick)
+        for found in tasks:
+            found.load_data()  # what is wrong in a row is said before the model opens
+        output = output / suite.value  # the same task has other rows in each
     encoder = evaluation.open_model(model, baseline=baseline, device=device)
     if instructions is not None and not encoder.reads_instructions:
         raise PromptEmbedderError(

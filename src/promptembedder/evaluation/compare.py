@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-import yaml
 from mteb.results import TaskResult
 
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.evaluation.run import FACTS
+from promptembedder.evaluation.run import FACTS, read_facts_file
 
 _META = "model_meta.json"
-_NEVER_TRAINED = {"trained_parameters": 0, "seconds": 0}
 
 
 @dataclass(frozen=True)
@@ -226,8 +224,7 @@ def _results(folder: Path) -> list[Path]:
 
 
 def _column(folder: Path, name: str) -> Column:
-    noted = folder / FACTS
-    facts = (yaml.safe_load(noted.read_text(encoding="utf-8")) if noted.is_file() else None) or {}
+    facts = read_facts_file(folder / FACTS)
     scores, more, kinds, rows = {}, {}, {}, {}
     for path in _results(folder):
         try:
@@ -235,16 +232,16 @@ def _column(folder: Path, name: str) -> Column:
             score = 100 * float(result.get_score())
             if not math.isfinite(score):
                 raise ValueError("its main score is not a number")
-        except (OSError, ValueError, KeyError, ZeroDivisionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise PromptEmbedderError(f"{path} is no result of mteb: {' '.join(str(error).split())[:200]}") from error
         task = result.task_name
         scores[task] = score
         rows[task] = str(result.dataset_revision)
-        kinds[task] = facts.get("kinds", {}).get(task) or _kind(task)
+        kinds[task] = facts["kinds"].get(task) or _kind(task)
         both = [part["both_orders"] for parts in result.scores.values() for part in parts if "both_orders" in part]
         if both:
             more[f"{task}, both orders"] = 100 * statistics.mean(both)
-    return Column(name, scores, more, kinds, rows, facts.get("training"))
+    return Column(name, scores, more, kinds, rows, facts["training"])
 
 
 def _kind(task: str) -> str:
@@ -279,7 +276,9 @@ def _draw_training(comparison: Comparison, path: Path) -> None:
         strict=True,
     ):  # fmt: skip
         for name, column in comparison.columns.items():
-            at = (column.training or _NEVER_TRAINED)[key]
+            at = (column.training or {}).get(key)
+            if at is None:  # not known, such as of a model trained elsewhere
+                continue
             axes.scatter([at], [comparison.mean(name)])
             axes.annotate(
                 name, (at, comparison.mean(name)), fontsize="small", xytext=(4, 4), textcoords="offset points"

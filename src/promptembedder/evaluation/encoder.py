@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
@@ -16,18 +18,27 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from promptembedder import base_models, shipped
+from promptembedder.baselines import PROMPT_EOL
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.evaluation.tasks import LOCAL
 from promptembedder.model import load, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
 from promptembedder.training_facts import read_facts
 
+logger = logging.getLogger(__name__)
+
+_BLOCK = 2**24
 # An LLM without training: pooling, and what its text is wrapped in; `{instruction}` makes it read the task's.
 BASELINES: dict[str, tuple[str, str]] = {
     "mean": ("mean", "{text}"),
     "last": ("lasttoken", "{text}"),
-    "prompt_eol": ("lasttoken", 'This sentence : "{text}" means in one word:"'),
-    "hard_instruction": ("lasttoken", 'Instruct: {instruction}\nThis sentence : "{text}" means in one word:"'),
+    "prompt_eol": ("lasttoken", PROMPT_EOL),
+    "hard_instruction": ("lasttoken", "Instruct: {instruction}\n" + PROMPT_EOL),
 }
+# Read in place of an empty text, such as a document without title and body.
+_EMPTY = "."
+# Their documents are told apart from their queries.
+_WITH_DOCUMENTS = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 
 
 class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
@@ -79,23 +90,47 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: PromptType | None = None, **kwargs: Any) -> Any:
         """Embed the texts of a task: its instruction for queries and symmetric tasks, the document's for documents."""
         texts = [text for batch in inputs for text in batch["text"]]
-        if prompt_type == PromptType.document and task_metadata.type in ("Retrieval", "Reranking"):
+        if empty := sum(not text.strip() for text in texts):
+            logger.warning("%s: %d of %d texts are empty and read as %r", task_metadata.name, empty, len(texts), _EMPTY)
+            texts = [text if text.strip() else _EMPTY for text in texts]
+        if prompt_type == PromptType.document and task_metadata.type in _WITH_DOCUMENTS:
             return self._embed(texts, None, document=True, **kwargs)
-        return self._embed(texts, _instruction(task_metadata), document=False, **kwargs)
+        return self._embed(texts, self._instruction(task_metadata), document=False, **kwargs)
 
     def encode_under(self, texts: list[str], instruction: str, **kwargs: Any) -> Any:
         """Embed texts under an instruction."""
         return self._embed(texts, instruction, document=False, **kwargs)
 
-    def _embed(self, texts: list[str], instruction: str | None, *, document: bool, **kwargs: Any) -> Any:
-        options: dict[str, Any] = {"batch_size": kwargs.get("batch_size", 32), "show_progress_bar": False}
+    def made_with(self, metadata: Any) -> dict[str, Any]:
+        """What else than model and rows decides the scores of a task."""
+        return {
+            "instruction": self._told(self._instruction(metadata), document=False) if self.reads_instructions else None,
+            "document_instruction": self._told(None, document=True) if self.reads_instructions else None,
+            "max_tokens": self.model.max_seq_length,
+        }
+
+    def _instruction(self, metadata: Any) -> str | None:
+        """The task's, for queries and symmetric tasks; tasks of mteb without one have their type's."""
+        prompt = metadata.prompt
+        given: str | None = prompt.get("query") if isinstance(prompt, dict) else prompt
+        if given or metadata.dataset["path"].startswith(LOCAL):
+            return given
+        return str(self.get_instruction(metadata, PromptType.query))
+
+    def _told(self, instruction: str | None, *, document: bool) -> str:
+        """The instruction, or what the model is told without one."""
         if self._ours:
             settings = soft_prompt_module(self.model).settings
-            fallback = settings.document_instruction if document else settings.default_instruction
-            options["prompt"] = instruction or fallback
+            return instruction or (settings.document_instruction if document else settings.default_instruction)
+        return instruction or (self._document_instruction if document else "")
+
+    def _embed(self, texts: list[str], instruction: str | None, *, document: bool, **kwargs: Any) -> Any:
+        options: dict[str, Any] = {"batch_size": kwargs.get("batch_size", 32), "show_progress_bar": False}
+        told = self._told(instruction, document=document)
+        if self._ours:
+            options["prompt"] = told
         elif self._wrap is not None:
-            fallback = self._document_instruction if document else ""
-            texts = [self._wrap(text, instruction or fallback) for text in texts]
+            texts = [self._wrap(text, told) for text in texts]
         embeddings = self.model.encode(texts, **options)
         if not np.isfinite(embeddings).all():
             raise PromptEmbedderError(f"{self.mteb_model_meta.name} gives embeddings that are not finite numbers")
@@ -113,13 +148,14 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
     Raises:
         PromptEmbedderError: the model cannot be opened, the baseline is unknown.
     """
+    base_models.check_device(device)
     if baseline is not None:
         if baseline not in BASELINES:
             raise PromptEmbedderError(f"unknown baseline {baseline!r}; valid: {', '.join(BASELINES)}")
         pooling, template = BASELINES[baseline]
         located = base_models.locate(model)
         with base_models.quiet_transformers():
-            lm = Transformer(str(located.folder))
+            lm = Transformer(str(located.folder), model_kwargs={"dtype": torch.float32})
         lm.tokenizer.padding_side = "right"
         if lm.tokenizer.pad_token is None:
             lm.tokenizer.pad_token = lm.tokenizer.eos_token
@@ -128,7 +164,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         return InstructedEncoder(
             built,
             f"baseline/{Path(model).name}-{baseline}",
-            _digest(template),
+            _content(located.folder, template),
             _filled(template),
             instructed="{instruction}" in template,
         )
@@ -148,24 +184,26 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
     except (OSError, ValueError) as error:
         raise PromptEmbedderError(f"cannot open {model}: {' '.join(str(error).split())[:300]}") from error
     name = f"local/{folder.resolve().name}" if folder.is_dir() else model
-    return InstructedEncoder(opened, name, _content(folder) if folder.is_dir() else "hub")
-
-
-def _instruction(metadata: Any) -> str | None:
-    prompt = metadata.prompt
-    return prompt.get("query") if isinstance(prompt, dict) else prompt
+    return InstructedEncoder(opened, name, _content(folder) if folder.is_dir() else _commit(opened))
 
 
 def _filled(template: str) -> Callable[[str, str], str]:
     return lambda text, instruction: template.replace("{instruction}", instruction).replace("{text}", text)
 
 
-def _content(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.json")]):
-        digest.update(file.name.encode() + file.read_bytes())
+def _content(folder: Path, more: str = "") -> str:
+    """Digest of the weights and settings in a folder."""
+    digest = hashlib.sha256(more.encode())
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".bin")):
+        digest.update(file.name.encode())
+        with file.open("rb") as source:
+            while block := source.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()[:40]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+def _commit(model: SentenceTransformer) -> str:
+    """The hub commit that a model came from."""
+    configs = [getattr(getattr(module, "auto_model", None), "config", None) for module in model]
+    commits = [getattr(config, "_commit_hash", None) for config in configs]
+    return next((str(commit) for commit in commits if commit), "hub")

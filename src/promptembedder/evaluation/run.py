@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from promptembedder.evaluation.encoder import InstructedEncoder
 # Beside mteb's files: what they do not say of tasks of a folder and of the model's training. No JSON file, because
 # mteb takes every one in the folder for a result.
 FACTS = "promptembedder.yaml"
+# The same while the tasks run.
+STARTED = ".promptembedder.started.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,50 +54,90 @@ def evaluate(
 
     Args:
         encoder: see `open_model`.
-        tasks: see `local_tasks`; mteb's own work too. Results made on other rows of the same task are replaced.
+        tasks: see `local_tasks`; mteb's own work too.
         output: results go to `output/results/<model>/<revision>/<task>.json`, in mteb's format.
         batch_size: texts per forward.
 
     Raises:
-        PromptEmbedderError: the folder cannot be written; a score is not a number.
+        PromptEmbedderError: the folder cannot be written, or holds results of these tasks made on other rows or under
+            other instructions; rows cannot be had from the hub; a score is not a number.
     """
     meta = encoder.mteb_model_meta
     cache = ResultCache(output)
     folder = output / "results" / meta.model_name_as_path() / str(meta.revision)
+    kinds = {task.metadata.name: task.metadata.type for task in tasks}
+    made_with = {task.metadata.name: encoder.made_with(task.metadata) for task in tasks}
+    known = read_facts_file(folder / FACTS)
+    _refuse_others(folder, tasks, made_with, known["made_with"])
+    facts = {
+        "kinds": {**known["kinds"], **kinds},
+        "made_with": {**known["made_with"], **made_with},
+        "training": encoder.training,
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(folder / STARTED, yaml.safe_dump(facts, sort_keys=True))
     except OSError as error:
         raise PromptEmbedderError(f"results folder {output} cannot be written: {error.strerror or error}") from error
-    _forget_other_rows(folder, tasks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        done = mteb.evaluate(
-            encoder, list(tasks), cache=cache, encode_kwargs={"batch_size": batch_size}, co2_tracker=False
-        )
-    kinds = {task.metadata.name: task.metadata.type for task in tasks}
-    _note(folder / FACTS, kinds, encoder.training)
+        try:
+            done = mteb.evaluate(
+                encoder, list(tasks), cache=cache, encode_kwargs={"batch_size": batch_size}, co2_tracker=False
+            )
+        except OSError as error:
+            raise PromptEmbedderError(
+                f"rows of {', '.join(kinds)} cannot be read: {' '.join(str(error).split())[:200]}"
+            ) from error
+    (folder / STARTED).replace(folder / FACTS)
     scores = {result.task_name: 100 * result.get_score() for result in done.task_results}
     for name, score in scores.items():
         if not math.isfinite(score):
-            raise PromptEmbedderError(f"the score of {name} is not a number; results are in {folder}")
+            (folder / f"{name}.json").unlink(missing_ok=True)
+            raise PromptEmbedderError(f"the score of {name} is not a number")
     return EvaluationResult(scores, kinds, folder)
 
 
-def _forget_other_rows(folder: Path, tasks: Sequence[AbsTask]) -> None:
-    """Remove results of these tasks that were made on other rows; mteb takes them whatever their revision."""
+def read_facts_file(path: Path) -> dict[str, Any]:
+    """What `evaluate` noted beside mteb's results: `kinds`, `made_with` and `training`; empty where nothing is.
+
+    Raises:
+        PromptEmbedderError: the file is damaged.
+    """
+    facts: dict[str, Any] = {"kinds": {}, "made_with": {}, "training": None}
+    for file in (path, path.with_name(STARTED)):
+        if not file.is_file():
+            continue
+        try:
+            found = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+            facts |= {name: found[name] for name in facts if name in found}
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise PromptEmbedderError(f"{file} is damaged; remove it: {' '.join(str(error).split())[:200]}") from error
+        for name, value in facts.items():
+            if not isinstance(value, dict) and not (name == "training" and value is None):
+                raise PromptEmbedderError(f"{file} is damaged; remove it: {name} is {value!r}")
+    return facts
+
+
+def _refuse_others(
+    folder: Path, tasks: Sequence[AbsTask], made_with: Mapping[str, Any], known: Mapping[str, Any]
+) -> None:
+    """Refuse results of these tasks that were made otherwise; mteb takes them for ours whatever they are."""
     for task in tasks:
-        path = folder / f"{task.metadata.name}.json"
+        name = task.metadata.name
+        path = folder / f"{name}.json"
         if not path.is_file():
             continue
         try:
             revision = json.loads(path.read_text(encoding="utf-8")).get("dataset_revision")
         except (ValueError, AttributeError):
-            revision = None
+            path.unlink()  # cut short: no result
+            continue
+        advice = "give another --output, or remove it"
         if revision != task.metadata.dataset["revision"]:
-            path.unlink()
-
-
-def _note(path: Path, kinds: dict[str, str], training: dict[str, Any] | None) -> None:
-    known = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
-    facts = {"kinds": {**known.get("kinds", {}), **kinds}, "training": training}
-    atomic.write_text(path, yaml.safe_dump(facts, sort_keys=True))
+            raise PromptEmbedderError(f"{path} was made on other rows or another sample of {name}; {advice}")
+        for what, value in known.get(name, {}).items():
+            if made_with[name].get(what) != value:
+                raise PromptEmbedderError(
+                    f"{path} was made with {what} {value!r}, now it is {made_with[name].get(what)!r}; {advice}"
+                )

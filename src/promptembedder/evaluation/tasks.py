@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,13 @@ QUICK: dict[str, int] = {
     "Cranfield": 200,
     "HWU64ScenarioAction": 200,
 }
+# Tasks beside these, where they are asked for by name.
+_QUICK_OTHERS = 200
 # Rows per label that the quick suite's classifiers draw their training samples (8 per label, ten draws) from.
 _QUICK_TRAIN_PER_LABEL = 10
 _SEED = 13
+# What the dataset paths of a folder's tasks begin with.
+LOCAL = "local/"
 _SPLIT = "test"
 
 
@@ -74,10 +79,8 @@ class InstructionTriplets(AbsTask):  # type: ignore[misc]
             key = (row["anchor"], frozenset((row["positive"], row["negative"])))
             pairs.setdefault(key, []).append(by_number[row["number"]])
         swapped = [right for right in pairs.values() if len(right) == 2]
-        return {
-            "accuracy": float(np.mean(list(by_number.values()))),
-            "both_orders": float(np.mean([all(right) for right in swapped])) if swapped else 0.0,
-        }
+        accuracy = {"accuracy": float(np.mean(list(by_number.values())))}
+        return accuracy | ({"both_orders": float(np.mean([all(right) for right in swapped]))} if swapped else {})
 
     def _calculate_descriptive_statistics_from_split(self, split: str, **kwargs: Any) -> Any:
         # Abstract in mteb, which asks for it when a task is described for its own catalogue.
@@ -104,18 +107,25 @@ def local_tasks(
         folder: see the module's docstring.
         names: those wanted; unset: all that are found (with `quick`: all of `QUICK` that are found).
         instructions: one per task.
-        quick: sample large tasks by a fixed seed, as `QUICK` says; the sample size goes into the task's description.
+        quick: sample large tasks by a fixed seed, as `QUICK` says, others at 200 rows; the sample size goes into the
+            task's description.
 
     Raises:
         PromptEmbedderError: no tasks in the folder, or none of the quick suite; a name that is not there (the nearest
-            are named).
+            are named) or in two places; later, from `load_data`, a row that is not as it should be.
     """
     found: dict[str, tuple[str, Path]] = {}
     for kind in KINDS:
-        for path in sorted((folder / kind).glob("*")) if (folder / kind).is_dir() else []:
+        for path in sorted((folder / kind).iterdir()) if (folder / kind).is_dir() else []:
+            if not (path.is_dir() if kind == "retrieval" else path.name.endswith(".jsonl.gz")):
+                continue
             name = path.name.removesuffix(".jsonl.gz").removesuffix(".train").removesuffix(".test")
-            if not name.endswith(".dev"):
-                found[name] = (kind, path if kind == "retrieval" else path.parent)
+            if name.endswith(".dev"):
+                continue
+            if name in found and found[name][0] != kind:
+                first = folder / found[name][0]
+                raise PromptEmbedderError(f"two tasks are named {name}: in {first} and in {path.parent}")
+            found[name] = (kind, path if kind == "retrieval" else path.parent)
     if not found:
         raise PromptEmbedderError(f"no tasks in {folder}: expected folders such as {', '.join(list(KINDS)[:3])}")
     wanted = list(names) if names else [name for name in (QUICK if quick else found) if name in found]
@@ -125,8 +135,9 @@ def local_tasks(
         if name not in found:
             near = difflib.get_close_matches(name, found, n=3, cutoff=0.4) or sorted(found)
             raise PromptEmbedderError(f"unknown task {name!r} in {folder}; nearest: {', '.join(near)}")
+    given = instructions or {}
     return [
-        _task(name, *found[name], (instructions or {}).get(name), QUICK.get(name) if quick else None) for name in wanted
+        _task(name, *found[name], given.get(name), QUICK.get(name, _QUICK_OTHERS) if quick else None) for name in wanted
     ]
 
 
@@ -137,11 +148,12 @@ def hub_tasks(names: Sequence[str]) -> list[AbsTask]:
         PromptEmbedderError: mteb knows no such task or benchmark; the nearest are named.
     """
     tasks: list[AbsTask] = []
+    benchmarks = [benchmark.name for benchmark in mteb.get_benchmarks()]
     for name in names:
         try:
-            tasks += list(mteb.get_benchmark(name).tasks) if "(" in name else [mteb.get_task(name)]
+            tasks += list(mteb.get_benchmark(name).tasks) if name in benchmarks else [mteb.get_task(name)]
         except (KeyError, ValueError):
-            known = [task.metadata.name for task in mteb.get_tasks()] + [b.name for b in mteb.get_benchmarks()]
+            known = [task.metadata.name for task in mteb.get_tasks()] + benchmarks
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
             raise PromptEmbedderError(
                 f"mteb knows no task {name!r}" + (f"; nearest: {', '.join(near)}" if near else "")
@@ -156,7 +168,7 @@ def _task(name: str, kind_name: str, place: Path, instruction: str | None, at_mo
     metadata = TaskMetadata(
         name=name,
         description=f"{kind.mteb_type} task from a local folder{sampled}.",
-        dataset={"path": f"local/{name}", "revision": _revision(path, at_most)},
+        dataset={"path": f"{LOCAL}{name}", "revision": _revision(path, at_most)},
         type=kind.mteb_type,
         category="t2t",
         modalities=["text"],
@@ -175,14 +187,41 @@ def _task(name: str, kind_name: str, place: Path, instruction: str | None, at_mo
     return made()
 
 
-def _rows(path: Path, fields: Sequence[str], at_most: int | None = None) -> list[dict[str, Any]]:
+# What a field of a row holds: how to tell, and in words.
+_Check = tuple[Callable[[Any], bool], str]
+TEXT: _Check = (lambda value: isinstance(value, str), "a text")
+NUMBER: _Check = (
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    "a number",
+)
+LABEL: _Check = (lambda value: isinstance(value, str | int), "a text or a whole number")
+NAME: _Check = (lambda value: isinstance(value, str | int), "a text or a whole number")
+TEXTS: _Check = (lambda value: _is_list(value, str), "a list of texts")
+ANY_TEXTS: _Check = (lambda value: value == [] or _is_list(value, str), "a list of texts, perhaps empty")
+NUMBERS: _Check = (lambda value: _is_list(value, int | float), "a list of numbers")
+
+
+def _is_list(value: Any, of: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, of) for entry in value)
+
+
+def _rows(path: Path, fields: Mapping[str, _Check], at_most: int | None = None) -> list[dict[str, Any]]:
     file = path.with_name(f"{path.name}.jsonl.gz")
     rows: list[dict[str, Any]] = []
     for where, record in read_jsonl(file):
         missing = [field for field in fields if not isinstance(record, dict) or record.get(field) is None]
         if missing:
             raise PromptEmbedderError(f"{where}: {missing[0]!r} is missing; a row of this task has {', '.join(fields)}")
+        for field, (fits, wanted) in fields.items():
+            if not fits(record[field]):
+                raise PromptEmbedderError(f"{where}: {field!r} is {str(record[field])[:40]!r}, expected {wanted}")
+            if rows and type(record[field]) is not type(rows[0][field]) and fields[field] is LABEL:
+                raise PromptEmbedderError(
+                    f"{where}: {field!r} is {record[field]!r}, of another kind than in the first row"
+                )
         rows.append(record)
+    if not rows:
+        raise PromptEmbedderError(f"{file} holds no rows")
     return _sample(rows, at_most)
 
 
@@ -192,24 +231,24 @@ def _sample(rows: list[Any], at_most: int | None) -> list[Any]:
     return [rows[n] for n in sorted(random.Random(_SEED).sample(range(len(rows)), at_most))]
 
 
-def _columns(rows: list[dict[str, Any]], fields: Sequence[str]) -> Dataset:
+def _columns(rows: list[dict[str, Any]], fields: Iterable[str]) -> Dataset:
     return Dataset.from_dict({field: [row[field] for row in rows] for field in fields})
 
 
 def _scored_pairs(path: Path, at_most: int | None) -> Any:
-    fields = ("sentence1", "sentence2", "score")
+    fields = {"sentence1": TEXT, "sentence2": TEXT, "score": NUMBER}
     return DatasetDict({_SPLIT: _columns(_rows(path, fields, at_most), fields)})
 
 
 def _labelled_pairs(path: Path, at_most: int | None) -> Any:
-    rows = _rows(path, ("sentence1", "sentence2", "label"), at_most)
+    rows = _rows(path, {"sentence1": TEXT, "sentence2": TEXT, "label": NUMBER}, at_most)
     return DatasetDict(
         {_SPLIT: _columns([{**row, "labels": row["label"]} for row in rows], ("sentence1", "sentence2", "labels"))}
     )
 
 
 def _classes(path: Path, at_most: int | None) -> Any:
-    fields = ("text", "label")
+    fields = {"text": TEXT, "label": LABEL}
     parts = {
         split: _rows(path.with_name(f"{path.name}.{split}"), fields, at_most if split == _SPLIT else None)
         for split in ("train", _SPLIT)
@@ -223,13 +262,14 @@ def _classes(path: Path, at_most: int | None) -> Any:
 
 
 def _clusters(path: Path, at_most: int | None) -> Any:
-    rows = [{"sentences": row["text"], "labels": row["label"]} for row in _rows(path, ("text", "label"), at_most)]
+    given = _rows(path, {"text": TEXT, "label": LABEL}, at_most)
+    rows = [{"sentences": row["text"], "labels": row["label"]} for row in given]
     return DatasetDict({_SPLIT: _columns(rows, ("sentences", "labels"))})
 
 
 def _reranked(path: Path, at_most: int | None) -> Any:
     queries, corpus, relevant, ranked = [], [], {}, {}
-    for n, row in enumerate(_rows(path, ("query", "positive", "negative"), at_most)):
+    for n, row in enumerate(_rows(path, {"query": TEXT, "positive": TEXTS, "negative": ANY_TEXTS}, at_most)):
         query = f"q{n}"
         queries.append({"id": query, "text": row["query"]})
         texts = [(text, 1) for text in row["positive"]] + [(text, 0) for text in row["negative"]]
@@ -241,10 +281,10 @@ def _reranked(path: Path, at_most: int | None) -> Any:
 
 
 def _searched(path: Path, at_most: int | None) -> Any:
-    queries = _rows(path / "queries", ("_id", "text"))
-    corpus = _rows(path / "corpus", ("_id", "text"))
+    queries = _rows(path / "queries", {"_id": NAME, "text": TEXT})
+    corpus = _rows(path / "corpus", {"_id": NAME, "text": TEXT})
     relevant: dict[str, dict[str, int]] = {}
-    for row in _rows(path / "qrels", ("query-id", "corpus-id", "score")):
+    for row in _rows(path / "qrels", {"query-id": NAME, "corpus-id": NAME, "score": NUMBER}):
         relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
     queries = [row for row in queries if str(row["_id"]) in relevant]
     if at_most is not None:
@@ -278,13 +318,13 @@ def _retrieval_data(
 
 
 def _summaries(path: Path, at_most: int | None) -> Any:
-    fields = ("human_summaries", "machine_summaries", "relevance")
+    fields = {"human_summaries": TEXTS, "machine_summaries": TEXTS, "relevance": NUMBERS}
     rows = [{**row, "text": row["human_summaries"][0]} for row in _rows(path, fields, at_most)]
     return DatasetDict({_SPLIT: _columns(rows, ("text", *fields))})
 
 
 def _triplets(path: Path, at_most: int | None) -> Any:
-    fields = ("instruction", "anchor", "positive", "negative")
+    fields = dict.fromkeys(("instruction", "anchor", "positive", "negative"), TEXT)
     rows = _rows(path, fields)
     if at_most is not None:  # whole swapped pairs
         pairs = [rows[n : n + 2] for n in range(0, len(rows), 2)]
