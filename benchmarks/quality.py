@@ -5,7 +5,8 @@
 Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
 paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
 `best`, recipe `general.yaml`; `real_rows`, the same without its made-up rows, so on LoRA's; for every seed. With
-`--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
+`--minilm FOLDER` all-MiniLM-L6-v2 for orientation. `--suite others`: the folder's tasks that are not in the quick
+suite, 200 rows each; recipes were chosen by STSBenchmark dev and, some of them, by the quick suite, never by these.
 Every step is kept in `--output` and not done again: stop and go on at will, or run columns in several processes
 (`--columns lora` in one, `--columns prefix suffix` in another, then without, to collect). `--choose N` first picks each
 trained column's learning rate from three, by STSBenchmark dev after N steps. The last line is one JSON object.
@@ -45,7 +46,11 @@ TRAINED = {
     "real_rows": "general",
 }
 SETTINGS = {"real_rows": ["data.contrast_rows=0"]}
-LORA_RATES = (5e-4, 1e-3, 2e-3)
+TITLES = {
+    "quick": "Quality on the quick suite",
+    "others": "Quality on the tasks beside the quick suite",
+    "full": "Quality on all tasks",
+}
 # Ours: times the recipe's learning rates.
 FACTORS = (0.5, 1.0, 2.0)
 
@@ -87,7 +92,7 @@ def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
 
 def choice_of_rate(column: str, arguments: argparse.Namespace) -> dict[str, Any]:
     recipes = run_config(column, arguments.seeds[0], 1, arguments).training.prompter_learning_rate
-    rates = LORA_RATES if column == "lora" else tuple(recipes * factor for factor in FACTORS)
+    rates = lora.RATES if column == "lora" else tuple(recipes * factor for factor in FACTORS)
     if not arguments.choose:
         return {"steps": 0, "rate": rates[1]}
     tried: dict[float, float] = {}
@@ -158,7 +163,11 @@ def folder_of(name: str, of: str, arguments: argparse.Namespace) -> Path:
 
 def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
     given = json.loads((arguments.data / "instructions.json").read_text())
-    tasks = evaluation.local_tasks(arguments.data, instructions=given, quick=arguments.suite == "quick")
+    others = None
+    if arguments.suite == "others":
+        every = [task.metadata.name for task in evaluation.local_tasks(arguments.data)]
+        others = [name for name in every if name not in evaluation.QUICK]
+    tasks = evaluation.local_tasks(arguments.data, others, instructions=given, quick=arguments.suite != "full")
     result = evaluation.evaluate(encoder, tasks, arguments.output / arguments.suite, batch_size=64)
     say(f"{name}: mean {result.mean:.2f}")
 
@@ -178,7 +187,16 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
         figures = {
             "ratio_to_lora": {
                 base: round(mean[base] / mean["lora"], 4) for base in TRAINED if base in mean and base != "lora"
-            }
+            },
+            "ratio_by_seed": {
+                base: [
+                    round(comparison.mean(f"{base}-{seed}") / comparison.mean(f"lora-{seed}"), 4)
+                    for seed in arguments.seeds
+                    if {f"{base}-{seed}", f"lora-{seed}"} <= set(comparison.columns)
+                ]
+                for base in TRAINED
+                if base in mean and base != "lora"
+            },
         } | figures
     figures["seeds"] = {base: len(names) for base, names in seeds.items() if base in TRAINED}
     rates = [arguments.output / "rates" / f"{column}.json" for column in TRAINED]
@@ -188,7 +206,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
         shown = evaluation.Comparison(
             comparison.columns, comparison.shared, to if to in comparison.columns else None, comparison.kinds
         )
-        evaluation.write_report(shown, arguments.report, "Quality on the quick suite")
+        evaluation.write_report(shown, arguments.report, TITLES[arguments.suite])
         record = {"command": command(), "figures": figures}
         atomic.write_text(arguments.report / "quality.json", json.dumps(record, indent=1) + "\n")
     print(evaluation.markdown(comparison))
@@ -201,7 +219,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[13, 14])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--suite", choices=["quick", "full"], default="quick")
+    parser.add_argument("--suite", choices=["quick", "others", "full"], default="quick")
     parser.add_argument("--choose", type=int, default=0, metavar="STEPS", help="pick learning rates first")
     parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipes' settings")

@@ -9,9 +9,12 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
 - `hard_cue`: PromptEOL, untrained; `closed_form`: the prompter moved, nothing trained; `alignment_only`: W trained on
   the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old model's similarities;
 - `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`);
-- `examples_ratio`, `time_ratio`: examples and seconds LoRA takes to its best dev score, over those alignment-only takes
-  to the same score; `..._95` likewise to 95 % of it. Unset where alignment-only does not get there, and no ratio of
-  examples where the closed form is there before any (`without_examples`). Scoring dev is in nobody's time.
+- `examples_ratio`, `time_ratio`: examples and seconds LoRA takes to its best dev score, which is also that of the model
+  it leaves, over those alignment-only takes to the same score; `..._95` likewise to 95 % of it. Unset where
+  alignment-only does not get there, and no ratio of examples where the closed form is there before any
+  (`without_examples`). Scoring dev is in nobody's time. W alone is scored every `--fine` steps, because it is quick:
+  a ratio cannot be higher than LoRA's examples over those (`examples_ratio_at_most`).
+- LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone.
 
 With `--quick PART...` the models of these parts are evaluated on the quick suite too (`quick_...`, mean over tasks).
 Every part is kept in `--output` and not run again. The last lines are one JSON object per backbone.
@@ -23,6 +26,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -54,9 +59,19 @@ def recipe(arguments: argparse.Namespace) -> RunConfig:
     return replace(config, training=training, evaluation=evaluation)
 
 
+def place_of(arguments: argparse.Namespace, backbone: str) -> Path:
+    """Where everything of a backbone goes; it may be a path or a hub id."""
+    return Path(arguments.output / slug(backbone))
+
+
+def slug(backbone: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", backbone).strip("-")
+
+
 def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None) -> dict[str, Any]:
     """Closed form and, with rows or texts, W alone."""
-    config, output = recipe(arguments), arguments.output / backbone / name
+    config, output = recipe(arguments), place_of(arguments, backbone) / name
+    config = replace(config, evaluation=replace(config.evaluation, every_steps=arguments.fine))
     files: tuple[str, ...] = ()
     if texts is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -92,7 +107,7 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
         TransferConfig(
             backbone=backbone,
             data=DataConfig(root=config.data.root),
-            training=replace(config.training, output=str(arguments.output / backbone / "closed_form")),
+            training=replace(config.training, output=str(place_of(arguments, backbone) / "closed_form")),
             evaluation=config.evaluation,
         ),
     )
@@ -103,7 +118,7 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
 def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     """Prompter and W trained anew before the new backbone."""
     config = recipe(arguments)
-    output = arguments.output / backbone / "from_scratch"
+    output = place_of(arguments, backbone) / "from_scratch"
     prompter = soft_prompt_module(promptembedder.load(arguments.model)).settings.prompter
     model = replace(config.model, prompter=prompter, backbone=backbone)
     config = replace(config, model=model, training=replace(config.training, output=str(output)))
@@ -114,16 +129,29 @@ def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
 def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     config = recipe(arguments)
     config = replace(config, model=replace(config.model, backbone=backbone))
-    output = arguments.output / backbone / "lora" / "model"
-    done = lora.train(config, learning_rate=arguments.lora_rate, output=output, follow=True)
+    output = place_of(arguments, backbone) / "lora" / "model"
+    tried: dict[float, float] = {}
+    for rate in lora.RATES:
+        place = place_of(arguments, backbone) / f"lora-{rate:g}-{arguments.choose}-steps.json"
+        tried[rate] = kept(place, partial(after_few_steps, config, rate, arguments.choose))["dev"]
+        say(f"{backbone}: LoRA at {rate:g} has {tried[rate]:.2f} on dev after {arguments.choose} steps")
+    chosen = max(tried, key=lambda rate: tried[rate])
+    done = lora.train(config, learning_rate=chosen, output=output, follow=True)
     test = replace(config, evaluation=replace(config.evaluation, dev=config.evaluation.test, dev_pairs=None))
-    return {"test": lora.dev_score(done.model, test), "curve": done.curve}
+    return {"test": lora.dev_score(done.model, test), "curve": done.curve, "learning_rate": chosen, "tried": tried}
+
+
+def after_few_steps(config: RunConfig, rate: float, steps: int) -> dict[str, float]:
+    """LoRA's dev score after a few steps, none of which is kept."""
+    with tempfile.TemporaryDirectory() as scratch:
+        training = replace(config.training, max_steps=steps, output=f"{scratch}/model")
+        return {"dev": lora.dev_score(lora.train(replace(config, training=training), learning_rate=rate).model, config)}
 
 
 def quick(arguments: argparse.Namespace, backbone: str, part: str) -> dict[str, Any]:
     """The quick suite's scores of the model that a part left."""
-    folder = arguments.output / backbone / part / "model"
-    name = f"{backbone}/{part}"
+    folder = place_of(arguments, backbone) / part / "model"
+    name = f"{slug(backbone)}/{part}"
     if part == "lora":
         config = recipe(arguments)
         config = replace(config, model=replace(config.model, backbone=backbone))
@@ -139,9 +167,9 @@ def quick(arguments: argparse.Namespace, backbone: str, part: str) -> dict[str, 
 def write_quick_report(arguments: argparse.Namespace, backbone: str) -> None:
     """The quick suite's table and pictures, LoRA as the measure where it is there."""
     place = arguments.output / "quick" / "results"
-    folders = [place / f"{backbone}__{part}" / REVISION for part in arguments.quick]
+    folders = [place / f"{slug(backbone)}__{part}" / REVISION for part in arguments.quick]
     comparison = evaluation.compare(evaluation.read_columns(folders), "lora" if "lora" in arguments.quick else None)
-    evaluation.write_report(comparison, arguments.report / f"{backbone}-quick", f"Quick suite on {backbone}")
+    evaluation.write_report(comparison, arguments.report / f"{slug(backbone)}-quick", f"Quick suite on {backbone}")
 
 
 def reached(curve: Curve, score: float) -> tuple[int, float] | None:
@@ -164,6 +192,9 @@ def ratios(ours: Curve, theirs: Curve) -> dict[str, float | bool | None]:
             f"time_ratio{name}": seconds,
             f"without_examples{name}": we is not None and we[0] == 0,
         }
+        if they is not None:
+            first = min((examples for examples, _, _ in ours if examples), default=0)
+            figures[f"examples_ratio{name}_at_most"] = round(they[0] / first, 1) if first else None
     return figures
 
 
@@ -176,11 +207,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--pairs", type=int, default=300, help="of dev")
     parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
-    parser.add_argument("--lora-rate", type=float, default=1e-3)
+    parser.add_argument("--fine", type=int, default=2, help="the same where W alone is trained")
+    parser.add_argument("--choose", type=int, default=15, metavar="STEPS", help="of the runs that pick LoRA's rate")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
     parser.add_argument("--quick", nargs="+", default=[], choices=QUICK, metavar="PART", help=", ".join(QUICK))
     arguments = parsed(parser)
-    names = ("steps", "batch", "pairs", "every", "lora_rate", "set")
+    names = ("steps", "batch", "pairs", "every", "fine", "choose", "set")
     settings = {name: getattr(arguments, name) for name in names} | {"model": str(arguments.model.resolve())}
     one_setting(arguments.output, settings)
     figures: dict[str, dict[str, Any]] = {}
@@ -190,7 +222,9 @@ def main() -> None:
         parts = {}
         for name in arguments.parts:
             say(f"{backbone}: {name}")
-            parts[name] = kept(arguments.output / backbone / f"{name}.json", partial(PARTS[name], arguments, backbone))
+            parts[name] = kept(
+                place_of(arguments, backbone) / f"{name}.json", partial(PARTS[name], arguments, backbone)
+            )
         found: dict[str, Any] = {k: v for k, v in parts.get("untrained", {}).items() if k in FIGURES}
         found |= {name: part["test"] for name, part in parts.items() if "test" in part}
         found = {name: round(value, 2) for name, value in found.items()}
@@ -198,7 +232,7 @@ def main() -> None:
             found |= ratios(parts["alignment_only"]["curve"], parts["lora"]["curve"])
         for part in arguments.quick:
             say(f"{backbone}: quick suite, {part}")
-            place = arguments.output / backbone / f"quick_{part}.json"
+            place = place_of(arguments, backbone) / f"quick_{part}.json"
             found[f"quick_{part}"] = round(kept(place, partial(quick, arguments, backbone, part))["mean"], 2)
         figures[backbone] = found
         lines.append(f"| {backbone} | " + " | ".join(str(found.get(name, "-")) for name in shown) + " |")
@@ -209,11 +243,11 @@ def main() -> None:
                 for name, part in parts.items()
                 if "curve" in part
             }
-            draw_curves(curves, arguments.report / f"{backbone}.png", backbone)
+            draw_curves(curves, arguments.report / f"{slug(backbone)}.png", backbone)
             if arguments.quick:
                 write_quick_report(arguments, backbone)
             record = {"command": command(), "figures": found, "parts": parts}
-            atomic.write_text(arguments.report / f"{backbone}.json", json.dumps(record, indent=1) + "\n")
+            atomic.write_text(arguments.report / f"{slug(backbone)}.json", json.dumps(record, indent=1) + "\n")
     if arguments.report:
         atomic.write_text(arguments.report / "report.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -239,8 +273,8 @@ QUICK = ("closed_form", "alignment_only", "unlabelled", "from_scratch", "lora")
 REVISION = "transfer"
 FIGURES = (
     *("hard_cue", "closed_form", "alignment_only", "unlabelled", "from_scratch", "lora"),
-    *("examples_ratio", "time_ratio", "without_examples"),
-    *("examples_ratio_95", "time_ratio_95", "without_examples_95"),
+    *("examples_ratio", "time_ratio", "without_examples", "examples_ratio_at_most"),
+    *("examples_ratio_95", "time_ratio_95", "without_examples_95", "examples_ratio_95_at_most"),
 )
 
 
