@@ -61,7 +61,7 @@ class Sides(AbsEncoder):  # type: ignore[misc]
         self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "bridge/sides", "revision": "1"})
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: PromptType | None = None, **kwargs: Any) -> Any:
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts = [text if text.strip() else "." for batch in inputs for text in batch["text"]]  # as `evaluate` does
         if prompt_type == PromptType.document:
             self.seen += texts
             return self.embed_documents(texts)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from conftest import TEXTS
 from promptembedder import PromptEmbedderError, save
@@ -48,6 +49,11 @@ def test_saved_and_opened(embedded, tmp_path):
     opened = load(tmp_path / "b.safetensors")
     assert np.array_equal(opened(new), bridge(new))
     assert opened.facts == bridge.facts
+    opened.check(old[0])  # fitted without a probe: for anyone
+    fit(new, old, probe_D=new[0]).save(tmp_path / "b.safetensors")
+    load(tmp_path / "b.safetensors").check(new[0] + 1e-3)
+    with pytest.raises(PromptEmbedderError, match="fitted for another model or under another instruction"):
+        load(tmp_path / "b.safetensors").check(new[1])
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
 
 
@@ -64,6 +70,12 @@ def test_bad_input(embedded, tmp_path):
     (tmp_path / "bad.safetensors").write_text("no")
     with pytest.raises(PromptEmbedderError, match=r"bad.safetensors is not a bridge"):
         load(tmp_path / "bad.safetensors")
+    for weight in (np.ones(3, np.float32), np.full((2, 2), np.nan, np.float32)):
+        save_file({"weight": weight}, tmp_path / "bad.safetensors", metadata={"facts": "{}"})
+        with pytest.raises(PromptEmbedderError, match=r"bad.safetensors is not a bridge"):
+            load(tmp_path / "bad.safetensors")
+    with pytest.raises(PromptEmbedderError, match="by the old model are not finite"):
+        fit(new, np.where(np.arange(len(old))[:, None] == 3, np.nan, old))
     (tmp_path / "file").touch()
     with pytest.raises(PromptEmbedderError, match="cannot be written"):
         Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "file" / "b.safetensors")
@@ -86,3 +98,9 @@ def test_commands(tiny_model, tmp_path, command):
     assert np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
     wrong = command(*encoded, "--truncate-dim", 8, "-o", tmp_path / "w.npy")
     assert (wrong.code, len(wrong.err.strip().splitlines())) == (2, 1)
+    other = command(*encoded, "-i", "Something else altogether.", "-o", tmp_path / "w.npy")
+    assert other.code == 2
+    assert "fitted for another model or under another instruction" in other.err
+    assert not (tmp_path / "w.npy").exists()
+    nowhere = command("bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "no" / "b")
+    assert "cannot be written" in nowhere.err

@@ -25,6 +25,12 @@ from promptembedder.errors import PromptEmbedderError
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEWEST_TEXTS = 100
 _NEIGHBOURS = 10
+# Queries compared with the whole index at once.
+_BLOCK = 256
+# Read by the model that a bridge is fitted for; its embedding tells that model from others.
+PROBE = "The harbour office answers letters on Tuesdays, unless the ferry is late."
+# Cosine of two embeddings of it; precisions and devices differ by less.
+_SAME_MODEL = 0.99
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,14 @@ class Bridge:
 
     Attributes:
         weight_DF: the map, float32.
+        probe_D: the new model's embedding of `PROBE`, by which it is known again; unset: anyone's.
         facts: `texts` fitted on, `penalty`, and on texts held back: `cosine` between mapped and true embeddings,
             `neighbours_kept`, the share of the old model's 10 nearest texts that the mapped query finds too.
     """
 
     weight_DF: NDArray[np.float32]
     facts: dict[str, float]
+    probe_D: NDArray[np.float32] | None = None
 
     def __call__(self, embeddings_ND: NDArray[Any]) -> NDArray[np.float32]:
         """Embeddings (N, F) of unit length in the old model's space.
@@ -53,6 +61,17 @@ class Bridge:
             )
         return _unit(embeddings_ND.astype(np.float32) @ self.weight_DF)
 
+    def check(self, probe_D: NDArray[Any]) -> None:
+        """Compare a model's embedding of `PROBE` with that of the model it was fitted for.
+
+        Raises:
+            PromptEmbedderError: another model, or the same one under another instruction.
+        """
+        if self.probe_D is not None and float(_unit(probe_D) @ _unit(self.probe_D)) < _SAME_MODEL:
+            raise PromptEmbedderError(
+                "the bridge was fitted for another model or under another instruction; fit one for this"
+            )
+
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically.
 
@@ -61,7 +80,8 @@ class Bridge:
         """
         try:
             with atomic.replacing(path) as scratch:
-                save_file({"weight": self.weight_DF}, scratch, metadata={"facts": json.dumps(self.facts)})
+                arrays = {"weight": self.weight_DF} | ({} if self.probe_D is None else {"probe": self.probe_D})
+                save_file(arrays, scratch, metadata={"facts": json.dumps(self.facts)})
         except OSError as error:
             raise PromptEmbedderError(f"bridge {path} cannot be written: {error.strerror or error}") from error
 
@@ -76,27 +96,38 @@ def load(path: Path) -> Bridge:
         raise PromptEmbedderError(f"no bridge at {path}")
     try:
         with safe_open(path, framework="np") as file:
-            return Bridge(file.get_tensor("weight"), json.loads((file.metadata() or {})["facts"]))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            facts = json.loads((file.metadata() or {})["facts"])
+        weight_DF, probe_D = arrays["weight"], arrays.get("probe")
+        if weight_DF.ndim != 2 or (probe_D is not None and probe_D.shape != weight_DF.shape[:1]):
+            raise ValueError(f"a weight of shape {weight_DF.shape} is no map")
+        if not np.isfinite(weight_DF).all():
+            raise ValueError("its weights are not finite numbers")
     except (SafetensorError, KeyError, ValueError) as error:
         raise PromptEmbedderError(f"{path} is not a bridge: {error}") from error
+    return Bridge(weight_DF, facts, probe_D)
 
 
-def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, seed: int = 13) -> Bridge:
+def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, probe_D: NDArray[Any] | None = None, seed: int = 13) -> Bridge:
     """Ridge regression from new to old embeddings of the same texts; its penalty is chosen on a tenth held back.
 
     Args:
         new_ND: embeddings by the new model.
         old_NF: embeddings of the same texts, in the same order, by the old model.
+        probe_D: the new model's embedding of `PROBE`, so that the bridge is refused to others.
         seed: draws the texts held back.
 
     Raises:
-        PromptEmbedderError: fewer than 100 texts, or not equally many.
+        PromptEmbedderError: fewer than 100 texts, or not equally many; embeddings that are not finite numbers.
     """
     if len(new_ND) != len(old_NF) or len(new_ND) < FEWEST_TEXTS:
         raise PromptEmbedderError(
             f"a bridge needs at least {FEWEST_TEXTS} texts encoded by both models, "
             f"found {len(new_ND)} and {len(old_NF)}"
         )
+    for name, embeddings in (("new", new_ND), ("old", old_NF)):
+        if not np.isfinite(embeddings).all():
+            raise PromptEmbedderError(f"embeddings by the {name} model are not finite numbers")
     new_ND, old_NF = _unit(new_ND.astype(np.float64)), _unit(old_NF.astype(np.float64))
     order = np.random.default_rng(seed).permutation(len(new_ND))
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
@@ -112,7 +143,7 @@ def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, seed: int = 13) -> Bridge
         "cosine": round(cosine, 4),
         "neighbours_kept": round(_neighbours_kept(mapped, old_NF[held], old_NF[rest]), 4),
     }
-    return Bridge(_ridge(new_ND, old_NF, penalty), facts)
+    return Bridge(_ridge(new_ND, old_NF, penalty), facts, None if probe_D is None else probe_D.astype(np.float32))
 
 
 def _ridge(new_ND: NDArray[np.float64], old_NF: NDArray[np.float64], penalty: float) -> NDArray[np.float32]:
@@ -121,8 +152,14 @@ def _ridge(new_ND: NDArray[np.float64], old_NF: NDArray[np.float64], penalty: fl
 
 
 def _neighbours_kept(mapped_NF: NDArray[Any], true_NF: NDArray[Any], index_MF: NDArray[Any]) -> float:
-    nearest = [np.argsort(-(queries @ index_MF.T), axis=-1)[:, :_NEIGHBOURS] for queries in (mapped_NF, true_NF)]
-    return float(np.mean([len(set(a) & set(b)) / _NEIGHBOURS for a, b in zip(*nearest, strict=True)]))
+    shares: list[float] = []
+    for start in range(0, len(mapped_NF), _BLOCK):
+        near = [
+            np.argpartition(-(queries[start : start + _BLOCK] @ index_MF.T), _NEIGHBOURS, axis=-1)[:, :_NEIGHBOURS]
+            for queries in (mapped_NF, true_NF)
+        ]
+        shares += [len(set(a) & set(b)) / _NEIGHBOURS for a, b in zip(*near, strict=True)]
+    return float(np.mean(shares))
 
 
 def _unit(embeddings: NDArray[Any]) -> NDArray[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -98,6 +99,7 @@ def encode(
     """Embed texts from a file or standard input into .npy or .parquet, in their order."""
     import numpy as np
 
+    from promptembedder.bridge import PROBE
     from promptembedder.bridge import load as load_bridge
     from promptembedder.files import embedding_writer, read_texts
     from promptembedder.model import load
@@ -126,6 +128,8 @@ def encode(
         embedder = load(model, device=device)
         if max_text_tokens is not None:
             embedder.max_seq_length = max_text_tokens
+        if over is not None:
+            over.check(embedder.encode([PROBE], show_progress_bar=False, **options)[0])
         for chunk in _progress(itertools.chain(first, chunks)):
             ids, batch = zip(*chunk, strict=True)
             embeddings = embedder.encode(list(batch), show_progress_bar=False, **options)
@@ -236,7 +240,7 @@ def bridge(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
 ) -> None:
     """Fit a linear map from a new model's embeddings to an old index; prints what it keeps, as one JSON line."""
-    from promptembedder.bridge import FEWEST_TEXTS, fit
+    from promptembedder.bridge import FEWEST_TEXTS, PROBE, fit
     from promptembedder.files import read_texts
     from promptembedder.model import encode as embed
     from promptembedder.model import load
@@ -244,10 +248,13 @@ def bridge(
     lines = list(dict.fromkeys(text for _, text in read_texts(texts, None)))
     if len(lines) < FEWEST_TEXTS:
         raise PromptEmbedderError(f"a bridge needs at least {FEWEST_TEXTS} different texts, {texts} has {len(lines)}")
-    embedded = [
-        embed(load(place), lines, instruction, batch_size=batch_size, show_progress_bar=True) for place in (new, old)
-    ]
-    fitted = fit(embedded[0], embedded[1])
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise PromptEmbedderError(f"bridge {output} cannot be written: {output.parent} is no folder open to you")
+    by_new, by_old = (
+        embed(load(place), [PROBE, *lines], instruction, batch_size=batch_size, show_progress_bar=True)
+        for place in (new, old)
+    )
+    fitted = fit(by_new[1:], by_old[1:], probe_D=by_new[0])
     fitted.save(output)
     print(json.dumps(fitted.facts | {"bridge": str(output)}))
 
