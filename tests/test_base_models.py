@@ -102,6 +102,13 @@ def test_bad_gguf_leaves_nothing_behind(tmp_path, monkeypatch, content):
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
 
 
+def test_a_config_is_read_before_anything_is_fetched(tiny_lm, tmp_path):
+    assert base_models.peek_config(str(tiny_lm("qwen2", 48))).hidden_size == 48
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    for name in (str(tmp_path / "bad.gguf"), str(tmp_path / "none"), "owner/name"):
+        assert base_models.peek_config(name) is None
+
+
 def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
     parts = [tmp_path / "a", tmp_path / "b"]
     for part, content in zip(parts, (b"first", b"second"), strict=True):

@@ -11,7 +11,7 @@ import torch
 
 import promptembedder
 from conftest import assert_same_embeddings, assert_same_model
-from promptembedder import ModelConfig, baselines, demo
+from promptembedder import ModelConfig, base_models, baselines, demo
 from promptembedder.base_models import CARRIED_MODELS
 
 
@@ -43,6 +43,12 @@ def test_the_llm_is_intact(model):
     with torch.no_grad():
         likeliest = lm(input_ids=ids).logits[0, -1].argmax()
     assert tokenizer.decode(likeliest).strip() == "Paris"
+
+
+def test_a_gguf_file_tells_its_shape_before_it_is_converted(tmp_path):
+    (part,) = base_models._installed_parts(CARRIED_MODELS["smollm2-135m-instruct"])
+    (tmp_path / "model.gguf").symlink_to(part)
+    assert base_models.peek_config(str(tmp_path / "model.gguf")).hidden_size == 576
 
 
 def test_hard_cue_finds_the_paraphrase(model):

@@ -341,7 +341,7 @@ def test_closed_forms_need_no_words_shared_with_the_old_backbone(tiny_model, tin
 def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, config, monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000, "total": 1000})())
-    monkeypatch.setattr(base_models, "load_causal_lm", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(base_models, "locate", lambda *a: pytest.fail("fetched"))
     with pytest.raises(PromptEmbedderError, match=r"GiB of weights in float32, 0\.0 GiB are free on cpu"):
         transfer(model, config())
 

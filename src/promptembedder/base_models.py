@@ -137,6 +137,31 @@ def locate(name: str, revision: str | None = None) -> LocatedModel:
     return LocatedModel(name, *_from_hub(name, revision, hint=None))
 
 
+def peek_config(name: str, revision: str | None = None) -> Any | None:
+    """A base LLM's config before its weights are fetched or converted; `None` where `locate` has to say what is wrong.
+
+    Args:
+        name: as in `locate`.
+        revision: hub ids only.
+    """
+    carried = CARRIED_MODELS.get(name)
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if carried is not None and _installed_parts(carried) is not None:
+        return None  # small, and in parts
+    if path.is_file() and path.suffix == ".gguf":
+        source: str | Path = path.parent
+        options |= {"gguf_file": path.name}
+    else:
+        source = path if path.is_dir() else carried.hub_id if carried is not None else name
+        options |= {} if path.is_dir() else {"revision": revision}
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, struct.error):
+        return None
+
+
 def load_config(located: LocatedModel) -> Any:
     """Read a base LLM's config and refuse architectures that cannot be a prompter or backbone.
 

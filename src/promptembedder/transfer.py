@@ -83,6 +83,10 @@ def transfer(
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
     rows = _read_rows(config, old.settings)
+    device = old.alignment.weight.device
+    dtype = base_models.resolve_dtype(config.dtype or old.settings.dtype, device)
+    if (peeked := base_models.peek_config(config.backbone, config.backbone_revision)) is not None:
+        _check_memory(config.backbone, peeked, dtype, device)
     located = base_models.locate(config.backbone, config.backbone_revision)
     _check_shape(located, config)
     # No device is asked for: the new model goes where the old one is.
@@ -257,7 +261,7 @@ def on_backbone(
     again = f"{located.name} is the backbone that the model has already; name another one"
     if (located.name, located.revision) == (old.base_models.backbone, old.base_models.backbone_revision):
         raise PromptEmbedderError(again)
-    _check_memory(located, precision, device)
+    _check_memory(located.name, base_models.load_config(located), precision, device)
     lm = base_models.load_causal_lm(located, precision).to(device)
     fingerprint = base_models.fingerprint(lm)
     if fingerprint == old.base_models.backbone_fingerprint:
@@ -404,15 +408,17 @@ def _check_shape(located: LocatedModel, config: TransferConfig) -> None:
         )
 
 
-def _check_memory(located: LocatedModel, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(name: str, config: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a backbone that cannot fit, from its config alone."""
-    config = base_models.load_config(located)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        return  # no causal LM, which is refused elsewhere
     needed = sum(p.numel() for p in empty.parameters()) * torch.empty(0, dtype=dtype).element_size()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise PromptEmbedderError(
-            f"{located.name} needs {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')}, "
+            f"{name} needs {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')}, "
             f"{free / 2**30:.1f} GiB are free on {device}"
         )
