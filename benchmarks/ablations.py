@@ -88,7 +88,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     ),
     "softmax temperature 0.5": ("model.softmax_temperature=0.5",),
     "softmax temperature 2": ("model.softmax_temperature=2",),
+    "softmax temperature from 4 to 1": ("training.softmax_temperature_start=4",),
     "read-out mean": ("model.readout=mean",),
+    "read-out of layers 20, 25 and 30": ("model.readout_layers=[20,25]",),
     "20 of 30 layers": ("model.backbone_layers=20",),
     "25 of 30 layers": ("model.backbone_layers=25",),
     "instruction in words": (

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.functional import cast_adapter_dtype
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Transformer
@@ -47,10 +46,11 @@ def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = Fa
     if transformer.tokenizer.pad_token is None:
         transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    # peft's own way in, which keeps the adapter in float32; `SentenceTransformer.add_adapter` goes through
+    # transformers, whose version 5.24 asks for a peft that is not out yet.
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    transformer.model = get_peft_model(transformer.model, lora, adapter_name=ADAPTER)
     model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
-    model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    # As `get_peft_model` does for ours: bfloat16 swallows small updates.
-    cast_adapter_dtype(adapted(model), ADAPTER)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -269,4 +269,4 @@ def encoder(config: RunConfig, adapter: Path, name: str, revision: str) -> evalu
 
 
 def adapted(model: SentenceTransformer) -> Any:
-    return model[0].auto_model
+    return model[0].model

@@ -14,8 +14,11 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   alignment-only does not get there, and no ratio of examples where the closed form is there before any
   (`without_examples`). Scoring dev is in nobody's time. W alone is scored every `--fine` steps, because it is quick:
   a ratio cannot be higher than LoRA's examples over those (`examples_ratio_at_most`).
-- LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone.
+- LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone, unless `--lora-rate` says
+  it.
 
+With `--states 40GiB` a backbone's text states are kept on disk from part to part. Alignment-only comes before the other
+trained parts, so that its seconds hold the reading of every text; those of `unlabelled` and `from_scratch` do not.
 With `--quick PART...` the models of these parts are evaluated on the quick suite too (`quick_...`, mean over tasks).
 Every part is kept in `--output` and not run again. The last lines are one JSON object per backbone.
 
@@ -28,13 +31,15 @@ import argparse
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 
 import lora
 import promptembedder
@@ -44,19 +49,49 @@ from promptembedder.baselines import hard_cue
 from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
 from promptembedder.data import load_training_data, read_scored_pairs
 from promptembedder.model import soft_prompt_module
-from promptembedder.training import train
+from promptembedder.training import pair_evaluator, text_cache, train
 from promptembedder.training_facts import Curve, draw_curves, read_facts
 from promptembedder.transfer import on_backbone, transfer
 from promptembedder.transfer_result import TransferResult
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
+TEST = "sts/STSBenchmark.jsonl.gz"
 
 
-def recipe(arguments: argparse.Namespace) -> RunConfig:
-    config = load_run(RECIPE, arguments.set or [], root=str(arguments.data))
+def recipe(arguments: argparse.Namespace, backbone: str) -> RunConfig:
+    """The recipe's settings on a backbone; the parts are scored on test by `tested`."""
+    settings = list(arguments.set or [])
+    if arguments.states:
+        folder = place_of(arguments, backbone).resolve() / "states"
+        settings += [f"training.text_state_cache={arguments.states}", f"training.text_state_folder={folder}"]
+    config = load_run(RECIPE, settings, root=str(arguments.data))
     training = replace(config.training, max_steps=arguments.steps, batch_size=arguments.batch)
-    evaluation = replace(config.evaluation, dev_pairs=arguments.pairs, every_steps=arguments.every)
-    return replace(config, training=training, evaluation=evaluation)
+    evaluation = replace(config.evaluation, dev_pairs=arguments.pairs, every_steps=arguments.every, test=TEST)
+    return replace(config, model=replace(config.model, backbone=backbone), training=training, evaluation=evaluation)
+
+
+def untested(config: RunConfig) -> RunConfig:
+    return replace(config, evaluation=replace(config.evaluation, test=None))
+
+
+@contextmanager
+def kept_states(arguments: argparse.Namespace, backbone: str, model: SentenceTransformer) -> Iterator[None]:
+    """While inside, the model takes texts' states from the backbone's folder and keeps them there, with `--states`."""
+    module = soft_prompt_module(model)
+    module.backbone.text_cache = text_cache(module, recipe(arguments, backbone).training)
+    try:
+        yield
+    finally:
+        module.backbone.text_cache = None
+
+
+def tested(arguments: argparse.Namespace, backbone: str, model: SentenceTransformer) -> float:
+    """Spearman x 100 on test."""
+    config = recipe(arguments, backbone)
+    test = pair_evaluator(config.evaluation, config.data.root, "test")
+    assert test is not None
+    with kept_states(arguments, backbone, model):
+        return 100 * float(test(model)["test_spearman_cosine"])
 
 
 def place_of(arguments: argparse.Namespace, backbone: str) -> Path:
@@ -70,7 +105,7 @@ def slug(backbone: str) -> str:
 
 def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None) -> dict[str, Any]:
     """Closed form and, with rows or texts, W alone."""
-    config, output = recipe(arguments), place_of(arguments, backbone) / name
+    config, output = untested(recipe(arguments, backbone)), place_of(arguments, backbone) / name
     config = replace(config, evaluation=replace(config.evaluation, every_steps=arguments.fine))
     files: tuple[str, ...] = ()
     if texts is not None:
@@ -91,15 +126,16 @@ def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[s
     )
     start, trained = result.stages[0], result.stages[1]
     curve = [(0, start.seconds, start.dev), *trained.curve]
-    return {"test": result.scores["test"], "start": result.starts[0].name, "curve": curve}
+    test = tested(arguments, backbone, result.model)
+    return {"test": test, "dev": result.scores["dev"], "start": result.starts[0].name, "curve": curve}
 
 
 def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     """Test scores of the hard cue and of the closed form alone."""
-    config = recipe(arguments)
+    config = recipe(arguments, backbone)
     old = promptembedder.load(arguments.model)
     module = soft_prompt_module(on_backbone(old, base_models.locate(backbone)))
-    first, second, scores = read_scored_pairs(config.evaluation.test or "", config.data.root)
+    first, second, scores = read_scored_pairs(TEST, config.data.root)
     one, other = (hard_cue(module, texts, batch_size=64) for texts in (first, second))
     cue = 100 * float(spearmanr((one * other).sum(-1), scores).statistic)
     result = transfer(
@@ -108,34 +144,37 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
             backbone=backbone,
             data=DataConfig(root=config.data.root),
             training=replace(config.training, output=str(place_of(arguments, backbone) / "closed_form")),
-            evaluation=config.evaluation,
+            evaluation=untested(config).evaluation,
         ),
     )
     starts = {start.name: round(start.dev or 0.0, 2) for start in result.starts}
-    return {"hard_cue": cue, "closed_form": result.scores["test"], "starts_dev": starts}
+    return {"hard_cue": cue, "closed_form": tested(arguments, backbone, result.model), "starts_dev": starts}
 
 
 def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     """Prompter and W trained anew before the new backbone."""
-    config = recipe(arguments)
+    config = untested(recipe(arguments, backbone))
     output = place_of(arguments, backbone) / "from_scratch"
     prompter = soft_prompt_module(promptembedder.load(arguments.model)).settings.prompter
-    model = replace(config.model, prompter=prompter, backbone=backbone)
+    model = replace(config.model, prompter=prompter)
     config = replace(config, model=model, training=replace(config.training, output=str(output)))
     result = train(config, resume=any(output.glob("checkpoint-*")))
-    return {"test": result.scores["test"], "curve": result.curve()}
+    return {
+        "test": tested(arguments, backbone, result.model),
+        "dev": result.scores["dev"],
+        "curve": result.curve(),
+    }
 
 
 def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
-    config = recipe(arguments)
-    config = replace(config, model=replace(config.model, backbone=backbone))
+    config = recipe(arguments, backbone)
     output = place_of(arguments, backbone) / "lora" / "model"
     tried: dict[float, float] = {}
-    for rate in lora.RATES:
+    for rate in lora.RATES if arguments.lora_rate is None else ():
         place = place_of(arguments, backbone) / f"lora-{rate:g}-{arguments.choose}-steps.json"
         tried[rate] = kept(place, partial(after_few_steps, config, rate, arguments.choose))["dev"]
         say(f"{backbone}: LoRA at {rate:g} has {tried[rate]:.2f} on dev after {arguments.choose} steps")
-    chosen = max(tried, key=lambda rate: tried[rate])
+    chosen = arguments.lora_rate or max(tried, key=lambda rate: tried[rate])
     done = lora.train(config, learning_rate=chosen, output=output, follow=True)
     test = replace(config, evaluation=replace(config.evaluation, dev=config.evaluation.test, dev_pairs=None))
     return {"test": lora.dev_score(done.model, test), "curve": done.curve, "learning_rate": chosen, "tried": tried}
@@ -153,14 +192,16 @@ def quick(arguments: argparse.Namespace, backbone: str, part: str) -> dict[str, 
     folder = place_of(arguments, backbone) / part / "model"
     name = f"{slug(backbone)}/{part}"
     if part == "lora":
-        config = recipe(arguments)
-        config = replace(config, model=replace(config.model, backbone=backbone))
-        encoder = lora.encoder(config, folder, name, REVISION)
+        encoder = lora.encoder(recipe(arguments, backbone), folder, name, REVISION)
+        states: AbstractContextManager[None] = nullcontext()
     else:
-        encoder = evaluation.InstructedEncoder(promptembedder.load(folder), name, REVISION, training=read_facts(folder))
+        model = promptembedder.load(folder)
+        encoder = evaluation.InstructedEncoder(model, name, REVISION, training=read_facts(folder))
+        states = kept_states(arguments, backbone, model)
     given = json.loads((arguments.data / "instructions.json").read_text(encoding="utf-8"))
     tasks = evaluation.local_tasks(arguments.data, instructions=given, quick=True)
-    result = evaluation.evaluate(encoder, tasks, arguments.output / "quick", batch_size=64)
+    with states:
+        result = evaluation.evaluate(encoder, tasks, arguments.output / "quick", batch_size=64)
     return {"mean": result.mean, "scores": result.scores}
 
 
@@ -209,6 +250,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
     parser.add_argument("--fine", type=int, default=2, help="the same where W alone is trained")
     parser.add_argument("--choose", type=int, default=15, metavar="STEPS", help="of the runs that pick LoRA's rate")
+    parser.add_argument("--lora-rate", type=float, help="LoRA's learning rate; unset: chosen")
+    parser.add_argument("--states", metavar="SIZE", help="keep text states on disk, e.g. 40GiB")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
     parser.add_argument("--quick", nargs="+", default=[], choices=QUICK, metavar="PART", help=", ".join(QUICK))
     arguments = parsed(parser)
@@ -255,9 +298,9 @@ def main() -> None:
         print(json.dumps({"backbone": backbone} | found))
 
 
-def texts_of_rows(arguments: argparse.Namespace) -> list[str]:
+def texts_of_rows(arguments: argparse.Namespace, backbone: str) -> list[str]:
     """The anchors of the labelled rows, as plain texts."""
-    config = recipe(arguments)
+    config = recipe(arguments, backbone)
     data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
     return sorted({text for rows in data.datasets.values() for text in rows["anchor"]})
 
@@ -265,7 +308,7 @@ def texts_of_rows(arguments: argparse.Namespace) -> list[str]:
 PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "untrained": untrained,
     "alignment_only": lambda a, backbone: moved(a, backbone, "alignment_only", None),
-    "unlabelled": lambda a, backbone: moved(a, backbone, "unlabelled", texts_of_rows(a)),
+    "unlabelled": lambda a, backbone: moved(a, backbone, "unlabelled", texts_of_rows(a, backbone)),
     "from_scratch": scratch,
     "lora": peer,
 }

@@ -51,6 +51,34 @@ def test_fewer_layers_read_what_an_inner_layer_of_the_whole_gives(tiny_model, ar
             assert torch.allclose(found[n], naive(whole, text, INSTRUCTION, layers=1), atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_several_layers_averages_what_one_full_forward_gives(tiny_model, architecture, layout):
+    module = tiny_model(architecture, layout=layout, readout_layers=(1,))[0]
+    lm, soft_KD = module.backbone.lm, module.soft_prompt(INSTRUCTION)[0]
+    hooks = [dict(layer._forward_hooks) for layer in lm.layers]
+    with torch.no_grad():
+        found = module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"]
+        assert [dict(layer._forward_hooks) for layer in lm.layers] == hooks
+        for n, text in enumerate(TEXTS):
+            parts = [lm.get_input_embeddings()(module.preprocess([text])["input_ids"][0]), soft_KD]
+            if layout == "prefix":
+                parts = [lm.get_input_embeddings()(module.instruction_ids(INSTRUCTION)), *parts[::-1]]
+            out = lm(inputs_embeds=torch.cat(parts)[None], use_cache=False, output_hidden_states=True)
+            expected = (out.last_hidden_state[0, -1] + lm.norm(out.hidden_states[1])[0, -1]) / 2
+            assert torch.allclose(found[n], expected, atol=1e-5)
+            assert not torch.allclose(found[n], out.last_hidden_state[0, -1], atol=1e-2)
+
+
+def test_several_layers_with_a_deep_soft_prompt(tiny_model):
+    shallow = tiny_model(deep_soft_prompt=True, readout_layers=(1,))
+    with torch.no_grad():
+        shallow[0].alignment.deep.normal_(std=0.3)
+    mixed = shallow.encode(TEXTS, prompt=INSTRUCTION)
+    shallow[0].backbone.readout_layers = ()
+    assert not np.allclose(shallow.encode(TEXTS, prompt=INSTRUCTION), mixed, atol=1e-2)
+
+
 def deepened(tiny_model, architecture="llama", **changes):
     model = tiny_model(architecture, deep_soft_prompt=True, **changes)
     torch.manual_seed(2)
@@ -116,6 +144,7 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
         {"deep_soft_prompt": True, "deep_soft_prompt_rank": 3},
         {"linear_head": True},
         {"backbone_layers": 1},
+        {"readout_layers": (1,)},
         {"instruction_template": "\n{instruction}\nThis"},
     ],
 )
@@ -249,6 +278,9 @@ def test_a_frozen_alignment_stays_as_it_starts(run_config):
 def test_bad_input(tiny_model, tiny_settings, tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"backbone_layers = 3, but .* has 2"):
         build(tiny_settings(backbone_layers=3), device="cpu")
+    for number, read in (2, None), (1, 1):
+        with pytest.raises(PromptEmbedderError, match=r"readout_layers = .* the last of which counts anyway"):
+            build(tiny_settings(readout_layers=(number,), backbone_layers=read), device="cpu")
     with pytest.raises(ValueError, match=r"instruction_template must hold \{instruction\} exactly once"):
         tiny_settings(instruction_template="no place")
     with pytest.raises(ValueError, match="instruction_template needs layout 'suffix', found 'prefix'"):

@@ -18,6 +18,7 @@ from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instruction
 from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.explain import explain
 from promptembedder.module import SoftPromptLeaves
+from promptembedder.prompter import Prompter
 from promptembedder.training import make_loss, train
 from promptembedder.training_facts import read_facts
 from promptembedder.warm_start import warm_start
@@ -150,6 +151,34 @@ def test_best_on_dev_is_kept_and_early_stop_stops(run_config):
     assert result.scores["dev"] == pytest.approx(100 * max(dev))
     assert result.scores["test"] == pytest.approx(100 * max(dev))  # same file: the best model was loaded back
     assert result.steps < 12
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_annealed_softmax_ends_at_the_models_temperature(run_config, stopped, monkeypatch):
+    seen = []
+    generate = Prompter.forward
+
+    def watched(prompter, *inputs):
+        seen.append((torch.is_grad_enabled(), prompter.temperature))
+        return generate(prompter, *inputs)
+
+    monkeypatch.setattr(Prompter, "forward", watched)
+    evaluation = {"dev": "pairs.jsonl", "every_steps": 2}
+    settings = {"max_steps": 5, "softmax_temperature_start": 2.0, "keep_checkpoints": 9}
+    config = run_config(**settings, evaluation=evaluation, model={"softmax_temperature": 0.5})
+    result = train(config)
+    expected = [2.0, 1.625, 1.25, 0.875, 0.5]
+    if stopped:  # after its second step
+        shutil.rmtree(result.folder)
+        for later in result.folder.parent.glob("checkpoint-[3-9]"):
+            shutil.rmtree(later)
+        seen.clear()
+        result = train(config, resume=True)
+        expected = expected[2:]
+    in_steps = [temperature for trained, temperature in seen if trained]
+    assert list(dict.fromkeys(in_steps)) == pytest.approx(expected)
+    assert {temperature for trained, temperature in seen if not trained} == {0.5}
+    assert result.model[0].prompter.temperature == 0.5
 
 
 @pytest.mark.parametrize("kind", ["plain", "cached", "accumulated"])

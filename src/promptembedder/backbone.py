@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from promptembedder import attention, widened
 from promptembedder.attention import StatesApart
 from promptembedder.config import Layout, Readout
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.states import States, merged, packed, shallow_copy, unpacked
+from promptembedder.states import CACHE_ARGUMENT, States, merged, packed, shallow_copy, unpacked
 from promptembedder.text_cache import TextStateCache
 
 TextPass = Literal["same", "int8"]
@@ -44,12 +44,14 @@ class Backbone(nn.Module):
     """The frozen LLM without its output head. Its parameters never need gradients and never leave eval mode.
 
     Args:
-        lm: decoder that takes `inputs_embeds`, `position_ids` and `past_key_values` (`AutoModel` style).
+        lm: decoder that takes `inputs_embeds`, `position_ids` and states to continue from (`AutoModel` style).
         layout: where the soft prompt stands, see the module's docstring.
         readout: `suffix`: the last soft token or the mean over the K soft tokens; `prefix`: the last text token
             or the mean over the text tokens.
         num_soft_tokens: K of a deep soft prompt (layout `suffix`), of which K rows enter and K more are added to each
             layer's input; unset: soft prompts are not deep.
+        readout_layers: besides the last hidden state, those after so many layers, each through the LLM's last norm,
+            are averaged into what is pooled.
         text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
             int8 (CPU); the soft prompt is read in the model's own precision all the same.
 
@@ -68,6 +70,7 @@ class Backbone(nn.Module):
         readout: Readout,
         text_pass: TextPass = "same",
         num_soft_tokens: int | None = None,
+        readout_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
@@ -75,6 +78,7 @@ class Backbone(nn.Module):
         self.readout = readout
         self.text_pass = text_pass
         self.num_soft_tokens = num_soft_tokens
+        self.readout_layers = tuple(readout_layers)
         self.text_cache: TextStateCache | None = None
         self._can_stay_apart = layout == "suffix" and attention.install(lm)
         # In a dict, so that the copies are no part of the module tree: not saved, not moved, not counted.
@@ -118,7 +122,8 @@ class Backbone(nn.Module):
         for rows, length in self._chunks(mask_BT):
             states = head.expanded(len(rows)) if len(soft_NKD) == 1 else head.picked(rows)
             mask_bT = mask_BT[rows, :length]
-            hidden_bTD, _ = self._continue(states, self._embed(ids_BT[rows, :length]), mask_bT)
+            with self._mixing_layers() as mixed:
+                hidden_bTD = mixed(self._continue(states, self._embed(ids_BT[rows, :length]), mask_bT)[0])
             pooled.append(pool(hidden_bTD, mask_bT, self.readout))
             order.append(rows)
         return torch.cat(pooled)[torch.cat(order).argsort()]
@@ -170,8 +175,8 @@ class Backbone(nn.Module):
         K = self.num_soft_tokens or soft_NKD.shape[1]
         soft_BKD = soft_NKD[:, :K].expand(batch, -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
-        with self._deepened(soft_NKD[:, K:]):
-            hidden_BKD, _ = self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)
+        with self._deepened(soft_NKD[:, K:]), self._mixing_layers() as mixed:
+            hidden_BKD = mixed(self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)[0])
         return pool(hidden_BKD, mask_BK, self.readout)
 
     @contextmanager
@@ -184,6 +189,25 @@ class Backbone(nn.Module):
                 hooks.append(layer.register_forward_pre_hook(partial(_add_to_input, deep_NKD)))
         try:
             yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _mixing_layers(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While inside, listen to `readout_layers`; gives what averages their hidden states with the last (B, L, D)."""
+        reader: Any = self._reader(text=False)
+        heard: list[Tensor] = []
+
+        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
+            heard.append(output[0] if isinstance(output, tuple) else output)
+
+        def mixed(last_BLD: Tensor) -> Tensor:
+            return torch.stack([last_BLD, *(reader.norm(hidden_BLD) for hidden_BLD in heard)]).mean(0)
+
+        hooks = [reader.layers[number - 1].register_forward_hook(listen) for number in self.readout_layers]
+        try:
+            yield mixed if self.readout_layers else _unchanged
         finally:
             for hook in hooks:
                 hook.remove()
@@ -246,7 +270,7 @@ class Backbone(nn.Module):
             inputs_embeds=inputs_BLD.to(dtype),
             attention_mask=mask_all,
             position_ids=positions_BL,
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             use_cache=True,
             **more,
         )
@@ -274,6 +298,10 @@ class Backbone(nn.Module):
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids_BT)  # type: ignore[no-any-return]
+
+
+def _unchanged(hidden_BLD: Tensor) -> Tensor:
+    return hidden_BLD
 
 
 def _add_to_input(offset_NKD: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

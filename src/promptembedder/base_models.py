@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.states import CACHE_ARGUMENT
 
 CACHE_ENV = "PROMPTEMBEDDER_CACHE"
 # Part of every cache key: raise it when a conversion changes what it writes.
@@ -166,8 +167,8 @@ def load_config(located: LocatedModel) -> Any:
     """Read a base LLM's config and refuse architectures that cannot be a prompter or backbone.
 
     Raises:
-        PromptEmbedderError: not a causal decoder that takes `inputs_embeds`, `position_ids` and
-            `past_key_values`.
+        PromptEmbedderError: not a causal decoder that takes `inputs_embeds`, `position_ids` and states
+            to continue from.
     """
     with _opening(located, "config"):
         config = AutoConfig.from_pretrained(located.folder, trust_remote_code=False)
@@ -182,7 +183,7 @@ def load_config(located: LocatedModel) -> Any:
             f"base model {where} is not a causal decoder; llama, qwen, gemma, mistral styles work"
         )
     taken = inspect.signature(model_class.forward).parameters
-    missing = [n for n in ("inputs_embeds", "position_ids", "past_key_values") if n not in taken]
+    missing = [n for n in ("inputs_embeds", "position_ids", CACHE_ARGUMENT) if n not in taken]
     if missing:
         raise PromptEmbedderError(f"base model {where} is not supported: its forward takes no {', '.join(missing)}")
     return config

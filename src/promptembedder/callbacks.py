@@ -84,6 +84,31 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         self._module.leaves = None
 
 
+class SoftmaxAnnealing(TrainerCallback):  # type: ignore[misc]
+    """Moves the temperature of the prompter's softmax evenly to the model's own while it is trained.
+
+    Between steps, when the model is scored and saved, it is the model's own.
+
+    Args:
+        module: the model's first module.
+        start: temperature of the first step; that of the last one is the model's.
+    """
+
+    def __init__(self, module: SoftPromptTransformer, start: float) -> None:
+        self._module = module
+        self._start = start
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the step's temperature."""
+        end = self._module.settings.softmax_temperature
+        done = state.global_step / max(state.max_steps - 1, 1)
+        self._module.prompter.temperature = self._start + (end - self._start) * done
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Back to the model's."""
+        self._module.prompter.temperature = self._module.settings.softmax_temperature
+
+
 class TrainingClock(TrainerCallback):  # type: ignore[misc]
     """Adds to every log line the seconds spent in optimizer steps so far, `step_seconds`; evaluations are left out.
 

@@ -53,6 +53,8 @@ class ModelConfig:
         text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU): faster, but docs/performance.md says what
             it loses.
         backbone_layers: read with the first so many layers of the backbone only, which also saves time; unset: all.
+        readout_layers: hidden states after these layers, counted from 1, are averaged with the last one into the
+            embedding, each through the backbone's last norm.
         deep_soft_prompt: add an alignment per layer, whose output is added at the soft positions of that layer's
             input (layout `suffix`); these start at zero.
         deep_soft_prompt_rank: of these alignments, which are then products of two thin matrices; unset: whole.
@@ -82,6 +84,7 @@ class ModelConfig:
     dtype: Precision = "auto"
     text_pass: Literal["same", "int8"] = "same"
     backbone_layers: PositiveInt | None = None
+    readout_layers: tuple[PositiveInt, ...] = ()
     deep_soft_prompt: bool = False
     deep_soft_prompt_rank: PositiveInt | None = None
     linear_head: bool = False
@@ -102,6 +105,8 @@ class ModelConfig:
                 raise ValueError("instruction_template must hold {instruction} exactly once")
         if self.deep_soft_prompt and self.layout != "suffix":
             raise ValueError(f"deep_soft_prompt needs layout 'suffix', found {self.layout!r}")
+        if len(set(self.readout_layers)) < len(self.readout_layers):
+            raise ValueError(f"readout_layers names a layer twice: {list(self.readout_layers)}")
         if self.deep_soft_prompt_rank is not None and not self.deep_soft_prompt:
             raise ValueError("deep_soft_prompt_rank needs deep_soft_prompt")
 
@@ -208,6 +213,8 @@ class TrainingConfig:
         warmup: share of the steps with rising learning rate.
         schedule: what follows the rise.
         max_grad_norm: gradients are clipped to this norm.
+        softmax_temperature_start: anneal the prompter's softmax: its temperature falls (or rises) evenly from this
+            one to the model's over the steps; dev is scored at the model's. Unset: fixed.
         temperature: of InfoNCE.
         loss: `infonce`, or `cached_infonce` (gradient cache: large batches in the memory of small ones).
         mini_batch_size: of the gradient cache.
@@ -241,6 +248,7 @@ class TrainingConfig:
     warmup: Fraction = 0.1
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     max_grad_norm: PositiveFloat = 1.0
+    softmax_temperature_start: PositiveFloat | None = None
     temperature: PositiveFloat = 0.05
     loss: Literal["infonce", "cached_infonce"] = "infonce"
     mini_batch_size: PositiveInt = 32

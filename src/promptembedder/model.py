@@ -389,10 +389,10 @@ def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str)
     """
     decoder: Any = lm.base_model
     settings = decoder.config.get_text_config(decoder=True)
-    if config.backbone_layers is not None or config.deep_soft_prompt:
+    if config.backbone_layers is not None or config.deep_soft_prompt or config.readout_layers:
         layers = getattr(decoder, "layers", None)
         if layers is None or len(layers) != settings.num_hidden_layers:
-            raise PromptEmbedderError(f"{name}: backbone_layers and deep_soft_prompt need an LLM with a list of layers")
+            raise PromptEmbedderError(f"{name}: single layers are asked for, but it has no list of them")
     if config.backbone_layers is not None:
         if config.backbone_layers > settings.num_hidden_layers:
             raise PromptEmbedderError(
@@ -402,12 +402,18 @@ def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str)
         settings.num_hidden_layers = config.backbone_layers
         if getattr(settings, "layer_types", None):
             settings.layer_types = settings.layer_types[: config.backbone_layers]
+    if config.readout_layers and not max(config.readout_layers) < settings.num_hidden_layers:
+        raise PromptEmbedderError(
+            f"readout_layers = {list(config.readout_layers)}, but {name} reads with {settings.num_hidden_layers} "
+            "layers, the last of which counts anyway"
+        )
     backbone = Backbone(
         decoder,
         layout=config.layout,
         readout=config.readout,
         text_pass=config.text_pass,
         num_soft_tokens=config.num_soft_tokens if config.deep_soft_prompt else None,
+        readout_layers=config.readout_layers,
     )
     layers = settings.num_hidden_layers if config.deep_soft_prompt else 0
     return Alignment(weight_PD, layers, config.deep_soft_prompt_rank), backbone

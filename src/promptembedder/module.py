@@ -237,8 +237,9 @@ class SoftPromptTransformer(InputModule):
     def soft_prompt(self, instruction: str) -> Tensor:
         """The soft prompt (1, K, D) of an instruction.
 
-        Without gradients it is computed once and remembered until a weight changes. With gradients it is a leaf
-        of the current step where `leaves` is set (see `SoftPromptLeaves`), else part of the graph.
+        Without gradients it is computed once and remembered until a weight or the temperature changes. With
+        gradients it is a leaf of the current step where `leaves` is set (see `SoftPromptLeaves`), else part of the
+        graph.
         """
         if not torch.is_grad_enabled():
             return self._remembered_soft_prompt(instruction)
@@ -256,6 +257,7 @@ class SoftPromptTransformer(InputModule):
         # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
         trained = [p for name, p in self.prompter.named_parameters() if self.prompter.is_trained(name)]
         sums = torch.stack([p.detach().sum() for p in (*self.alignment.parameters(), *trained)])
+        sums = torch.cat([sums, sums.new_tensor([self.prompter.temperature])])
         before = self._remembered_for
         # The library moves models between devices, and these tensors do not go along.
         if before is None or before.device != sums.device or not torch.equal(sums, before):

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from promptembedder.base_models import input_embeddings
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.states import CACHE_ARGUMENT
 
 # The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
@@ -108,7 +109,7 @@ class Prompter(nn.Module):
         shared = min(int(alike_S.cumprod(0).sum()), ids_NS.shape[1] - 1)
         if len(ids_NS) == 1 or shared == 0:
             return cache, 0
-        lm(input_ids=ids_NS[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        lm(input_ids=ids_NS[:1, :shared], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(ids_NS))
         return cache, shared
 
@@ -133,7 +134,7 @@ class Prompter(nn.Module):
                 inputs_embeds=inputs_NSP,
                 attention_mask=mask_NS,
                 position_ids=positions_NS,
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
                 use_cache=True,
                 logits_to_keep=1,
             )

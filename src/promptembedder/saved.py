@@ -80,6 +80,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "prompter_training": settings["prompter_training"]
         + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
         "backbone_layers": settings["backbone_layers"] or "all",
+        "readout_layers": settings.get("readout_layers") or "last",
         "deep_soft_prompt": settings["deep_soft_prompt"],
         "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],
         "linear_head": settings["linear_head"],

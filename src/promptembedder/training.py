@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, shipped, widened, workers
-from promptembedder.callbacks import SoftPromptLeafCallback, TrainingClock
+from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
@@ -121,6 +122,7 @@ def train(
             module.backbone.text_cache = None
             module.leaves = None
             module.training_text_tokens = None
+            module.prompter.temperature = module.settings.softmax_temperature
         steps = trainer.state.global_step
         examples = steps * min(settings.batch_size, most_rows) * settings.gradient_accumulation
         folder = output / "model"
@@ -227,7 +229,7 @@ def _checkpoint(output: Path, resume: bool, structure: ModelConfig) -> str | Non
         return None
     if found is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
-    made_with, wanted = read_settings(Path(found))["model"], asdict(structure)
+    made_with, wanted = read_settings(Path(found))["model"], json.loads(json.dumps(asdict(structure)))
     if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
         raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
     return found
@@ -266,6 +268,8 @@ def _check(config: RunConfig, model: ModelConfig) -> None:
         raise PromptEmbedderError("nothing to train: training.train_prompter and training.train_alignment are both off")
     if settings.early_stop_patience is not None and config.evaluation.dev is None:
         raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
+    if settings.softmax_temperature_start is not None and not settings.train_prompter:
+        raise PromptEmbedderError("training.softmax_temperature_start needs training.train_prompter")
     if settings.text_state_cache is not None and model.layout != "suffix":
         raise PromptEmbedderError(
             f"training.text_state_cache needs model.layout 'suffix', found {model.layout!r}: there a text's states "
@@ -344,6 +348,8 @@ def _trainer(
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
     leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
     callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), clock]
+    if settings.softmax_temperature_start is not None:
+        callbacks.append(SoftmaxAnnealing(module, settings.softmax_temperature_start))
     if settings.early_stop_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
     # The library would draw examples for a hub page before every training, with a progress bar of their own.

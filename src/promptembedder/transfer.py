@@ -153,6 +153,8 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         if config.unfrozen_steps:
             raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
         lender_of(model, share_prompter, target)
+    if config.training.softmax_temperature_start is not None:
+        raise PromptEmbedderError("training.softmax_temperature_start is for training the prompter, not for a transfer")
     if config.unfrozen_steps and not config.data.has_rows:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
     if not (config.data.has_rows or config.texts) and (old.settings.deep_soft_prompt or old.settings.linear_head):
@@ -242,8 +244,8 @@ def on_backbone(
 ) -> SentenceTransformer:
     """The same prompter before another backbone, with an alignment of zeros; the two models share the prompter.
 
-    A deep soft prompt starts at zero again, a linear head at the identity, and all layers are read unless
-    `backbone_layers` says how many: these belong to a backbone.
+    A deep soft prompt starts at zero again, a linear head at the identity, all layers are read unless `backbone_layers`
+    says how many, and only the last one's states are the embedding: these belong to a backbone.
 
     Raises:
         PromptEmbedderError: the backbone is the same, or does not fit into memory.
@@ -255,6 +257,7 @@ def on_backbone(
         backbone_revision=located.revision,
         dtype=dtype or old.settings.dtype,
         backbone_layers=backbone_layers,
+        readout_layers=(),
     )
     device = old.alignment.weight.device
     precision = base_models.resolve_dtype(settings.dtype, device)

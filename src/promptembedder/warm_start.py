@@ -21,6 +21,7 @@ from promptembedder.config import WarmStartConfig
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
+from promptembedder.states import CACHE_ARGUMENT
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _log_weights(prompter: Prompter, instructions: Sequence[str], cue_NK: Tensor
         input_ids=ids[:, shared:],
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         use_cache=True,
         logits_to_keep=cue_NK.shape[1],
     ).logits
