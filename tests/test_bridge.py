@@ -81,9 +81,10 @@ def test_bad_input(embedded, tmp_path):
         Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "file" / "b.safetensors")
 
 
-def test_commands(tiny_model, tmp_path, command):
+def test_commands(tiny_model, tiny_lm, tmp_path, command):
+    new = tiny_model("qwen2", backbone=str(tiny_lm("qwen2", 48, 5)), alignment_start="random")
     save(tiny_model("llama"), tmp_path / "old")
-    save(tiny_model("qwen2"), tmp_path / "new")
+    save(new, tmp_path / "new")
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(25) for text in TEXTS))
     done = command(
         "bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "b.safetensors"
@@ -95,7 +96,8 @@ def test_commands(tiny_model, tmp_path, command):
     assert command(*encoded, "-o", tmp_path / "v.npy").code == 0
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.shape == (125, 32)
-    assert np.allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
+    lines = (tmp_path / "texts.txt").read_text().splitlines()
+    assert np.allclose(vectors, load(tmp_path / "b.safetensors")(new.encode(lines)), atol=1e-5)
     wrong = command(*encoded, "--truncate-dim", 8, "-o", tmp_path / "w.npy")
     assert (wrong.code, len(wrong.err.strip().splitlines())) == (2, 1)
     other = command(*encoded, "-i", "Something else altogether.", "-o", tmp_path / "w.npy")

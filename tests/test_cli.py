@@ -500,3 +500,12 @@ def test_data_folder_is_taken_as_written(
 
     monkeypatch.setattr("promptembedder.training.train", stop)
     assert_refused(command("train", run_file, "--data", name), f"root {name!r}")
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(command, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", "/closed")
+
+    monkeypatch.setattr("promptembedder.saved.shipped.folder_of", closed)
+    done = command("info", "/closed/model")
+    assert (done.code, done.err) == (2, "promptembedder: /closed: Permission denied\n")

@@ -17,7 +17,7 @@ from promptembedder import PromptEmbedderError, build
 from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
 from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.explain import explain
-from promptembedder.module import SoftPromptLeaves
+from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.training import make_loss, train
 from promptembedder.training_facts import read_facts
@@ -151,6 +151,24 @@ def test_best_on_dev_is_kept_and_early_stop_stops(run_config):
     assert result.scores["dev"] == pytest.approx(100 * max(dev))
     assert result.scores["test"] == pytest.approx(100 * max(dev))  # same file: the best model was loaded back
     assert result.steps < 12
+
+
+def test_rows_are_cut_and_dev_is_not(run_config, monkeypatch):
+    seen = []
+    tokenise = SoftPromptTransformer.preprocess
+
+    def watched(module, inputs, prompt=None, **kwargs):
+        features = tokenise(module, inputs, prompt, **kwargs)
+        seen.append(features["input_ids"].shape[1])
+        return features
+
+    monkeypatch.setattr(SoftPromptTransformer, "preprocess", watched)
+    evaluation = {"dev": "pairs.jsonl", "every_steps": 1, "test": None}
+    config = run_config(max_steps=2, evaluation=evaluation, model={"text_template": "{text}"})
+    tokenizer = train(replace(config, data=replace(config.data, max_text_tokens=1))).model.tokenizer
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS)
+    assert 1 in seen  # rows
+    assert longest in seen  # dev pairs; rows have a number more
 
 
 @pytest.mark.parametrize("stopped", [False, True])

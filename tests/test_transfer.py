@@ -86,9 +86,17 @@ def test_folded_sends_soft_tokens_where_they_are_to_go_and_changes_no_more():
     assert torch.allclose(aside @ found, aside @ weight, atol=1e-4)
 
 
+def words_of(lm):
+    return lm.get_input_embeddings().weight.detach().double()
+
+
+def solved(first, second):
+    return torch.linalg.lstsq(first, second).solution
+
+
 def test_closed_forms_recover_a_known_map(tiny_model, tiny_lm):
-    """A new backbone whose embeddings are the old one's, rotated and doubled: every start maps words onto words."""
-    model = tiny_model("llama")
+    """A new backbone whose embeddings are the prompter's, rotated and doubled: every start maps words onto words."""
+    model = tiny_model("llama", backbone=str(tiny_lm("llama", 48, 3)), alignment_start="random")
     old = soft_prompt_module(model)
     moved = on_backbone(model, base_models.locate(str(tiny_lm("llama", 32, 7))))
     new = soft_prompt_module(moved)
@@ -96,14 +104,57 @@ def test_closed_forms_recover_a_known_map(tiny_model, tiny_lm):
     with torch.no_grad():
         words = old.prompter.lm.get_input_embeddings().weight
         new.backbone.lm.get_input_embeddings().weight.copy_(2 * words @ rotation)
+        tokens = old.soft_tokens(INSTRUCTION).tokens_NKP[0]
     starts = {start.name: start for start in closed_forms(old, new, [INSTRUCTION])}
     for name in ("least_squares", "procrustes"):
-        assert torch.allclose(starts[name].weight_PD, 2 * rotation, atol=1e-3), name
-        assert starts[name].reconstruction == pytest.approx(1, abs=1e-3)
+        assert torch.allclose(starts[name].weight_PD, 2 * rotation, atol=1e-5), name
+        assert starts[name].reconstruction == pytest.approx(1, abs=1e-5)
+    for name in ("ridge", "weighted"):  # shrunk by their penalty
+        assert torch.allclose(starts[name].weight_PD, 2 * rotation, atol=0.05), name
+    assert torch.allclose(tokens @ starts["mixture"].weight_PD, 2 * tokens @ rotation, atol=0.02)
+    # What the trained W does to the soft tokens beyond mixing the old backbone's words, seen in the new one's space.
+    among_words = [n for n in range(len(words)) if n not in old.tokenizer.all_special_ids]
+    mine, olds, news = (words_of(lm)[among_words] for lm in (old.prompter.lm, old.backbone.lm, new.backbone.lm))
+    trained, exact = old.alignment.weight.detach().double(), tokens.double()
+    through_old = trained @ solved(olds, news)
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(starts["through_old"].weight_PD.flatten(), through_old.flatten(), dim=0) > 0.999
+    drift = (exact @ trained - exact @ solved(mine, olds)) @ solved(olds, news)
+    expected = 2 * exact @ rotation.double() + drift
+    found = tokens @ starts["mixture_and_drift"].weight_PD
+    assert drift.norm() > 0.1 * expected.norm()
+    assert (found - expected).norm() < 0.5 * drift.norm()  # ridge shrinks both
+
+
+def test_closed_forms_are_as_long_as_the_new_backbones_words(tiny_model, tiny_lm):
+    model = tiny_model("llama")
+    new = soft_prompt_module(on_backbone(model, base_models.locate(str(tiny_lm("qwen2", 48, 5)))))
+    mine, its = words_of(model[0].prompter.lm), words_of(new.backbone.lm)
+    shared = alignment.shared_vocabulary(model[0].prompter.tokenizer, new.tokenizer)
+    for start in closed_forms(model[0], new, [INSTRUCTION], only=["least_squares", "ridge", "procrustes", "weighted"]):
+        lengths = (mine[shared[0]] @ start.weight_PD.double()).norm(dim=-1)
+        expected = float(its[shared[1]].norm(dim=-1).median())
+        assert float(lengths.median()) == pytest.approx(expected, rel=1e-3), start.name
+
+
+def test_what_the_new_backbone_has_no_words_for_goes_through_the_map(tiny_model, tiny_lm, monkeypatch, caplog):
+    """Two thirds of the prompter's words are taken from the new vocabulary."""
+    model = tiny_model("llama")
+    new = soft_prompt_module(on_backbone(model, base_models.locate(str(tiny_lm("qwen2", 48, 5)))))
+    kept = [ids[::3] for ids in alignment.shared_vocabulary(model[0].prompter.tokenizer, new.tokenizer)]
+    monkeypatch.setattr(alignment, "shared_vocabulary", lambda *_: kept)
+    monkeypatch.setattr("promptembedder.closed_forms._FEWEST_SHARED", 1)
+    (start,) = closed_forms(model[0], new, [INSTRUCTION], only=["mixture"])
     with torch.no_grad():
-        tokens = old.soft_tokens(INSTRUCTION).tokens_NKP[0]
-    for name in ("mixture", "mixture_and_drift"):
-        assert torch.allclose(tokens @ starts[name].weight_PD, 2 * tokens @ rotation, atol=0.02), name
+        written = model[0].soft_tokens(INSTRUCTION)
+    weights = torch.softmax(written.logits_NKV[0], -1)[:, kept[0]].double()
+    mine, its = words_of(model[0].prompter.lm)[kept[0]], words_of(new.backbone.lm)[kept[1]]
+    gram = mine.T @ mine
+    mapped = torch.linalg.solve(gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram)), mine.T @ its)
+    expected = weights @ its + (written.tokens_NKP[0].double() - weights @ mine) @ mapped
+    found = written.tokens_NKP[0] @ start.weight_PD
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert re.search(r"of what the prompter writes \d+ % are words that the new backbone has, too", caplog.text)
 
 
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
@@ -225,16 +276,19 @@ def test_the_old_model_stays_as_it_was(tiny_model, config, monkeypatch, fails):
     assert np.array_equal(model.encode(TEXTS, prompt=INSTRUCTION), expected)
 
 
-def test_texts_are_read_under_the_models_default_unless_told(tiny_model, config, tmp_path, monkeypatch):
+def test_texts_are_read_under_what_the_model_is_used_with_unless_told(tiny_model, config, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     seen = []
     place = sys.modules["promptembedder.transfer"]
     made = place.distillation_rows
     monkeypatch.setattr(place, "distillation_rows", lambda t, x, i: seen.append(tuple(i)) or made(t, x, i))
-    model = tiny_model("llama")
+    model = tiny_model("llama", document_instruction="A document.")
     for given in ((), ("One thing.", "Another.")):
         transfer(model, config(texts=("texts.txt",), text_instructions=given))
-    assert seen == [(model[0].settings.default_instruction,), ("One thing.", "Another.")]
+    assert seen == [
+        (INSTRUCTION, model[0].settings.default_instruction, "A document."),
+        ("One thing.", "Another."),
+    ]
 
 
 def test_distillation_loss_equals_a_naive_sum():
@@ -293,6 +347,27 @@ def test_the_same_backbone_is_known_by_its_weights_too(tiny_model, tiny_lm, conf
     copied = shutil.copytree(tiny_lm("llama"), tmp_path / "by another name")
     with pytest.raises(PromptEmbedderError, match="is the backbone that the model has already"):
         transfer(tiny_model("llama"), config(str(copied)))
+
+
+def test_resume_finds_nothing_of_an_earlier_transfer(tiny_model, config, tmp_path):
+    settings = {"save_every_steps": 2, "keep_checkpoints": 9}
+    model = tiny_model("llama")
+    transfer(model, config(rows=True, unfrozen_steps=2, training=settings))
+    moved = tmp_path / "moved"
+    assert (moved / "unfrozen" / "checkpoint-2").is_dir()
+    transfer(model, config(rows=True, training=settings))
+    assert not list((moved / "unfrozen").glob("checkpoint-*"))
+    assert (moved / "alignment_labelled" / "checkpoint-4").is_dir()
+
+
+def test_the_old_model_reads_no_more_texts_than_the_steps_take(tiny_model, config, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(20) for text in TEXTS))
+    seen = []
+    place = sys.modules["promptembedder.transfer"]
+    made = place.distillation_rows
+    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i: seen.append(len(x)) or made(t, x, i))
+    transfer(tiny_model("llama"), config(texts=("texts.txt",)))  # four steps of four
+    assert seen == [16]
 
 
 def test_one_row_teaches_nothing(tiny_model, config, tmp_path):

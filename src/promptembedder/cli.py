@@ -380,6 +380,11 @@ def main() -> None:
     except PromptEmbedderError as error:
         _say(f"promptembedder: {' '.join(str(error).split())}")
         sys.exit(2)
+    except OSError as error:  # such as a folder that may not be looked into
+        if error.filename is None:
+            raise
+        _say(f"promptembedder: {error.filename}: {error.strerror}")
+        sys.exit(2)
     except KeyboardInterrupt:
         _say("promptembedder: stopped")
         sys.exit(130)

@@ -6,6 +6,7 @@ S words shared by prompter and new backbone, U by old and new backbone, V vocabu
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,13 @@ from promptembedder import alignment, base_models
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
 
+logger = logging.getLogger(__name__)
+
 # Below so many shared tokens a fit says nothing about the rest of the vocabulary.
 _FEWEST_SHARED = 64
 _HELD_BACK = 0.1
+# Below this share of the soft tokens' weights a closed form is a poor start.
+_LITTLE_SHARED = 0.5
 # Token ids of the same words in two vocabularies.
 _Pairs = tuple[Tensor, Tensor]
 
@@ -92,6 +97,8 @@ def closed_forms(
     if len(old_to_new[0]) < _FEWEST_SHARED:
         wanted = [name for name in wanted if name not in THROUGH_OLD]
     tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
+    if (held := float(mixtures_MV[:, prompter_to_new[0]].sum(-1).mean())) < _LITTLE_SHARED:
+        logger.warning("of what the prompter writes %.0f %% are words that the new backbone has, too", 100 * held)
     starts = _fitted(old, new, prompter_to_new, old_to_new, mixtures_MV, wanted)
     if {"mixture", "mixture_and_drift"} & set(wanted):
         starts += _mixtures(old, new, prompter_to_new, old_to_new, tokens_MP, mixtures_MV, wanted)
@@ -150,17 +157,21 @@ def _mixtures(
     wanted: Sequence[str],
 ) -> list[Start]:
     """Starts that send the instructions' soft tokens where the same mixtures of the new backbone's words are."""
-    words_MD = _mixed(mixtures_MV, prompter_to_new, new.backbone.lm)
+    words_SP, new_SD = _shared(old.prompter.lm, new.backbone.lm, prompter_to_new)
+    to_new_PD = alignment.ridge(words_SP, new_SD)
+    words_MD = _mixed(tokens_MP, mixtures_MV[:, prompter_to_new[0]], words_SP, new_SD, to_new_PD)
     starts = []
     if "mixture" in wanted:
-        to_new_PD = alignment.ridge(*_shared(old.prompter.lm, new.backbone.lm, prompter_to_new))
         starts.append(Start("mixture", alignment.folded(to_new_PD, tokens_MP, words_MD), None))
     if "mixture_and_drift" in wanted:
         to_new_FD = alignment.ridge(*_shared(old.backbone.lm, new.backbone.lm, old_to_new))
         trained_PF = old.alignment.weight.detach().float().cpu()
         # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
         among_old = alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
-        drift_MD = (tokens_MP @ trained_PF - _mixed(mixtures_MV, among_old, old.backbone.lm)) @ to_new_FD
+        words_SP, old_SF = _shared(old.prompter.lm, old.backbone.lm, among_old)
+        to_old_PF = alignment.ridge(words_SP, old_SF)
+        words_MF = _mixed(tokens_MP, mixtures_MV[:, among_old[0]], words_SP, old_SF, to_old_PF)
+        drift_MD = (tokens_MP @ trained_PF - words_MF) @ to_new_FD
         moved_PD = alignment.folded(trained_PF @ to_new_FD, tokens_MP, words_MD + drift_MD)
         starts.append(Start("mixture_and_drift", moved_PD, None))
     return starts
@@ -177,10 +188,12 @@ def _soft_tokens(module: SoftPromptTransformer, instructions: Sequence[str]) -> 
     return torch.cat(tokens), torch.cat(mixtures)
 
 
-def _mixed(mixtures_MV: Tensor, shared: _Pairs, lm: Any) -> Tensor:
-    """Soft tokens (M, X) that mix another LLM's embeddings of the same words, weighted to sum to one."""
-    weights_MS = mixtures_MV[:, shared[0]]
-    return (weights_MS / weights_MS.sum(-1, keepdim=True).clamp(min=1e-9)) @ _embeddings(lm, shared[1])
+def _mixed(tokens_MP: Tensor, weights_MS: Tensor, words_SP: Tensor, others_SX: Tensor, map_PX: Tensor) -> Tensor:
+    """Soft tokens (M, X) that mix another LLM's embeddings of the same words.
+
+    What a soft token mixes of words that the other LLM lacks goes through the map.
+    """
+    return weights_MS @ others_SX + (tokens_MP - weights_MS @ words_SP) @ map_PX
 
 
 def _shared(first: Any, second: Any, ids: _Pairs) -> tuple[Tensor, Tensor]:

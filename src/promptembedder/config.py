@@ -290,8 +290,9 @@ class TransferConfig:
         starts: closed-form alignments to choose from, by name; empty: all that there are.
         data: labelled rows to train the alignment on; no files: none.
         texts: files of plain texts, on which the new model learns to agree with the old one.
-        text_instructions: under which they are read; empty: the model's default instruction.
-        max_texts: use so many of them.
+        text_instructions: under which they are read; empty: the evaluation's, if there is one, the model's default
+            one and that of its documents.
+        max_texts: use so many of them at most, and no more than the steps take.
         distillation_temperature: of both softmaxes over in-batch similarities.
         training: steps, batch and learning rates of the alignment; the prompter stays as it is.
         unfrozen_steps: steps with the prompter open too, after the alignment's.

@@ -98,11 +98,9 @@ def train(
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
-    most_rows = max(len(rows) for rows in data.datasets.values())
-    if most_rows < 2:
-        raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
+    most_rows = largest(data)
     workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
-    _make_folder(output, fresh=checkpoint is None)
+    make_folder(output, fresh=checkpoint is None)
     if model is None and start is not None:
         model = load(start, device=workers.device())
     elif model is None:
@@ -233,6 +231,18 @@ def _checkpoint(output: Path, resume: bool, structure: ModelConfig) -> str | Non
     if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
         raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
     return found
+
+
+def largest(data: TrainingData) -> int:
+    """Rows of the instruction that has most.
+
+    Raises:
+        PromptEmbedderError: no instruction has two.
+    """
+    most = max(len(rows) for rows in data.datasets.values())
+    if most < 2:
+        raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
+    return most
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -441,16 +451,27 @@ def pair_evaluator(
         first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=part, write_csv=False
     )
     embed = evaluator.embed_inputs
-    evaluator.embed_inputs = lambda model, sentences, **options: embed(
-        model, sentences, prompt=config.instruction, **options
-    )
+
+    def embed_whole(model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
+        # Whole also while a run cuts its rows shorter, so that scores on the way compare with those before and after.
+        module = soft_prompt_module(model)
+        limit, module.training_text_tokens = module.training_text_tokens, None
+        try:
+            return embed(model, sentences, prompt=config.instruction, **options)
+        finally:
+            module.training_text_tokens = limit
+
+    evaluator.embed_inputs = embed_whole
     return evaluator
 
 
-def _make_folder(output: Path, fresh: bool) -> None:
-    """Make the run's folder, without the checkpoints of a finished run if this is a fresh one.
+def make_folder(output: Path, *, fresh: bool) -> None:
+    """Make a run's folder, without the checkpoints of a finished run if this is a fresh one.
 
     The library deletes checkpoints by their step, and would take the new ones for the oldest.
+
+    Raises:
+        PromptEmbedderError: it cannot be written.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,12 @@ from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.saved import read_settings
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import last_checkpoint, pair_evaluator, refuse_interrupted, train
+from promptembedder.training import largest, last_checkpoint, make_folder, pair_evaluator, refuse_interrupted, train
 from promptembedder.training_facts import seconds_of, write_facts
 from promptembedder.transfer_result import Stage, TransferResult, write_report
 
 logger = logging.getLogger(__name__)
 
-_TEXT_STATES = 2 * 2**30
 # So that their soft tokens stay fewer than the prompter is wide.
 _MOST_INSTRUCTIONS = 40
 _TRAINED_STAGES = ("alignment_labelled", "alignment_unlabelled", "unfrozen")
@@ -64,7 +63,8 @@ def transfer(
 ) -> TransferResult:
     """Move a trained model to another backbone, save it to `<output>/model` and report on it.
 
-    The prompter's weights are not touched, unless `unfrozen_steps` asks for it.
+    The prompter's weights are not touched. The two models share one prompter in memory, so what moves, casts or trains
+    the prompter of one does so for both; with `unfrozen_steps` the new model has trained weights of its own.
 
     Args:
         model: the trained model.
@@ -83,6 +83,10 @@ def transfer(
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
     rows = _read_rows(config, old.settings)
+    make_folder(output, fresh=False)
+    for stage in _TRAINED_STAGES:
+        if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
+            make_folder(output / stage, fresh=not resume)
     device = old.alignment.weight.device
     dtype = base_models.resolve_dtype(config.dtype or old.settings.dtype, device)
     if (peeked := base_models.peek_config(config.backbone, config.backbone_revision)) is not None:
@@ -157,6 +161,8 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         raise PromptEmbedderError("training.softmax_temperature_start is for training the prompter, not for a transfer")
     if config.unfrozen_steps and not config.data.has_rows:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
+    if old.settings.readout_layers:
+        logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
     if not (config.data.has_rows or config.texts) and (old.settings.deep_soft_prompt or old.settings.linear_head):
         logger.warning(
             "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
@@ -224,8 +230,9 @@ def _train_stages(
         stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     elif texts:
         begin = time.perf_counter()
-        instructions = config.text_instructions or (module.settings.default_instruction,)
-        taught = distillation_rows(model, texts, instructions)
+        taught = distillation_rows(
+            model, texts, config.text_instructions or _instructions(soft_prompt_module(model), config)
+        )
         teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
         stages.append(_trained("alignment_unlabelled", moved, run, output, stages, resume, taught, loss, teacher))
@@ -325,7 +332,10 @@ def _trained(
         preparing + seconds_of(result.history),
         result.examples,
         result.steps,
-        result.curve(sum(stage.seconds for stage in stages) + preparing),
+        [
+            (sum(stage.examples for stage in stages) + examples, seconds, score)
+            for examples, seconds, score in result.curve(sum(stage.seconds for stage in stages) + preparing)
+        ],
         kept=not worse,
     )
 
@@ -349,12 +359,14 @@ def _own_copy(module: SoftPromptTransformer) -> Prompter:
 def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[Start]:
     """Starts, best first: by dev score, or by reconstruction with the mixtures of words before all that are fitted."""
     if dev is None:
-        # Nothing to measure mixtures of words by; first, because they beat the fits (docs/research-log.md).
-        return sorted(starts, key=lambda s: 2.0 if s.reconstruction is None else s.reconstruction, reverse=True)
+        # Nothing to measure mixtures of words by. Where there was, the plain one was among the best, the one with a
+        # drift among the worst (docs/research-log.md).
+        known = {"mixture": 2.0, "mixture_and_drift": -2.0}
+        return sorted(starts, key=lambda s: known.get(s.name, s.reconstruction or 0.0), reverse=True)
     module = soft_prompt_module(model)
     scored = []
     if module.settings.layout == "suffix":  # every text is read once for all starts
-        budget = min(_TEXT_STATES, psutil.virtual_memory().available // 4)
+        budget = psutil.virtual_memory().available // 3
         module.backbone.text_cache = open_text_cache(budget, identity="transfer")
     try:
         for start in tqdm(starts, desc="Closed forms"):
@@ -370,9 +382,10 @@ def _set_weight(module: SoftPromptTransformer, weight_PD: Tensor) -> None:
         module.alignment.weight.copy_(weight_PD)
 
 
-def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None) -> list[str]:
+def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
     """Those that matter in this transfer: of the rows or texts, the evaluation and the model."""
-    named = [*config.text_instructions, config.evaluation.instruction if config.evaluation.dev else None]
+    scored = config.evaluation.dev or config.evaluation.test
+    named = [*config.text_instructions, config.evaluation.instruction if scored else None]
     named += [old.settings.default_instruction, old.settings.document_instruction]
     named += [] if rows is None else rows.instructions
     return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
@@ -381,7 +394,9 @@ def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: Trai
 def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
     if not config.data.has_rows:
         return None
-    return load_training_data(config.data, old.document_instruction, config.training.seed)
+    data = load_training_data(config.data, old.document_instruction, config.training.seed)
+    largest(data)
+    return data
 
 
 def _read_texts(config: TransferConfig) -> list[str]:
@@ -394,7 +409,10 @@ def _read_texts(config: TransferConfig) -> list[str]:
             f"{len(texts)} different texts for batches of {config.training.batch_size}; give more or smaller batches"
         )
     drawn = random.Random(config.training.seed)
-    return texts if len(texts) <= config.max_texts else drawn.sample(texts, config.max_texts)
+    # The old model reads every one of them, so no more than the steps take.
+    steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
+    most = min(config.max_texts, steps)
+    return texts if len(texts) <= most else drawn.sample(texts, most)
 
 
 def _check_shape(located: LocatedModel, config: TransferConfig) -> None:

@@ -25,7 +25,7 @@ class Stage:
         seconds: wall time of its fit, or of its optimizer steps and, without labels, of the old model's reading.
         examples: rows or texts it was trained on, repetitions counted.
         steps: optimizer steps.
-        curve: (examples, seconds since the transfer began, dev) during it.
+        curve: (examples, seconds since the transfer began, dev) during it, those of the stages before counted.
         kept: off where dev fell, so that the model is left as it was before it.
     """
 
@@ -59,7 +59,13 @@ class TransferResult:
 
 def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
     """Write `results.json`, `report.md` and, where there is a curve, `picture.png`."""
-    curves = {stage.name: stage.curve for stage in result.stages if stage.curve}
+    start = result.stages[0]
+    before: Curve = [] if start.dev is None else [(0, start.seconds, start.dev)]
+    curves: dict[str, Curve] = {}
+    for stage in result.stages:
+        if stage.curve:
+            curves[stage.name] = [*before, *stage.curve]
+            before = stage.curve[-1:]
     starts = [
         {
             "name": s.name,
@@ -93,15 +99,13 @@ def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
         "",
         *(f"{name}: {score:.2f}  " for name, score in result.scores.items()),
     ]
-    if curves:
-        lines += ["", "![dev against examples and time](picture.png)"]
     with atomic.filling(folder) as scratch:
+        if curves:
+            draw_curves(curves, scratch / "picture.png")
+        if (scratch / "picture.png").is_file():
+            lines += ["", "![dev against examples and time](picture.png)"]
         (scratch / "results.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         (scratch / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        if curves:
-            start = result.stages[0]
-            first = [] if start.dev is None else [(0, start.seconds, start.dev)]
-            draw_curves({name: [*first, *curve] for name, curve in curves.items()}, scratch / "picture.png")
 
 
 def _rounded(value: float | None) -> float | None:

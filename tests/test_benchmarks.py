@@ -1,0 +1,41 @@
+"""What the benchmarks compute themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from transfer import ratios  # of benchmarks/
+
+
+def curve(every, seconds_per_example=1.0, rate=0.01):
+    return [(n, n * seconds_per_example, 60 + 20 * (1 - math.exp(-rate * n))) for n in range(0, 321, every)]
+
+
+def test_equal_curves_have_a_ratio_of_one():
+    """Also where one was scored more often than the other."""
+    found = ratios(curve(4), curve(64))
+    for name in ("examples_ratio", "time_ratio", "examples_ratio_95", "time_ratio_95"):
+        assert found[name] == pytest.approx(1), name
+
+
+def test_ratios_are_of_where_the_curves_cross():
+    theirs = [(0, 0.0, 50.0), (100, 400.0, 70.0), (200, 800.0, 80.0)]
+    ours = [(0, 3.0, 60.0), (100, 103.0, 80.0), (200, 203.0, 82.0)]
+    found = ratios(ours, theirs)
+    assert (found["examples_ratio"], found["time_ratio"]) == (2.0, round(800 / 103, 1))
+    # 95 % of 80 is 76: theirs after 160 examples and 640 s, ours after 80 and 83 s.
+    assert (found["examples_ratio_95"], found["time_ratio_95"]) == (2.0, round(640 / 83, 1))
+    assert not found["without_examples"]
+
+
+def test_what_is_never_reached_has_no_ratio():
+    found = ratios([(0, 1.0, 50.0), (100, 9.0, 60.0)], [(0, 0.0, 50.0), (100, 90.0, 80.0)])
+    assert found["examples_ratio"] is found["time_ratio"] is None
+
+
+def test_a_start_that_is_there_already():
+    found = ratios([(0, 2.0, 81.0)], [(0, 0.0, 50.0), (100, 90.0, 80.0)])
+    assert found["without_examples"]
+    assert (found["examples_ratio"], found["time_ratio"]) == (None, 45.0)
