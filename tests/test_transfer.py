@@ -51,10 +51,12 @@ def config(tiny_lm, tmp_path, run_config):
 
 
 def test_ridge_without_penalty_and_with_equal_weights_is_least_squares():
-    first, second = torch.randn(50, 8), torch.randn(50, 12)
-    expected = alignment.least_squares(first, second)
-    assert torch.allclose(alignment.ridge(first, second, 1e-9), expected, atol=1e-4)
-    assert torch.allclose(alignment.ridge(first, second, 1e-9, torch.full((50,), 3.0)), expected, atol=1e-4)
+    both = torch.randn(50, 8), torch.randn(50, 12)
+    expected = torch.linalg.lstsq(*both).solution
+    assert torch.allclose(alignment.least_squares(alignment.moments(*both)), expected, atol=1e-5)
+    assert torch.allclose(alignment.ridge(alignment.moments(*both), 1e-9), expected, atol=1e-4)
+    thrice = alignment.moments(*both, torch.full((50,), 3.0))
+    assert torch.allclose(alignment.ridge(thrice, 1e-9), expected, atol=1e-4)
 
 
 def test_ridge_counts_a_weight_as_repetitions():
@@ -62,7 +64,16 @@ def test_ridge_counts_a_weight_as_repetitions():
     twice = torch.cat([first, first[:10]]), torch.cat([second, second[:10]])
     weights = torch.tensor([2.0] * 10 + [1.0] * 20)
     naive = torch.linalg.inv(twice[0].T @ twice[0]) @ twice[0].T @ twice[1]
-    assert torch.allclose(alignment.ridge(first, second, 1e-12, weights), naive, atol=1e-4)
+    assert torch.allclose(alignment.ridge(alignment.moments(first, second, weights), 1e-12), naive, atol=1e-4)
+
+
+def test_moments_without_some_words_are_those_of_the_others():
+    first, second, weights = torch.randn(30, 4), torch.randn(30, 5), torch.rand(30)
+    found = alignment.moments(first, second, weights).without(alignment.moments(first[:9], second[:9], weights[:9]))
+    expected = alignment.moments(first[9:], second[9:], weights[9:])
+    assert torch.allclose(found.gram_PP, expected.gram_PP)
+    assert torch.allclose(found.cross_PD, expected.cross_PD)
+    assert found.words == expected.words == 21
 
 
 @pytest.mark.parametrize(("P", "D"), [(6, 6), (4, 7), (7, 4)])
@@ -72,7 +83,7 @@ def test_procrustes_recovers_a_scaled_rotation(P, D):
     first = torch.randn(80, P)
     if P > D:  # only a map whose kernel the data do not see is determined
         first = first @ left @ left.T
-    found = alignment.procrustes(first, first @ known)
+    found = alignment.procrustes(alignment.moments(first, first @ known))
     assert torch.allclose(first @ found, first @ known, atol=1e-4)
     small = found if P <= D else found.T
     assert torch.allclose(small @ small.T, float(small[0].norm()) ** 2 * torch.eye(min(P, D)), atol=1e-4)

@@ -5,8 +5,8 @@ Shapes: K soft tokens, P prompter width, D backbone width, J backbone layers, S 
 
 from __future__ import annotations
 
-import json
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from promptembedder.errors import PromptEmbedderError
 
 _WORD_MARK = "\u2581"  # sentencepiece's visible blank
+_MEASURED_WORDS = 4096
 _BYTE_FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -91,58 +92,81 @@ def random(P: int, D: int, generator: torch.Generator | None = None) -> Tensor:
     return weight_PD
 
 
-def least_squares(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
-    """The `W` (P, D) that minimises `||prompter @ W - backbone||_F` over the shared vocabulary, in float64.
+class Moments(NamedTuple):
+    """What fits to shared words need of these: sums over words `s`, in float64 on the CPU.
+
+    Attributes:
+        gram_PP: `sum_s w_s p_s^T p_s` of the prompter's embeddings `p_s`.
+        cross_PD: `sum_s w_s p_s^T b_s` with the backbone's embeddings `b_s`.
+        words: S.
+    """
+
+    gram_PP: Tensor
+    cross_PD: Tensor
+    words: int
+
+    def without(self, others: Moments) -> Moments:
+        """The moments of the words that are not among `others`, of which they are a part."""
+        return Moments(self.gram_PP - others.gram_PP, self.cross_PD - others.cross_PD, self.words - others.words)
+
+
+def moments(prompter_SP: Tensor, backbone_SD: Tensor, weights_S: Tensor | None = None) -> Moments:
+    """Sums over shared words, from which any of the fits below takes a moment.
 
     Args:
         prompter_SP: the prompter's embeddings of the shared tokens.
         backbone_SD: the backbone's embeddings of the same tokens, in the same order.
-
-    Raises:
-        PromptEmbedderError: fewer shared tokens than P: the problem has no unique solution.
-    """
-    shared, P = prompter_SP.shape
-    if shared < P:
-        raise PromptEmbedderError(
-            f"alignment start 'least_squares' needs at least {P} shared tokens, the vocabularies share {shared}; "
-            "use 'random'"
-        )
-    fitted = torch.linalg.lstsq(prompter_SP.double().cpu(), backbone_SD.double().cpu(), driver="gelsd")
-    weight_PD: Tensor = fitted.solution.float()
-    return weight_PD
-
-
-def ridge(prompter_SP: Tensor, backbone_SD: Tensor, penalty: float = 1e-2, weights_S: Tensor | None = None) -> Tensor:
-    """The `W` (P, D) that minimises `sum_s w_s ||p_s @ W - b_s||^2 + lambda ||W||_F^2`, in float64.
-
-    Defined for any number of shared tokens, unlike `least_squares`.
-
-    Args:
-        prompter_SP: the prompter's embeddings of the shared tokens.
-        backbone_SD: the backbone's embeddings of the same tokens.
-        penalty: lambda, relative to the mean eigenvalue of the weighted Gram matrix.
         weights_S: importance of each token, not negative; unset: all alike.
     """
     first, second = prompter_SP.double().cpu(), backbone_SD.double().cpu()
     weighted = first if weights_S is None else first * weights_S.double().cpu()[:, None]
-    gram_PP = weighted.T @ first
-    scale = float(gram_PP.diagonal().mean())
-    gram_PP.diagonal().add_(penalty * scale)
-    weight_PD: Tensor = torch.linalg.solve(gram_PP, weighted.T @ second).float()
+    return Moments(weighted.T @ first, weighted.T @ second, len(first))
+
+
+def least_squares(shared: Moments) -> Tensor:
+    """The `W` (P, D) that minimises `||prompter @ W - backbone||_F` over the shared vocabulary.
+
+    By the normal equations, which in float64 leave float32 embeddings their precision.
+
+    Raises:
+        PromptEmbedderError: fewer shared tokens than P: the problem has no unique solution.
+    """
+    P = len(shared.gram_PP)
+    if shared.words < P:
+        raise PromptEmbedderError(
+            f"alignment start 'least_squares' needs at least {P} shared tokens, the vocabularies share "
+            f"{shared.words}; use 'random'"
+        )
+    weight_PD: Tensor = torch.linalg.lstsq(shared.gram_PP, shared.cross_PD, driver="gelsd").solution.float()
     return weight_PD
 
 
-def procrustes(prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
-    """A rotation with a scale, `c R` (P, D) with orthonormal rows or columns of `R`, in float64.
+def ridge(shared: Moments, penalty: float = 1e-2) -> Tensor:
+    """The `W` (P, D) that minimises `sum_s w_s ||p_s @ W - b_s||^2 + lambda ||W||_F^2`.
+
+    Defined for any number of shared tokens, unlike `least_squares`.
+
+    Args:
+        shared: moments of the shared words.
+        penalty: lambda, relative to the mean eigenvalue of the weighted Gram matrix.
+    """
+    gram_PP = shared.gram_PP.clone()
+    gram_PP.diagonal().add_(penalty * float(gram_PP.diagonal().mean()))
+    weight_PD: Tensor = torch.linalg.solve(gram_PP, shared.cross_PD).float()
+    return weight_PD
+
+
+def procrustes(shared: Moments) -> Tensor:
+    """A rotation with a scale, `c R` (P, D) with orthonormal rows or columns of `R`.
 
     Orthogonal Procrustes (Schönemann 1966): `R = U V^T` of the singular value decomposition of `prompter^T backbone`,
     `c` = sum of its singular values / `||prompter R||_F^2`. For P <= D the best in least squares; for P > D the `R`
     whose inner product with the backbone's embeddings is largest, which then is not quite the same.
     """
-    first, second = prompter_SP.double().cpu(), backbone_SD.double().cpu()
-    left, values, right = torch.linalg.svd(first.T @ second, full_matrices=False)
+    left, values, right = torch.linalg.svd(shared.cross_PD, full_matrices=False)
     rotation_PD = left @ right
-    weight_PD: Tensor = (rotation_PD * (values.sum() / (first @ rotation_PD).square().sum())).float()
+    # ||prompter R||_F^2 = tr(R^T G R).
+    weight_PD: Tensor = (rotation_PD * (values.sum() / (shared.gram_PP @ rotation_PD * rotation_PD).sum())).float()
     return weight_PD
 
 
@@ -166,8 +190,9 @@ def folded(weight_PD: Tensor, tokens_MP: Tensor, wanted_MD: Tensor, penalty: flo
 
 def matched_norm(weight_PD: Tensor, prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
     """`W` scaled so that mapped tokens are, at the median, as long as the backbone's own embeddings."""
-    mapped_S = (prompter_SP.float().cpu() @ weight_PD).norm(dim=-1)
-    scaled_PD: Tensor = weight_PD * (backbone_SD.float().cpu().norm(dim=-1).median() / mapped_S.median())
+    every = max(1, len(prompter_SP) // _MEASURED_WORDS)  # a median needs no more
+    mapped_S = (prompter_SP[::every].float().cpu() @ weight_PD).norm(dim=-1)
+    scaled_PD: Tensor = weight_PD * (backbone_SD[::every].float().cpu().norm(dim=-1).median() / mapped_S.median())
     return scaled_PD
 
 
@@ -190,9 +215,9 @@ def _spellings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
         i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    byte_level = backend is not None and "ByteLevel" in json.dumps(
-        [json.loads(backend.to_str()).get(part) for part in ("pre_tokenizer", "decoder")]
-    )
+    # The state of a part is JSON; that of the whole would hold the vocabulary, too, seconds of parsing.
+    parts = [] if backend is None else [backend.pre_tokenizer, backend.decoder]
+    byte_level = any(part is not None and b"ByteLevel" in part.__getstate__() for part in parts)
     byte_of = _byte_level_alphabet()
     spelled: dict[bytes, int] = {}
     fallbacks: dict[bytes, int] = {}

@@ -148,7 +148,8 @@ def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, probe_D: NDArray[Any] | N
 
 def _ridge(new_ND: NDArray[np.float64], old_NF: NDArray[np.float64], penalty: float) -> NDArray[np.float32]:
     # Contiguous, because safetensors writes the buffer as it lies.
-    return np.ascontiguousarray(alignment.ridge(torch.from_numpy(new_ND), torch.from_numpy(old_NF), penalty).numpy())
+    both = alignment.moments(torch.from_numpy(new_ND), torch.from_numpy(old_NF))
+    return np.ascontiguousarray(alignment.ridge(both, penalty).numpy())
 
 
 def _neighbours_kept(mapped_NF: NDArray[Any], true_NF: NDArray[Any], index_MF: NDArray[Any]) -> float:

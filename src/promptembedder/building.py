@@ -174,9 +174,8 @@ def _alignment_start(
     if kind == "random":
         return alignments.random(P, D, torch.Generator().manual_seed(seed))
     ids_prompter, ids_backbone = alignments.shared_vocabulary(prompter_tokenizer, tokenizer)
-    return alignments.least_squares(
-        prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
-    )
+    words_SP, words_SD = prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
+    return alignments.least_squares(alignments.moments(words_SP, words_SD))
 
 
 def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ _FEWEST_SHARED = 64
 _HELD_BACK = 0.1
 # Below this share of the soft tokens' weights a closed form is a poor start.
 _LITTLE_SHARED = 0.5
-# Token ids of the same words in two vocabularies.
-_Pairs = tuple[Tensor, Tensor]
+_Pair = tuple[alignment.Moments, alignment.Moments]
 
 
 @dataclass(frozen=True)
@@ -90,90 +90,122 @@ def closed_forms(
     """
     check_names(only)
     prompter_to_new = alignment.shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
-    old_to_new = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
     if len(prompter_to_new[0]) < _FEWEST_SHARED:
         return []
     wanted = [name for name in NAMES if not only or name in only]
-    if len(old_to_new[0]) < _FEWEST_SHARED:
+    to_new = _SharedWords.of(old.prompter.lm, new.backbone.lm, prompter_to_new)
+    from_old = None
+    if set(THROUGH_OLD) & set(wanted):
+        old_to_new = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
+        if len(old_to_new[0]) >= _FEWEST_SHARED:
+            from_old = _SharedWords.of(old.backbone.lm, new.backbone.lm, old_to_new)
+    if from_old is None:
         wanted = [name for name in wanted if name not in THROUGH_OLD]
     tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
-    if (held := float(mixtures_MV[:, prompter_to_new[0]].sum(-1).mean())) < _LITTLE_SHARED:
+    if (held := float(mixtures_MV[:, to_new.ids_S].sum(-1).mean())) < _LITTLE_SHARED:
         logger.warning("of what the prompter writes %.0f %% are words that the new backbone has, too", 100 * held)
-    starts = _fitted(old, new, prompter_to_new, old_to_new, mixtures_MV, wanted)
-    if {"mixture", "mixture_and_drift"} & set(wanted):
-        starts += _mixtures(old, new, prompter_to_new, old_to_new, tokens_MP, mixtures_MV, wanted)
+    trained_PF = old.alignment.weight.detach().float().cpu()
+    starts = _fitted(to_new, from_old, trained_PF, mixtures_MV, wanted)
+    if not {"mixture", "mixture_and_drift"} & set(wanted):
+        return starts
+    words_MD = to_new.mixed(tokens_MP, mixtures_MV)
+    if "mixture" in wanted:
+        starts.append(Start("mixture", alignment.folded(to_new.mapping, tokens_MP, words_MD), None))
+    if "mixture_and_drift" in wanted and from_old is not None:
+        # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
+        among_old = alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
+        words_MF = _SharedWords.of(old.prompter.lm, old.backbone.lm, among_old).mixed(tokens_MP, mixtures_MV)
+        drift_MD = (tokens_MP @ trained_PF - words_MF) @ from_old.mapping
+        moved_PD = alignment.folded(trained_PF @ from_old.mapping, tokens_MP, words_MD + drift_MD)
+        starts.append(Start("mixture_and_drift", moved_PD, None))
     return starts
 
 
+@dataclass(frozen=True)
+class _SharedWords:
+    """Words that two vocabularies share; X and Y are the widths of the two LLMs.
+
+    Attributes:
+        ids_S: in the first vocabulary.
+        others_S: in the second.
+        first_SX: what the first LLM feeds itself for them, float32 on the CPU.
+        second_SY: what the second does.
+    """
+
+    ids_S: Tensor
+    others_S: Tensor
+    first_SX: Tensor
+    second_SY: Tensor
+
+    @classmethod
+    def of(cls, first: Any, second: Any, ids: tuple[Tensor, Tensor]) -> _SharedWords:
+        """Of two LLMs, by token ids of the same words."""
+        return cls(*ids, _embeddings(first, ids[0]), _embeddings(second, ids[1]))
+
+    @cached_property
+    def moments(self) -> alignment.Moments:
+        """Of all words, alike."""
+        return alignment.moments(self.first_SX, self.second_SY)
+
+    @cached_property
+    def mapping(self) -> Tensor:
+        """From the first LLM's embeddings to the second's, (X, Y), by ridge regression."""
+        return alignment.ridge(self.moments)
+
+    def with_and_without(self, held_S: Tensor, weights_S: Tensor | None = None) -> _Pair:
+        """Moments of all words and of those that are not held back."""
+        whole = self.moments if weights_S is None else alignment.moments(self.first_SX, self.second_SY, weights_S)
+        held_weights_S = None if weights_S is None else weights_S[held_S]
+        return whole, whole.without(alignment.moments(self.first_SX[held_S], self.second_SY[held_S], held_weights_S))
+
+    def mixed(self, tokens_MX: Tensor, mixtures_MV: Tensor) -> Tensor:
+        """Soft tokens (M, Y) that mix the second LLM's embeddings of the same words.
+
+        What a soft token mixes of words that the second lacks goes through the map.
+        """
+        weights_MS = mixtures_MV[:, self.ids_S]
+        return weights_MS @ self.second_SY + (tokens_MX - weights_MS @ self.first_SX) @ self.mapping
+
+
 def _fitted(
-    old: SoftPromptTransformer,
-    new: SoftPromptTransformer,
-    prompter_to_new: _Pairs,
-    old_to_new: _Pairs,
+    to_new: _SharedWords,
+    from_old: _SharedWords | None,
+    trained_PF: Tensor,
     mixtures_MV: Tensor,
     wanted: Sequence[str],
 ) -> list[Start]:
     """Starts that map the embeddings of words, each also fitted without a tenth of the words, to be measured on it."""
-    prompter_SP, new_SD = _shared(old.prompter.lm, new.backbone.lm, prompter_to_new)
-    S = len(prompter_SP)
+    S, P = to_new.first_SX.shape
     held_S = torch.zeros(S, dtype=torch.bool)
     held_S[random.Random(0).sample(range(S), max(1, int(_HELD_BACK * S)))] = True
-    held_U = torch.isin(old_to_new[1], prompter_to_new[1][held_S])
-    used_S = mixtures_MV[:, prompter_to_new[0]].sum(0)
-    used_S += 1e-2 * used_S.mean()  # words in no mixture count a little, too
-    trained_PF = old.alignment.weight.detach().float().cpu()
-    # Each fits W to the words S or U that it is given.
-    fits: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "ridge": lambda s, _: alignment.ridge(prompter_SP[s], new_SD[s]),
-        "procrustes": lambda s, _: alignment.procrustes(prompter_SP[s], new_SD[s]),
-        "weighted": lambda s, _: alignment.ridge(prompter_SP[s], new_SD[s], weights_S=used_S[s]),
+    words = to_new.with_and_without(held_S)
+    # Each fits W to all words and to those not held back.
+    fits: dict[str, Callable[[], Sequence[Tensor]]] = {
+        "ridge": lambda: [alignment.ridge(some) for some in words],
+        "procrustes": lambda: [alignment.procrustes(some) for some in words],
     }
-    if "through_old" in wanted:
-        old_UF, new_UD = _shared(old.backbone.lm, new.backbone.lm, old_to_new)
-        fits["through_old"] = lambda _, u: trained_PF @ alignment.ridge(old_UF[u], new_UD[u])
-    if int((~held_S).sum()) >= prompter_SP.shape[1]:
-        fits["least_squares"] = lambda s, _: alignment.least_squares(prompter_SP[s], new_SD[s])
+    if words[1].words >= P:
+        fits["least_squares"] = lambda: [alignment.least_squares(some) for some in words]
     elif list(wanted) == ["least_squares"]:
         raise PromptEmbedderError(
-            f"start 'least_squares' needs {prompter_SP.shape[1]} shared tokens beside those held back, "
+            f"start 'least_squares' needs {P} shared tokens beside those held back, "
             f"the vocabularies share {S}; use 'ridge'"
         )
+    if "weighted" in wanted:
+        used_S = mixtures_MV[:, to_new.ids_S].sum(0)
+        used_S += 1e-2 * used_S.mean()  # words in no mixture count a little, too
+        fits["weighted"] = lambda: [alignment.ridge(some) for some in to_new.with_and_without(held_S, used_S)]
+    if "through_old" in wanted and from_old is not None:
+        held_U = torch.isin(from_old.others_S, to_new.others_S[held_S])
+        olds = from_old.with_and_without(held_U)
+        fits["through_old"] = lambda: [trained_PF @ alignment.ridge(some) for some in olds]
     starts = []
     for name in [name for name in wanted if name in fits]:
-        part_PD = fits[name](~held_S, ~held_U)
-        cosines = nn.functional.cosine_similarity(prompter_SP[held_S] @ part_PD, new_SD[held_S], dim=-1)
-        whole_PD = fits[name](torch.ones_like(held_S), torch.ones_like(held_U))
-        starts.append(Start(name, alignment.matched_norm(whole_PD, prompter_SP, new_SD), float(cosines.mean())))
-    return starts
-
-
-def _mixtures(
-    old: SoftPromptTransformer,
-    new: SoftPromptTransformer,
-    prompter_to_new: _Pairs,
-    old_to_new: _Pairs,
-    tokens_MP: Tensor,
-    mixtures_MV: Tensor,
-    wanted: Sequence[str],
-) -> list[Start]:
-    """Starts that send the instructions' soft tokens where the same mixtures of the new backbone's words are."""
-    words_SP, new_SD = _shared(old.prompter.lm, new.backbone.lm, prompter_to_new)
-    to_new_PD = alignment.ridge(words_SP, new_SD)
-    words_MD = _mixed(tokens_MP, mixtures_MV[:, prompter_to_new[0]], words_SP, new_SD, to_new_PD)
-    starts = []
-    if "mixture" in wanted:
-        starts.append(Start("mixture", alignment.folded(to_new_PD, tokens_MP, words_MD), None))
-    if "mixture_and_drift" in wanted:
-        to_new_FD = alignment.ridge(*_shared(old.backbone.lm, new.backbone.lm, old_to_new))
-        trained_PF = old.alignment.weight.detach().float().cpu()
-        # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
-        among_old = alignment.shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
-        words_SP, old_SF = _shared(old.prompter.lm, old.backbone.lm, among_old)
-        to_old_PF = alignment.ridge(words_SP, old_SF)
-        words_MF = _mixed(tokens_MP, mixtures_MV[:, among_old[0]], words_SP, old_SF, to_old_PF)
-        drift_MD = (tokens_MP @ trained_PF - words_MF) @ to_new_FD
-        moved_PD = alignment.folded(trained_PF @ to_new_FD, tokens_MP, words_MD + drift_MD)
-        starts.append(Start("mixture_and_drift", moved_PD, None))
+        whole_PD, part_PD = fits[name]()
+        held_SP, true_SD = to_new.first_SX[held_S], to_new.second_SY[held_S]
+        cosines = nn.functional.cosine_similarity(held_SP @ part_PD, true_SD, dim=-1)
+        weight_PD = alignment.matched_norm(whole_PD, to_new.first_SX, to_new.second_SY)
+        starts.append(Start(name, weight_PD, float(cosines.mean())))
     return starts
 
 
@@ -186,19 +218,6 @@ def _soft_tokens(module: SoftPromptTransformer, instructions: Sequence[str]) -> 
         tokens.append(written.tokens_NKP[0].float().cpu())
         mixtures.append(torch.softmax(written.logits_NKV[0].float().cpu() / module.prompter.temperature, dim=-1))
     return torch.cat(tokens), torch.cat(mixtures)
-
-
-def _mixed(tokens_MP: Tensor, weights_MS: Tensor, words_SP: Tensor, others_SX: Tensor, map_PX: Tensor) -> Tensor:
-    """Soft tokens (M, X) that mix another LLM's embeddings of the same words.
-
-    What a soft token mixes of words that the other LLM lacks goes through the map.
-    """
-    return weights_MS @ others_SX + (tokens_MP - weights_MS @ words_SP) @ map_PX
-
-
-def _shared(first: Any, second: Any, ids: _Pairs) -> tuple[Tensor, Tensor]:
-    """Two LLMs' embeddings of the words that their vocabularies share."""
-    return _embeddings(first, ids[0]), _embeddings(second, ids[1])
 
 
 def _embeddings(lm: Any, ids_S: Tensor) -> Tensor:
