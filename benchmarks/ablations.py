@@ -39,7 +39,8 @@ from promptembedder.contrast import FAMILIES, Family, contrast_rows
 from promptembedder.data import Row, TrainingData, load_training_data, read_rows
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import load_trained_state, trained_state
-from promptembedder.training import aspects_of, pair_evaluator, text_cache, train
+from promptembedder.scored_pairs import pair_evaluator
+from promptembedder.training import aspects_of, text_cache, train
 from promptembedder.training_facts import read_facts
 from promptembedder.warm_start import warm_start
 

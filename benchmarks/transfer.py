@@ -50,7 +50,8 @@ from promptembedder.baselines import hard_cue
 from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
 from promptembedder.data import load_training_data, read_scored_pairs
 from promptembedder.model import soft_prompt_module
-from promptembedder.training import pair_evaluator, text_cache, train
+from promptembedder.scored_pairs import pair_evaluator
+from promptembedder.training import text_cache, train
 from promptembedder.training_facts import Curve, draw_curves, read_facts
 from promptembedder.transfer import on_backbone, transfer
 from promptembedder.transfer_result import TransferResult

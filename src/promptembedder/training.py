@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
@@ -17,17 +15,18 @@ from sentence_transformers.util.distributed import distributed_evaluation
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, shipped, widened, workers
 from promptembedder.building import build
 from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
-from promptembedder.config import EvaluationConfig, ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
-from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
+from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
+from promptembedder.data import TrainingData, load_training_data
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
-from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
+from promptembedder.module import SoftPromptTransformer
+from promptembedder.run_folder import checkpoint_of, make_folder
 from promptembedder.saved import read_settings
+from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import TextStateCache, open_text_cache
 from promptembedder.training_facts import Curve, dev_curve, write_facts
 from promptembedder.warm_start import warm_start
@@ -95,7 +94,7 @@ def train(
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
     _check(config, structure)
-    checkpoint = _checkpoint(output, resume, structure)
+    checkpoint = checkpoint_of(output, resume, structure)
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
@@ -220,20 +219,6 @@ def _started(config: RunConfig, start: Path) -> RunConfig:
     return replace(config, model=model, training=replace(config.training, warm_start=warm))
 
 
-def _checkpoint(output: Path, resume: bool, structure: ModelConfig) -> str | None:
-    """The checkpoint to go on from; without `resume` there must be no interrupted run in the way."""
-    found = last_checkpoint(output)
-    if not resume:
-        refuse_interrupted(output)
-        return None
-    if found is None:
-        raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
-    made_with, wanted = read_settings(Path(found))["model"], json.loads(json.dumps(asdict(structure)))
-    if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
-        raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
-    return found
-
-
 def largest(data: TrainingData) -> int:
     """Rows of the instruction that has most.
 
@@ -244,32 +229,6 @@ def largest(data: TrainingData) -> int:
     if most < 2:
         raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
     return most
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint of a run, if there is one."""
-    found: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
-    return found
-
-
-def refuse_interrupted(output: Path) -> None:
-    """Refuse a folder with checkpoints newer than its model.
-
-    Raises:
-        PromptEmbedderError: an interrupted run is in the way.
-    """
-    found = last_checkpoint(output)
-    if found is not None and _unfinished(output / "model", Path(found)):
-        raise PromptEmbedderError(f"{output} holds an interrupted run: --resume it or remove it")
-
-
-def _unfinished(model: Path, checkpoint: Path) -> bool:
-    """Whether no model was saved since the checkpoint."""
-    saved = model / CONFIG_FILE
-    try:
-        return not saved.is_file() or saved.stat().st_mtime < checkpoint.stat().st_mtime
-    except FileNotFoundError:  # another worker is removing it
-        return False
 
 
 def _check(config: RunConfig, model: ModelConfig) -> None:
@@ -431,56 +390,3 @@ def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextS
         worker=workers.local_number(),
         workers=workers.local_count(),
     )
-
-
-def pair_evaluator(
-    config: EvaluationConfig, root: str | None, part: Literal["dev", "test"]
-) -> EmbeddingSimilarityEvaluator | None:
-    """The library's evaluator of the dev or test pairs, told to embed both sentences under the instruction.
-
-    None where the settings name no file for the part. Of dev the first `dev_pairs` pairs count, evenly spread.
-    """
-    path, at_most = (config.dev, config.dev_pairs) if part == "dev" else (config.test, None)
-    if path is None:
-        return None
-    first, second, scores = read_scored_pairs(path, root)
-    if at_most is not None and at_most < len(scores):
-        picked = [n * len(scores) // at_most for n in range(at_most)]
-        first, second = [first[n] for n in picked], [second[n] for n in picked]
-        scores = [scores[n] for n in picked]
-    evaluator = EmbeddingSimilarityEvaluator(
-        first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=part, write_csv=False
-    )
-    embed = evaluator.embed_inputs
-
-    def embed_whole(model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
-        # Whole also while a run cuts its rows shorter, so that scores on the way compare with those before and after.
-        module = soft_prompt_module(model)
-        limit, module.training_text_tokens = module.training_text_tokens, None
-        try:
-            return embed(model, sentences, prompt=config.instruction, **options)
-        finally:
-            module.training_text_tokens = limit
-
-    evaluator.embed_inputs = embed_whole
-    return evaluator
-
-
-def make_folder(output: Path, *, fresh: bool) -> None:
-    """Make a run's folder, without the checkpoints of a finished run if this is a fresh one.
-
-    The library deletes checkpoints by their step, and would take the new ones for the oldest.
-
-    Raises:
-        PromptEmbedderError: it cannot be written.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another worker may have been faster
-        if fresh and workers.number() == 0:
-            for checkpoint in output.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-    except OSError as error:
-        raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error

@@ -35,9 +35,11 @@ from promptembedder.files import read_texts
 from promptembedder.model import lender_of, refuse_foreign, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
+from promptembedder.run_folder import last_checkpoint, make_folder, refuse_interrupted
 from promptembedder.saved import read_settings
+from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import largest, last_checkpoint, make_folder, pair_evaluator, refuse_interrupted, train
+from promptembedder.training import largest, train
 from promptembedder.training_facts import seconds_of, write_facts
 from promptembedder.transfer_result import Stage, TransferResult, write_report
 
@@ -109,17 +111,7 @@ def transfer(
     if test is not None:
         scores["test"] = 100 * test(moved)["test_spearman_cosine"]
     save(moved, output / "model", share_prompter=share_prompter)
-    write_facts(
-        output / "model",
-        trained_parameters=sum(
-            p.numel()
-            for name, p in moved.named_parameters()
-            if p.requires_grad and (config.unfrozen_steps or ".prompter." not in name)
-        ),
-        steps=sum(stage.steps for stage in stages),
-        examples=sum(stage.examples for stage in stages),
-        seconds=sum(stage.seconds for stage in stages),
-    )
+    _note(moved, stages, output / "model", with_prompter=config.unfrozen_steps > 0)
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)
     return result
@@ -169,6 +161,20 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
     for stage in () if resume else _TRAINED_STAGES:
         refuse_interrupted(output / stage)
+
+
+def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with_prompter: bool) -> None:
+    """Write what the transfer took beside the model."""
+    trained = [
+        p for name, p in model.named_parameters() if p.requires_grad and (with_prompter or ".prompter." not in name)
+    ]
+    write_facts(
+        folder,
+        trained_parameters=sum(p.numel() for p in trained),
+        steps=sum(stage.steps for stage in stages),
+        examples=sum(stage.examples for stage in stages),
+        seconds=sum(stage.seconds for stage in stages),
+    )
 
 
 def _backbone_in(folder: Path) -> Any:

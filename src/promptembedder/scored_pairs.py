@@ -1,0 +1,45 @@
+"""Dev and test pairs: the library's evaluator under the run's instruction."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+from promptembedder.config import EvaluationConfig
+from promptembedder.data import read_scored_pairs
+from promptembedder.model import soft_prompt_module
+
+
+def pair_evaluator(
+    config: EvaluationConfig, root: str | None, part: Literal["dev", "test"]
+) -> EmbeddingSimilarityEvaluator | None:
+    """The library's evaluator of the dev or test pairs, told to embed both sentences under the instruction.
+
+    None where the settings name no file for the part. Of dev the first `dev_pairs` pairs count, evenly spread.
+    """
+    path, at_most = (config.dev, config.dev_pairs) if part == "dev" else (config.test, None)
+    if path is None:
+        return None
+    first, second, scores = read_scored_pairs(path, root)
+    if at_most is not None and at_most < len(scores):
+        picked = [n * len(scores) // at_most for n in range(at_most)]
+        first, second = [first[n] for n in picked], [second[n] for n in picked]
+        scores = [scores[n] for n in picked]
+    evaluator = EmbeddingSimilarityEvaluator(
+        first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=part, write_csv=False
+    )
+    embed = evaluator.embed_inputs
+
+    def embed_whole(model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
+        # Whole also while a run cuts its rows shorter, so that scores on the way compare with those before and after.
+        module = soft_prompt_module(model)
+        limit, module.training_text_tokens = module.training_text_tokens, None
+        try:
+            return embed(model, sentences, prompt=config.instruction, **options)
+        finally:
+            module.training_text_tokens = limit
+
+    evaluator.embed_inputs = embed_whole
+    return evaluator
