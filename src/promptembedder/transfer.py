@@ -92,6 +92,7 @@ def transfer(
     # No device is asked for: the new model goes where the old one is.
     moved = on_backbone(model, located, dtype=config.dtype, backbone_layers=config.backbone_layers)
     new = soft_prompt_module(moved)
+    _say_what_stays_behind(old.settings, config)
     if config.unfrozen_steps:
         new.prompter = _own_copy(old)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
@@ -147,13 +148,6 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         raise PromptEmbedderError("training.softmax_temperature_start is for training the prompter, not for a transfer")
     if config.unfrozen_steps and not config.data.has_rows:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
-    if old.settings.readout_layers:
-        logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
-    if not (config.data.has_rows or config.texts) and (old.settings.deep_soft_prompt or old.settings.linear_head):
-        logger.warning(
-            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
-            "texts to train on the new one goes without"
-        )
     if config.data.has_rows and config.texts:
         raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
     output = Path(config.training.output)
@@ -161,6 +155,17 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
     for stage in () if resume else _TRAINED_STAGES:
         refuse_interrupted(output / stage)
+
+
+def _say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
+    """Warn of what belongs to the old backbone and is not trained anew."""
+    if old.readout_layers:
+        logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
+    if not (config.data.has_rows or config.texts) and (old.deep_soft_prompt or old.linear_head):
+        logger.warning(
+            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
+            "texts to train on the new one goes without"
+        )
 
 
 def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with_prompter: bool) -> None:
