@@ -488,6 +488,12 @@ def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, config, rows, 
     assert len(kept.alignment.deep) == 1
 
 
+def test_layers_that_are_read_belong_to_the_old_backbone(tiny_model, config, caplog):
+    result = transfer(tiny_model("llama", readout_layers=(1,)), config())
+    assert result.model[0].settings.readout_layers == result.model[0].backbone.readout_layers == ()
+    assert "readout_layers belongs to the model's backbone" in caplog.text
+
+
 def test_prompts_and_a_shorter_embedding_are_handed_on(tiny_model, config):
     old = tiny_model("llama")
     old.prompts, old.default_prompt_name, old.truncate_dim = {"query": INSTRUCTION}, "query", 8
