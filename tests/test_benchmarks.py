@@ -9,7 +9,7 @@ import pytest
 from transfer import ratios  # of benchmarks/
 
 
-def curve(every, seconds_per_example=1.0, rate=0.01):
+def curve(every, seconds_per_example=1.0, rate=0.05):
     return [(n, n * seconds_per_example, 60 + 20 * (1 - math.exp(-rate * n))) for n in range(0, 321, every)]
 
 
