@@ -113,6 +113,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no linear head": ("model.linear_head=false",),
     "neither": ("model.deep_soft_prompt=false", "model.linear_head=false"),
     "deep soft prompt of rank 32": ("model.deep_soft_prompt_rank=32",),
+    "instruction guidance 1.33": ("model.instruction_guidance=1.33",),
     "texts in int8": ("model.text_pass=int8",),
     "prompter SmolLM2, backbone Qwen2.5-Coder-0.5B": (f"model.backbone={QWEN}",),
     "prompter Qwen2.5-Coder-0.5B, backbone SmolLM2": (f"model.prompter={QWEN}",),

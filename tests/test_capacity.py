@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -146,6 +147,7 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
         {"backbone_layers": 1},
         {"readout_layers": (1,)},
         {"instruction_template": "\n{instruction}\nThis"},
+        {"instruction_guidance": 1.5},
     ],
 )
 def test_trained_saved_and_opened(run_config, tmp_path, monkeypatch, option, dtype):
@@ -220,7 +222,15 @@ def test_a_deep_soft_prompt_that_nothing_would_train_is_refused(run_config, tmp_
     assert train(config, model=trained).model is trained  # goes on: the prompter alone
 
 
-@pytest.mark.parametrize("option", [{"deep_soft_prompt": True}, {"linear_head": True}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"deep_soft_prompt": True},
+        {"linear_head": True},
+        {"instruction_guidance": 1.5},
+        {"instruction_guidance": 1.5, "layout": "prefix"},
+    ],
+)
 def test_leaf_and_plain_training_are_the_same(run_config, option):
     """The callback clips all trained weights, those after pooling too."""
     trained = [
@@ -266,6 +276,39 @@ def test_an_instruction_in_words_leaves_the_states_of_texts_alone(tiny_model):
         assert torch.equal(cached, module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"])
 
 
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_guidance_moves_embeddings_away_from_those_under_the_default_instruction(tiny_model, architecture, layout):
+    options = {"layout": layout, "default_instruction": INSTRUCTION}
+    plain = tiny_model(architecture, **options)
+    guided = tiny_model(architecture, instruction_guidance=1.5, **options)
+    with torch.no_grad():
+        default, other = (
+            plain[0](plain[0].preprocess(TEXTS, prompt=instruction))["sentence_embedding"]
+            for instruction in (INSTRUCTION, SECOND)
+        )
+        found = guided[0](guided[0].preprocess(TEXTS, prompt=SECOND))["sentence_embedding"]
+    assert torch.allclose(found, other + 0.5 * (other - default), atol=1e-5)
+    assert not torch.allclose(found, other, atol=1e-3)
+    assert np.array_equal(guided.encode(TEXTS), plain.encode(TEXTS))
+    several = encode(guided, TEXTS, [SECOND, INSTRUCTION, SECOND])
+    for i, instruction in enumerate((SECOND, INSTRUCTION, SECOND)):
+        assert np.allclose(several[i], guided.encode(TEXTS, prompt=instruction), atol=1e-5)
+
+
+def test_guidance_reads_texts_and_default_instruction_once(tiny_model):
+    module = tiny_model(instruction_guidance=1.5)[0]
+    backbone, features = module.backbone, module.preprocess(TEXTS)
+    with (
+        torch.no_grad(),
+        mock.patch.object(backbone, "read_text", wraps=backbone.read_text) as texts,
+        mock.patch.object(backbone, "read_soft_prompt", wraps=backbone.read_soft_prompt) as prompts,
+    ):
+        embed = backbone.embedder(features["input_ids"], features["attention_mask"])
+        list(module.embeddings(embed, [INSTRUCTION, SECOND, INSTRUCTION]))
+    assert (texts.call_count, prompts.call_count) == (1, 4)
+
+
 def test_a_frozen_alignment_stays_as_it_starts(run_config):
     before = build(run_config().model, seed=13)
     model = train(run_config(train_alignment=False, prompter_learning_rate=1e-2)).model
@@ -289,6 +332,10 @@ def test_bad_input(tiny_model, tiny_settings, tmp_path):
         tiny_settings(deep_soft_prompt=True, layout="prefix")
     with pytest.raises(ValueError, match="deep_soft_prompt_rank needs deep_soft_prompt"):
         tiny_settings(deep_soft_prompt_rank=4)
+    with pytest.raises(ValueError, match="instruction_guidance needs condition_on 'instruction', found"):
+        tiny_settings(instruction_guidance=1.5, condition_on="instruction_and_text")
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        tiny_settings(instruction_guidance=0.5)
     save(deepened(tiny_model), tmp_path / "model")
     file = tmp_path / "model" / "alignment.safetensors"
     stored = load_file(file)

@@ -32,6 +32,8 @@ from promptembedder.states import CACHE_ARGUMENT, States, merged, packed, shallo
 from promptembedder.text_cache import TextStateCache
 
 TextPass = Literal["same", "int8"]
+# Soft prompts (N, K, D) and the instruction's tokens (I,) to embeddings (B, E) of the texts at hand.
+Embedder = Callable[[Tensor, Tensor], Tensor]
 
 # Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower, and
 # widening the weights for each chunk shows.
@@ -100,6 +102,15 @@ class Backbone(nn.Module):
     def width(self) -> int:
         """D, which is also E."""
         return int(self.lm.config.get_text_config(decoder=True).hidden_size)
+
+    def embedder(self, ids_BT: Tensor, mask_BT: Tensor) -> Embedder:
+        """Texts at hand, to be embedded under any number of soft prompts: `forward` with its first two arguments given.
+
+        In layout `suffix` they are read here, once.
+        """
+        if self.layout == "suffix":
+            return partial(self.read_soft_prompt, self.read_text(ids_BT, mask_BT))
+        return partial(self, ids_BT, mask_BT)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, soft_NKD: Tensor, instruction_ids_I: Tensor) -> Tensor:
         """Embed texts under soft prompts.

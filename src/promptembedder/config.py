@@ -59,6 +59,9 @@ class ModelConfig:
             input (layout `suffix`); these start at zero.
         deep_soft_prompt_rank: of these alignments, which are then products of two thin matrices; unset: whole.
         linear_head: a trained square matrix after pooling, started as the identity.
+        instruction_guidance: above 1, embeddings are moved away from what they are under `default_instruction`, so that
+            what the instruction asks for counts more (`SoftPromptTransformer.guided`). Costs K more tokens a text in
+            layout `suffix`, a second pass over the text in `prefix`.
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
         text_template: what the backbone reads as text; `{text}` stands for it.
@@ -88,6 +91,7 @@ class ModelConfig:
     deep_soft_prompt: bool = False
     deep_soft_prompt_rank: PositiveInt | None = None
     linear_head: bool = False
+    instruction_guidance: Annotated[float, Field(ge=1)] = 1.0
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
     text_template: str = 'This sentence : "{text}"\nThe'
@@ -107,6 +111,8 @@ class ModelConfig:
             raise ValueError(f"deep_soft_prompt needs layout 'suffix', found {self.layout!r}")
         if len(set(self.readout_layers)) < len(self.readout_layers):
             raise ValueError(f"readout_layers names a layer twice: {list(self.readout_layers)}")
+        if self.instruction_guidance > 1 and self.condition_on != "instruction":
+            raise ValueError(f"instruction_guidance needs condition_on 'instruction', found {self.condition_on!r}")
         if self.deep_soft_prompt_rank is not None and not self.deep_soft_prompt:
             raise ValueError("deep_soft_prompt_rank needs deep_soft_prompt")
 

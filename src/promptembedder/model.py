@@ -225,18 +225,14 @@ def encode(
 def _encode_batch(
     model: SentenceTransformer, module: SoftPromptTransformer, texts: list[str], instructions: list[str]
 ) -> list[Tensor]:
-    share = module.settings.layout == "suffix" and module.settings.condition_on == "instruction"
-    if not share:
+    if module.settings.condition_on != "instruction":
         several = [module.preprocess(texts, prompt=instruction) for instruction in instructions]
         return [model(batch_to_device(features, model.device))["sentence_embedding"] for features in several]
     tokens = batch_to_device(module.preprocess(texts), model.device)
-    states = module.backbone.read_text(tokens["input_ids"], tokens["attention_mask"])
+    embed = module.backbone.embedder(tokens["input_ids"], tokens["attention_mask"])
     embeddings = []
-    for instruction in instructions:
-        read = module.backbone.read_soft_prompt(
-            states, module.soft_prompt(instruction), module.instruction_ids(instruction)
-        )
-        features = {"sentence_embedding": read}
+    for embedding_BE in module.embeddings(embed, instructions):
+        features = {"sentence_embedding": embedding_BE}
         for later in list(model)[1:]:
             features = later(features)
         embeddings.append(features["sentence_embedding"])

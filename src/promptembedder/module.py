@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from promptembedder.alignment import Alignment
-from promptembedder.backbone import Backbone
+from promptembedder.backbone import Backbone, Embedder
 from promptembedder.config import ModelConfig
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, SoftTokens, trained_state
@@ -213,18 +213,36 @@ class SoftPromptTransformer(InputModule):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Add `sentence_embedding` (B, E) float32 to the features of `preprocess`."""
         instruction = features.get("instruction", self.settings.default_instruction)
+        embed = self.backbone.embedder(features["input_ids"], features["attention_mask"])
         if "request_ids" in features:
-            soft_NKD = self.alignment(
-                self.prompter(features["request_ids"][:, 0], features["request_mask"][:, 0]).tokens_NKP
-            )
+            tokens_NKP = self.prompter(features["request_ids"][:, 0], features["request_mask"][:, 0]).tokens_NKP
+            embedding_BE = embed(self.alignment(tokens_NKP), self.instruction_ids(instruction))
         else:
-            soft_NKD = self.soft_prompt(instruction)
-        embedding_BE = self.backbone(
-            features["input_ids"], features["attention_mask"], soft_NKD, self.instruction_ids(instruction)
-        )
+            (embedding_BE,) = self.embeddings(embed, [instruction])
         if self.leaves is not None and torch.is_grad_enabled():
             self.leaves.embedding_bytes += embedding_BE.nbytes
         return {**features, "sentence_embedding": embedding_BE}
+
+    def embeddings(self, embed: Embedder, instructions: Sequence[str]) -> Iterator[Tensor]:
+        """Embeddings (B, E) of the texts at hand under one instruction after another.
+
+        With `instruction_guidance` w above 1: w e(instruction) - (w - 1) e(default instruction). This is classifier-free
+        guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, whose w is ours less 1) with the default instruction in the
+        place of no condition. Under the default instruction itself nothing changes.
+
+        Args:
+            embed: of the backbone, holds the texts.
+            instructions: in words.
+        """
+        default, weight = self.settings.default_instruction, self.settings.instruction_guidance
+        default_BE: Tensor | None = None
+        for instruction in instructions:
+            embedding_BE = embed(self.soft_prompt(instruction), self.instruction_ids(instruction))
+            if weight > 1 and instruction != default:
+                if default_BE is None:
+                    default_BE = embed(self.soft_prompt(default), self.instruction_ids(default))
+                embedding_BE = weight * embedding_BE - (weight - 1) * default_BE
+            yield embedding_BE
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
         """What the prompter writes for an instruction alone: tokens (1, K, P) and logits (1, K, V)."""
