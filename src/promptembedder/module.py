@@ -226,9 +226,9 @@ class SoftPromptTransformer(InputModule):
     def embeddings(self, embed: Embedder, instructions: Sequence[str]) -> Iterator[Tensor]:
         """Embeddings (B, E) of the texts at hand under one instruction after another.
 
-        With `instruction_guidance` w above 1: w e(instruction) - (w - 1) e(default instruction). This is classifier-free
-        guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, whose w is ours less 1) with the default instruction in the
-        place of no condition. Under the default instruction itself nothing changes.
+        With `instruction_guidance` w above 1: w e(instruction) - (w - 1) e(default instruction). This is
+        classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, whose w is ours less 1) with the default
+        instruction in the place of no condition. Under the default instruction itself nothing changes.
 
         Args:
             embed: of the backbone, holds the texts.
