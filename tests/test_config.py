@@ -107,6 +107,10 @@ BAD_SETTINGS = {
     "number for text": ("model: {prompter: 5}", ["model.prompter = 5:", "valid string"]),
     "section is text": ("training: fast", ["training = 'fast':", "dictionary"]),
     "number for list": ("training: {matryoshka_dims: 8}", ["training.matryoshka_dims = 8:", "tuple"]),
+    "millions of soft tokens": (
+        "model: {num_soft_tokens: 1000000}",
+        ["model.num_soft_tokens = 1000000:", "less than or equal to 512"],
+    ),
     "no soft tokens": ("model: {num_soft_tokens: 0}", ["model.num_soft_tokens = 0:", "greater than or equal to 1"]),
     "temperature 0": ("model: {softmax_temperature: 0}", ["model.softmax_temperature = 0:", "greater than 0"]),
     "temperature < 0": ("model: {softmax_temperature: -1}", ["model.softmax_temperature = -1:", "greater than 0"]),

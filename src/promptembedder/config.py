@@ -42,7 +42,7 @@ class ModelConfig:
         backbone_revision: hub commit of the backbone.
         layout: `suffix` (text, soft prompt) or `prefix` (instruction, soft prompt, text).
         readout: `last` or `mean`, over the soft tokens (`suffix`) or the text tokens (`prefix`).
-        num_soft_tokens: K.
+        num_soft_tokens: K, 512 at most; each is a forward of the prompter.
         softmax_temperature: divides the prompter's logits before the softmax that mixes its embeddings.
         prompter_training: `lora` keeps the saved model small, `full` trains every weight of the prompter.
         lora_rank: rank of the prompter's LoRA.
@@ -77,7 +77,7 @@ class ModelConfig:
     backbone_revision: str | None = None
     layout: Layout = "suffix"
     readout: Readout = "last"
-    num_soft_tokens: PositiveInt = 5
+    num_soft_tokens: Annotated[int, Field(ge=1, le=512)] = 5
     softmax_temperature: PositiveFloat = 1.0
     prompter_training: Literal["lora", "full"] = "lora"
     lora_rank: PositiveInt = 16
