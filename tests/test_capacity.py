@@ -291,6 +291,8 @@ def test_guidance_moves_embeddings_away_from_those_under_the_default_instruction
     assert torch.allclose(found, other + 0.5 * (other - default), atol=1e-5)
     assert not torch.allclose(found, other, atol=1e-3)
     assert np.array_equal(guided.encode(TEXTS), plain.encode(TEXTS))
+    plain[0].instruction_guidance = 1.5
+    assert np.array_equal(plain.encode(TEXTS, prompt=SECOND), guided.encode(TEXTS, prompt=SECOND))
     several = encode(guided, TEXTS, [SECOND, INSTRUCTION, SECOND])
     for i, instruction in enumerate((SECOND, INSTRUCTION, SECOND)):
         assert np.allclose(several[i], guided.encode(TEXTS, prompt=instruction), atol=1e-5)
@@ -336,6 +338,8 @@ def test_bad_input(tiny_model, tiny_settings, tmp_path):
         tiny_settings(instruction_guidance=1.5, condition_on="instruction_and_text")
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         tiny_settings(instruction_guidance=0.5)
+    with pytest.raises(PromptEmbedderError, match=r"model: instruction_guidance = 0.5: .* greater than or equal to 1"):
+        tiny_model()[0].instruction_guidance = 0.5
     save(deepened(tiny_model), tmp_path / "model")
     file = tmp_path / "model" / "alignment.safetensors"
     stored = load_file(file)

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import CUE, INSTRUCTION, TEXTS, Outcome
+from conftest import CUE, INSTRUCTION, SECOND, TEXTS, Outcome
 from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
 from promptembedder.config import load_run
 from promptembedder.model import soft_prompt_module
@@ -263,6 +263,24 @@ def test_encode_reads_texts_up_to_a_limit(
     limited.max_seq_length = 2
     np.testing.assert_allclose(np.load(output), limited.encode(["one two three four five six seven"]), atol=1e-5)
     assert command("encode", saved, path, "-o", output, "--max-text-tokens", 0).code == 2
+
+
+def test_encode_lets_the_instruction_count_more(
+    command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    path.write_text("one two three\nfour five\n")
+    more = ("--instruction-guidance", 2)
+    assert command("encode", saved, path, "-o", output, "-i", SECOND, *more).code == 0
+    asked, default = (model.encode(["one two three", "four five"], prompt=prompt) for prompt in (SECOND, None))
+    towards = np.sign((np.load(output) * asked).sum(-1) - (np.load(output) * default).sum(-1))
+    assert (towards == 1).all()
+    assert not np.allclose(np.load(output), asked, atol=1e-3)
+    for wrong in (0.5, "nan"):
+        assert command("encode", saved, path, "-o", output, "--instruction-guidance", wrong).code == 2
+    refused = command("encode", saved, path, "-o", output, "--bridge", tmp_path / "bridge.safetensors", *more)
+    assert refused.code == 2
+    assert "leave --instruction-guidance out" in refused.err
 
 
 def test_encode_with_a_model_saved_truncated(

@@ -91,6 +91,9 @@ def encode(
     id_field: Annotated[str, typer.Option(help="Field of the id; rows without one get their number.")] = "id",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
     max_text_tokens: Annotated[int | None, typer.Option(min=1, help="Read texts so far; unset: the model's.")] = None,
+    instruction_guidance: Annotated[
+        float | None, typer.Option(min=1, help="Above 1 the instruction counts more; unset: the model's.")
+    ] = None,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions.")] = None,
     precision: Annotated[Precision, typer.Option(help="How values are stored.")] = Precision.float32,
     bridge: Annotated[Path | None, typer.Option(help="Map the embeddings into an older model's space.")] = None,
@@ -102,13 +105,15 @@ def encode(
     from promptembedder.bridge import PROBE
     from promptembedder.bridge import load as load_bridge
     from promptembedder.files import embedding_writer, read_texts
-    from promptembedder.model import load
+    from promptembedder.model import load, soft_prompt_module
     from promptembedder.saved import describe
 
     if instruction is not None and (document or not instruction.strip()):
         raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
     if bridge is not None and (truncate_dim is not None or precision is Precision.ubinary):
         raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
+    if bridge is not None and instruction_guidance is not None:
+        raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
     over = load_bridge(bridge) if bridge is not None else None
     chunks = _chunked(read_texts(texts, kind.value if kind else None, text_field, id_field), 32 * batch_size)
     width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
@@ -128,6 +133,8 @@ def encode(
         embedder = load(model, device=device)
         if max_text_tokens is not None:
             embedder.max_seq_length = max_text_tokens
+        if instruction_guidance is not None:
+            soft_prompt_module(embedder).instruction_guidance = instruction_guidance
         if over is not None:
             over.check(embedder.encode([PROBE], show_progress_bar=False, **options)[0])
         for chunk in _progress(itertools.chain(first, chunks)):

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from promptembedder.alignment import Alignment
 from promptembedder.backbone import Backbone, Embedder
-from promptembedder.config import ModelConfig
+from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, SoftTokens, trained_state
 from promptembedder.text import is_unicode
@@ -324,6 +324,16 @@ class SoftPromptTransformer(InputModule):
         if not isinstance(tokens, int) or tokens < 1:
             raise PromptEmbedderError(f"max_seq_length must be a positive number of tokens, found {tokens!r}")
         self.settings = replace(self.settings, max_text_tokens=tokens)
+
+    @property
+    def instruction_guidance(self) -> float:
+        """How much the instruction counts, see `embeddings`; may be set, also on a model trained at 1."""
+        return self.settings.instruction_guidance
+
+    @instruction_guidance.setter
+    def instruction_guidance(self, weight: float) -> None:
+        changed = {**asdict(self.settings), "instruction_guidance": weight}
+        self.settings = parse(ModelConfig, changed, where="model")
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
