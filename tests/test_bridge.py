@@ -106,3 +106,10 @@ def test_commands(tiny_model, tiny_lm, tmp_path, command):
     assert not (tmp_path / "w.npy").exists()
     nowhere = command("bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "no" / "b")
     assert "cannot be written" in nowhere.err
+    folder = command("bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "new")
+    assert "it is a folder" in folder.err
+    blank = command("bridge", tmp_path / "old", tmp_path / "new", tmp_path / "texts.txt", "-i", " ")
+    assert "--instruction must be a sentence" in blank.err
+    gone = command("bridge", tmp_path / "none", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "g")
+    assert len(gone.err.strip().splitlines()) == 1  # no bar: nothing was read
+    assert f"no model at {tmp_path / 'none'}" in gone.err

@@ -365,6 +365,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["promptembedder.json: layout = 'infix'", "'prefix' or 'suffix'"],
     ),
     "unknown module": (lambda m: _edit(m / "modules.json", 1, "type", "os.system"), ["os.system", "known library"]),
+    "no modules": (lambda m: (m / "modules.json").write_text("[]"), ["modules.json lists no modules"]),
     "narrow alignment": (
         lambda m: save_file({"weight": torch.eye(16)}, m / "alignment.safetensors"),
         ["alignment is (16, 16)", "(32, 32)"],
@@ -503,6 +504,14 @@ def test_bad_training_run(
     monkeypatch.chdir(run_file.parent)
     assert_refused(command("train", run_file, *arguments), *told)
     assert not (run_file.parent / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["encode"], ["no-such-command"], ["train", "--no-such-option"], ["encode", "m", "--batch-size", "x"]],
+)
+def test_wrong_usage_is_one_line_too(command: Callable[..., Outcome], arguments: list[str]) -> None:
+    assert_refused(command(*arguments), "promptembedder", " --help)")
 
 
 def test_missing_run_file(command: Callable[..., Outcome], tmp_path: Path) -> None:

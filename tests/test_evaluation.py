@@ -251,6 +251,38 @@ def test_a_bad_row_is_named_before_the_model_opens(data, tmp_path, monkeypatch, 
     assert message in done.err
 
 
+def test_two_labels_may_be_words(data, tmp_path, encoder):
+    scores = []
+    for labels in (0, 1), ("money", "sport"):
+        rows = [{"text": text, "label": labels[n % 2]} for n, text in enumerate(MANY)]
+        for split in ("train", "test"):
+            write(data / "classification" / f"Two.{split}.jsonl.gz", rows)
+        result = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Two"]), tmp_path / labels.__repr__())
+        scores.append(json.loads((result.folder / "Two.json").read_text())["scores"]["test"][0])
+    assert scores[0]["accuracy"] == pytest.approx(scores[1]["accuracy"])
+    assert scores[0]["ap"] == pytest.approx(scores[1]["ap"])
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "message"),
+    [
+        ("sts/One", [{"sentence1": "a", "sentence2": "b", "score": 1}], "holds one row; a rank correlation needs two"),
+        ("classification/One.train", [{"text": "a", "label": "x"}] * 9, "holds one label only, 'x'; expected at least"),
+        ("retrieval/Find/qrels", [{"query-id": "q9", "corpus-id": "1", "score": 1}], "judges 'q9', which is nowhere"),
+        ("retrieval/Find/qrels", [{"query-id": "q1", "corpus-id": "99", "score": 1}], "judges '99', which is nowhere"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_refused_before_the_model_opens(data, command, file, rows, message):
+    write(data / f"{file}.jsonl.gz", rows)
+    write(data / "classification" / "One.test.jsonl.gz", [{"text": "a", "label": "x"}])
+    task = "Find" if file.startswith("retrieval") else "One"
+    if file.startswith("sts"):
+        (data / "classification" / "One.test.jsonl.gz").unlink()
+    done = command("evaluate", "nowhere", "--data", data, "--suite", "full", "--task", task)
+    assert (done.code, len(done.err.strip().splitlines())) == (2, 1)
+    assert message in done.err
+
+
 def test_files_that_are_no_tasks(data):
     (data / "sts" / "README.md").write_text("words")
     assert "README.md" not in [task.metadata.name for task in evaluation.local_tasks(data)]
@@ -339,6 +371,18 @@ def test_command(data, tmp_path, tiny_model, command):
         ),
         (["{model}", "--data", "{data}", "--instructions", "{empty}/none.json"], "no instructions at "),
         (
+            ["{model}", "--data", "{data}", "--instructions", "{data}/other.json", "--task", "Similar"],
+            "unknown task 'Simila' in .*nearest: Similar",
+        ),
+        (
+            ["{model}", "--data", "{data}", "--instructions", "{data}/blank.json", "--task", "Similar"],
+            "must map task names to instructions",
+        ),
+        (
+            ["smollm2-135m-instruct", "--data", "{data}", "--task", "Similar"],
+            "is an untrained LLM; add --baseline, one of mean, last",
+        ),
+        (
             ["{lm}", "--baseline", "mean", "--data", "{data}", "--task", "Similar", "--device", "gpu"],
             "device 'gpu' cannot be used here",
         ),
@@ -352,6 +396,8 @@ def test_bad_input_is_one_line(data, tmp_path, tiny_model, tiny_lm, command, arg
     save(tiny_model(), tmp_path / "model")
     (tmp_path / "empty").mkdir()
     (data / "i.json").write_text("{}")
+    (data / "other.json").write_text('{"Simila": "Find."}')
+    (data / "blank.json").write_text('{"Similar": " "}')
     places = {"model": tmp_path / "model", "data": data, "empty": tmp_path / "empty", "lm": tiny_lm()}
     done = command("evaluate", *(a.format(**places) for a in arguments), "--output", tmp_path / "out")
     assert done.code == 2

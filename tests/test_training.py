@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -136,6 +137,29 @@ def test_a_run_from_a_saved_model_goes_on_from_its_checkpoint(run_config, tmp_pa
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
     assert read_facts(resumed.folder)["start"] == str(start)
+
+
+def test_what_a_saved_model_keeps_of_its_own_is_said(run_config, caplog):
+    start = train(run_config("first", max_steps=1)).folder
+    caplog.clear()
+    train(run_config("second", max_steps=1), start=start)
+    assert "section model is not taken" not in caplog.text
+    train(run_config("third", max_steps=1, model={"default_instruction": "Another."}), start=start)
+    assert f"{start} keeps its own default_instruction; the run's section model is not taken" in caplog.text
+
+
+def test_batches_smaller_than_asked_for_are_said(run_config, caplog):
+    train(run_config("small", max_steps=1))
+    assert "training.batch_size" not in caplog.text
+    train(run_config("large", max_steps=1, batch_size=4000))
+    assert "training.batch_size is 4000, but batches hold" in caplog.text
+
+
+def test_other_users_may_read_a_saved_model(run_config):
+    folder = train(run_config(max_steps=1)).folder
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o666 & ~mask}
 
 
 def test_checkpoints_hold_trained_parts_only(run_config, tmp_path):

@@ -22,6 +22,7 @@ from promptembedder.config import DataConfig, DataFile, EvaluationConfig, Traini
 from promptembedder.distillation import SimilarityDistillation
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
+from promptembedder.training_facts import read_facts
 from promptembedder.transfer import on_backbone, transfer
 
 
@@ -561,3 +562,16 @@ def test_a_shared_prompter(tiny_model, config, tmp_path):
     weights.unlink()
     with pytest.raises(PromptEmbedderError, match="which is not there"):
         load(there)
+
+
+def test_a_transfer_does_not_go_into_a_saved_model(tiny_model, config, tmp_path):
+    save(tiny_model("llama"), tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    with pytest.raises(PromptEmbedderError, match=r"model is itself a saved model; choose another training\.output"):
+        transfer(load(tmp_path / "model"), config(training={"output": str(tmp_path / "model")}))
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+def test_nothing_is_said_to_be_trained_by_a_closed_form(tiny_model, config):
+    result = transfer(tiny_model("llama"), config())
+    assert read_facts(result.folder)["trained_parameters"] == read_facts(result.folder)["steps"] == 0

@@ -45,7 +45,7 @@ class Bridge:
     """
 
     weight_DF: NDArray[np.float32]
-    facts: dict[str, float]
+    facts: dict[str, int | float]
     probe_D: NDArray[np.float32] | None = None
 
     def __call__(self, embeddings_ND: NDArray[Any]) -> NDArray[np.float32]:
@@ -137,8 +137,8 @@ def fit(new_ND: NDArray[Any], old_NF: NDArray[Any], *, probe_D: NDArray[Any] | N
         scored.append((float((mapped * old_NF[held]).sum(-1).mean()), penalty))
     cosine, penalty = max(scored)
     mapped = _unit(new_ND[held] @ _ridge(new_ND[rest], old_NF[rest], penalty))
-    facts = {
-        "texts": float(len(new_ND)),
+    facts: dict[str, int | float] = {
+        "texts": len(new_ND),
         "penalty": penalty,
         "cosine": round(cosine, 4),
         "neighbours_kept": round(_neighbours_kept(mapped, old_NF[held], old_NF[rest]), 4),

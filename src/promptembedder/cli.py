@@ -17,6 +17,9 @@ import typer
 
 from promptembedder.errors import PromptEmbedderError
 
+# Typer carries a click of its own, so the class of wrong usage is reached through one that it gives out.
+_UsageError: Any = typer.BadParameter.__base__
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -180,6 +183,8 @@ def evaluate(
         tasks = evaluation.hub_tasks(task or [])
     else:
         given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
+        if instructions is not None:
+            evaluation.local_tasks(data, list(given))  # names no task of the folder has are told
         tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite is Suite.quick)
         for found in tasks:
             found.load_data()  # what is wrong in a row is said before the model opens
@@ -251,10 +256,17 @@ def bridge(
     from promptembedder.files import read_texts
     from promptembedder.model import encode as embed
     from promptembedder.model import load
+    from promptembedder.saved import describe
 
+    if instruction is not None and not instruction.strip():
+        raise PromptEmbedderError("--instruction must be a sentence")
+    for place in (old, new):
+        describe(place)  # a model that is not there is said before the other one reads every text
     lines = list(dict.fromkeys(text for _, text in read_texts(texts, None)))
     if len(lines) < FEWEST_TEXTS:
         raise PromptEmbedderError(f"a bridge needs at least {FEWEST_TEXTS} different texts, {texts} has {len(lines)}")
+    if output.is_dir():
+        raise PromptEmbedderError(f"bridge {output} cannot be written: it is a folder")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise PromptEmbedderError(f"bridge {output} cannot be written: {output.parent} is no folder open to you")
     by_new, by_old = (
@@ -349,7 +361,7 @@ def _instructions(path: Path, required: bool) -> dict[str, str]:
             raise PromptEmbedderError(f"no instructions at {path}")
         return {}
     found = parse_json(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
         raise PromptEmbedderError(f"{path} must map task names to instructions")
     return found
 
@@ -383,7 +395,14 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        command = "promptembedder" if error.ctx is None else error.ctx.command_path
+        _say(f"promptembedder: {' '.join(error.format_message().split())} (see {command} --help)")
+        sys.exit(2)
+    except typer.Abort:
+        _say("promptembedder: stopped")
+        sys.exit(130)
     except PromptEmbedderError as error:
         _say(f"promptembedder: {' '.join(str(error).split())}")
         sys.exit(2)

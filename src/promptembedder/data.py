@@ -137,8 +137,16 @@ def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:
             neg=_texts(record, "neg", where, at_least=0),
             instruction=source.instruction
             if record.get("instruction") is None and source.instruction is not None
-            else _text(record, "instruction", where),
+            else _instruction(record, where),
         )
+
+
+def _instruction(record: dict[str, Any], where: str) -> str:
+    if record.get("instruction") is None:
+        raise PromptEmbedderError(
+            f"{where}: field 'instruction' is missing; give rows one, or their file (data.files: instruction)"
+        )
+    return _text(record, "instruction", where)
 
 
 def read_scored_pairs(path: str, root: str | None) -> tuple[list[str], list[str], list[float]]:

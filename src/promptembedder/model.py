@@ -54,7 +54,10 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
     folder = shipped.folder_of(path)
     saved = read_json(folder / "config_sentence_transformers.json")
     modules: list[torch.nn.Module] = []
-    for entry in read_json(folder / "modules.json"):
+    entries = read_json(folder / "modules.json")
+    if not isinstance(entries, list) or not entries:
+        raise PromptEmbedderError(f"{folder / 'modules.json'} lists no modules")
+    for entry in entries:
         if entry["type"].startswith("promptembedder."):
             modules.append(load_module(folder / entry["path"], device=device, dtype=dtype))
         else:
@@ -118,7 +121,7 @@ def save(
         (scratch / "README.md").write_text(card or _card(soft_prompt_module(model)), encoding="utf-8")
         if lender is not None:
             _share_prompter(scratch, lender, target.resolve())
-        os.chmod(scratch, 0o755)
+        _open_to_readers(scratch)
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)
@@ -127,6 +130,15 @@ def save(
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give a folder made by `mkdtemp`, and weights in it, which safetensors keeps to their owner, the usual modes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(folder, 0o777 & ~mask)
+    for path in folder.rglob("*"):
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Path) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import TextStateCache, open_text_cache
 from promptembedder.training_facts import Curve, dev_curve, write_facts
 from promptembedder.warm_start import warm_start
+
+logger = logging.getLogger(__name__)
 
 _DEV_METRIC = "eval_dev_spearman_cosine"
 # Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
@@ -99,6 +102,8 @@ def train(
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
     most_rows = largest(data)
+    if most_rows < settings.batch_size:
+        logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most_rows)
     workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
     make_folder(output, fresh=checkpoint is None)
     if model is None and start is not None:
@@ -215,6 +220,9 @@ def _started(config: RunConfig, start: Path) -> RunConfig:
     if start.resolve().is_relative_to(output):
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
     model = parse(ModelConfig, read_settings(start)["model"], where=str(start))
+    named = [f.name for f in fields(ModelConfig) if getattr(config.model, f.name) != f.default]
+    if left_out := [name for name in named if getattr(config.model, name) != getattr(model, name)]:
+        logger.warning("%s keeps its own %s; the run's section model is not taken", start, ", ".join(left_out))
     warm = replace(config.training.warm_start, steps=0)
     return replace(config, model=model, training=replace(config.training, warm_start=warm))
 

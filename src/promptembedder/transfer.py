@@ -33,7 +33,7 @@ from promptembedder.distillation import SimilarityDistillation, distillation_row
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
 from promptembedder.model import lender_of, refuse_foreign, save, soft_prompt_module
-from promptembedder.module import SoftPromptTransformer
+from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.run_folder import last_checkpoint, make_folder, refuse_interrupted
 from promptembedder.saved import read_settings
@@ -126,6 +126,8 @@ def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: s
     target = Path(config.training.output) / "model"
     refuse_foreign(target)
     old = soft_prompt_module(model)
+    if (Path(config.training.output) / CONFIG_FILE).is_file():
+        raise PromptEmbedderError(f"{config.training.output} is itself a saved model; choose another training.output")
     if target.exists() and _backbone_in(target) == old.base_models.backbone_fingerprint:
         raise PromptEmbedderError(
             f"{target} holds a model with the old backbone, perhaps the one to be moved; choose another training.output"
@@ -170,13 +172,16 @@ def _say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
 
 def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with_prompter: bool) -> None:
     """Write what the transfer took beside the model."""
+    steps = sum(stage.steps for stage in stages)
     trained = [
-        p for name, p in model.named_parameters() if p.requires_grad and (with_prompter or ".prompter." not in name)
+        p
+        for name, p in model.named_parameters()
+        if steps and p.requires_grad and (with_prompter or ".prompter." not in name)
     ]
     write_facts(
         folder,
         trained_parameters=sum(p.numel() for p in trained),
-        steps=sum(stage.steps for stage in stages),
+        steps=steps,
         examples=sum(stage.examples for stage in stages),
         seconds=sum(stage.seconds for stage in stages),
     )

@@ -176,6 +176,8 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         name = f"promptembedder/{place.parent.name if place.name == 'model' and place.parent.name else place.name}"
         revision = _content(folder)
         return InstructedEncoder(opened, name, revision, training=read_facts(folder))
+    if model in base_models.CARRIED_MODELS:
+        raise PromptEmbedderError(f"{model} is an untrained LLM; add --baseline, one of {', '.join(BASELINES)}")
     if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
         raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name{shipped.hint()}")
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -237,7 +238,10 @@ def _columns(rows: list[dict[str, Any]], fields: Iterable[str]) -> Dataset:
 
 def _scored_pairs(path: Path, at_most: int | None) -> Any:
     fields = {"sentence1": TEXT, "sentence2": TEXT, "score": NUMBER}
-    return DatasetDict({_SPLIT: _columns(_rows(path, fields, at_most), fields)})
+    rows = _rows(path, fields, at_most)
+    if len(rows) < 2:
+        raise PromptEmbedderError(f"{path}.jsonl.gz holds one row; a rank correlation needs two")
+    return DatasetDict({_SPLIT: _columns(rows, fields)})
 
 
 def _labelled_pairs(path: Path, at_most: int | None) -> Any:
@@ -253,6 +257,14 @@ def _classes(path: Path, at_most: int | None) -> Any:
         split: _rows(path.with_name(f"{path.name}.{split}"), fields, at_most if split == _SPLIT else None)
         for split in ("train", _SPLIT)
     }
+    labels = sorted({row["label"] for row in parts["train"]})
+    if len(labels) < 2:
+        raise PromptEmbedderError(f"{path}.train.jsonl.gz holds one label only, {labels[0]!r}; expected at least two")
+    if len(labels) == 2 and isinstance(labels[0], str):
+        # With two labels mteb also takes precision and recall of the label 1.
+        numbers = {label: n for n, label in enumerate(labels)}
+        for row in itertools.chain(*parts.values()):
+            row["label"] = numbers.setdefault(row["label"], len(numbers))
     if at_most is not None:
         by_label: dict[Any, list[dict[str, Any]]] = {}
         for row in parts["train"]:
@@ -287,6 +299,10 @@ def _searched(path: Path, at_most: int | None) -> Any:
     for row in _rows(path / "qrels", {"query-id": NAME, "corpus-id": NAME, "score": NUMBER}):
         relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
     queries = [row for row in queries if str(row["_id"]) in relevant]
+    texts, asked = ({str(row["_id"]) for row in rows} for rows in (corpus, queries))
+    for query, judgements in relevant.items():
+        if unknown := [query] if query not in asked else [name for name in judgements if name not in texts]:
+            raise PromptEmbedderError(f"{path / 'qrels'}.jsonl.gz judges {unknown[0]!r}, which is nowhere in the task")
     if at_most is not None:
         # Judged documents stay, so that every query can be answered; the others are thinned out.
         queries = _sample(queries, at_most // 8)
