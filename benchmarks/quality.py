@@ -176,7 +176,9 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Table and figures of everything that is there; seeds of a column are averaged."""
     wanted = [folder_of(f"{c}-{s}", revision(s, arguments), arguments) for c in TRAINED for s in arguments.seeds]
     wanted += [folder_of(column, of, arguments) for column, of in REVISIONS.items()]
-    comparison = evaluation.compare(evaluation.read_columns([folder for folder in wanted if folder.is_dir()]))
+    # A column whose evaluation was stopped would leave its tasks alone for all to be compared on.
+    done = [folder for folder in wanted if (folder / FACTS).is_file()]
+    comparison = evaluation.compare(evaluation.read_columns(done))
     seeds: dict[str, list[str]] = {}
     for name in comparison.columns:
         base, _, seed = name.rpartition("-")
