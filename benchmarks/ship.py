@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from promptembedder import evaluation
 from promptembedder.alignment import thinned
 from promptembedder.config import ModelConfig, RunConfig, dump_yaml, load_run, parse
-from promptembedder.module import ALIGNMENT_FILE, CONFIG_FILE, SHARED_PROMPTER
+from promptembedder.saved_names import ALIGNMENT_FILE, CONFIG_FILE, SHARED_PROMPTER
 from promptembedder.shipped import PLACE
 from promptembedder.training_facts import read_facts
 

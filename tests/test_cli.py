@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -512,6 +514,14 @@ def test_bad_training_run(
 )
 def test_wrong_usage_is_one_line_too(command: Callable[..., Outcome], arguments: list[str]) -> None:
     assert_refused(command(*arguments), "promptembedder", " --help)")
+
+
+def test_reading_a_folder_opens_no_library() -> None:
+    code = (
+        "import sys, promptembedder.saved; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_missing_run_file(command: Callable[..., Outcome], tmp_path: Path) -> None:

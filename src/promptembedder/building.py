@@ -6,6 +6,7 @@ Shapes: V vocabulary, P prompter width, D backbone width.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from promptembedder.backbone import Backbone
 from promptembedder.base_models import LocatedModel
 from promptembedder.config import ModelConfig
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.module import BaseModels, SoftPromptTransformer
+from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
+from promptembedder.saved_names import BaseModels
 
 _LORA_TARGETS = "all-linear"
 
@@ -149,8 +151,10 @@ def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.
     settings = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        # peft asks an LLM for an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         return get_peft_model(lm, settings)  # type: ignore[no-any-return]
 
 

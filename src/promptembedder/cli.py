@@ -103,13 +103,15 @@ def encode(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
 ) -> None:
     """Embed texts from a file or standard input into .npy or .parquet, in their order."""
+    from promptembedder.saved import describe
+
+    width = describe(model)["dimensions"]  # no model is said before the libraries are opened, which takes seconds
     import numpy as np
 
     from promptembedder.bridge import PROBE
     from promptembedder.bridge import load as load_bridge
     from promptembedder.files import embedding_writer, read_texts
     from promptembedder.model import load, soft_prompt_module
-    from promptembedder.saved import describe
 
     if instruction is not None and (document or not instruction.strip()):
         raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
@@ -119,7 +121,7 @@ def encode(
         raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
     over = load_bridge(bridge) if bridge is not None else None
     chunks = _chunked(read_texts(texts, kind.value if kind else None, text_field, id_field), 32 * batch_size)
-    width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
+    width = min(truncate_dim or sys.maxsize, width)
     if over is not None:
         over(np.zeros((0, width)))  # refuses a bridge of another width before the model opens
         width = over.weight_DF.shape[1]

@@ -26,16 +26,17 @@ from promptembedder import base_models, shipped
 from promptembedder.building import build_module
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.module import (
+from promptembedder.module import SoftPromptTransformer
+from promptembedder.prompter import load_trained_state, trained_state
+from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
+from promptembedder.saved_names import (
     ALIGNMENT_FILE,
     CONFIG_FILE,
     PROMPTER_FOLDER,
+    PROMPTER_WEIGHTS,
     SHARED_PROMPTER,
     BaseModels,
-    SoftPromptTransformer,
 )
-from promptembedder.prompter import PROMPTER_WEIGHTS, load_trained_state, trained_state
-from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
 
 
 def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> SentenceTransformer:

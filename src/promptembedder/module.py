@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +27,21 @@ from promptembedder.alignment import Alignment
 from promptembedder.backbone import Backbone, Embedder
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.prompter import PROMPTER_WEIGHTS, Prompter, SoftTokens, trained_state
+from promptembedder.prompter import Prompter, SoftTokens, trained_state
+from promptembedder.saved_names import (
+    ALIGNMENT_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    PROMPTER_FOLDER,
+    PROMPTER_WEIGHTS,
+    BaseModels,
+)
 from promptembedder.text import is_unicode
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-CONFIG_FILE = "promptembedder.json"
-ALIGNMENT_FILE = "alignment.safetensors"
-PROMPTER_FOLDER = "prompter"
-# In the settings file: another saved model that holds the prompter's weights.
-SHARED_PROMPTER = "shared_prompter"
 # Distinct instructions remembered at inference; a soft prompt is K x D floats, so this is about 3 MB.
 _REMEMBERED = 256
-
-
-@dataclass(frozen=True)
-class BaseModels:
-    """Identity of the two LLMs under a model: what to open, and what it must turn out to be."""
-
-    prompter: str
-    prompter_revision: str | None
-    prompter_fingerprint: str
-    backbone: str
-    backbone_revision: str | None
-    backbone_fingerprint: str
 
 
 class SoftPromptLeaves:

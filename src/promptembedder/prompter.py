@@ -21,7 +21,6 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import CACHE_ARGUMENT
 
 # The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
-PROMPTER_WEIGHTS = "adapter_model.safetensors"
 # Some chat templates print today's date (Llama 3.2); soft prompts of one instruction must not change overnight. The day
 # is the one that Llama's template falls back to.
 _SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"

@@ -12,8 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from promptembedder import workers
 from promptembedder.config import ModelConfig
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.module import CONFIG_FILE
 from promptembedder.saved import read_settings
+from promptembedder.saved_names import CONFIG_FILE
 
 
 def make_folder(output: Path, *, fresh: bool) -> None:

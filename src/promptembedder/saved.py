@@ -11,8 +11,14 @@ from typing import Any
 from promptembedder import shipped
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.module import CONFIG_FILE, FORMAT_VERSION, PROMPTER_FOLDER, SHARED_PROMPTER, BaseModels
-from promptembedder.prompter import PROMPTER_WEIGHTS
+from promptembedder.saved_names import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    PROMPTER_FOLDER,
+    PROMPTER_WEIGHTS,
+    SHARED_PROMPTER,
+    BaseModels,
+)
 
 
 def prompter_owner(path: str | Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from promptembedder.module import CONFIG_FILE
+from promptembedder.saved_names import CONFIG_FILE
 
 PLACE = Path(__file__).parent / "models"
 

@@ -33,10 +33,11 @@ from promptembedder.distillation import SimilarityDistillation, distillation_row
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
 from promptembedder.model import lender_of, refuse_foreign, save, soft_prompt_module
-from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
+from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.run_folder import last_checkpoint, make_folder, refuse_interrupted
 from promptembedder.saved import read_settings
+from promptembedder.saved_names import CONFIG_FILE
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import largest, train

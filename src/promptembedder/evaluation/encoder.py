@@ -22,7 +22,8 @@ from promptembedder.baselines import PROMPT_EOL
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.tasks import LOCAL
 from promptembedder.model import load, soft_prompt_module
-from promptembedder.module import CONFIG_FILE, SoftPromptTransformer
+from promptembedder.module import SoftPromptTransformer
+from promptembedder.saved_names import CONFIG_FILE
 from promptembedder.training_facts import read_facts
 
 logger = logging.getLogger(__name__)
