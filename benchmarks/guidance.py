@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import replace
 from typing import Any
 
 import promptembedder
@@ -31,7 +30,7 @@ SWAPPED = {"requests": (REQUESTS, ("do", "thing")), "remarks": (REMARKS, ("feel"
 
 def scores(model: Any, arguments: Any) -> dict[str, float]:
     """All figures that are nobody's test set."""
-    settings = replace(EvaluationConfig(dev="sts/STSBenchmark.dev.jsonl.gz"), dev_pairs=arguments.pairs)
+    settings = EvaluationConfig(dev="sts/STSBenchmark.dev.jsonl.gz", dev_pairs=arguments.pairs)
     pairs = pair_evaluator(settings, str(arguments.data), "dev")
     assert pairs is not None
     figures = {name: both_ways(model, *which) for name, which in SWAPPED.items()}

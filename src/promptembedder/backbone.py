@@ -110,7 +110,7 @@ class Backbone(nn.Module):
         """
         if self.layout == "suffix":
             return partial(self.read_soft_prompt, self.read_text(ids_BT, mask_BT))
-        return partial(self, ids_BT, mask_BT)
+        return partial(self._read_after_soft_prompt, ids_BT, mask_BT)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, soft_NKD: Tensor, instruction_ids_I: Tensor) -> Tensor:
         """Embed texts under soft prompts.
@@ -124,8 +124,12 @@ class Backbone(nn.Module):
         Returns:
             (B, E) float32, not normalised.
         """
-        if self.layout == "suffix":
-            return self.read_soft_prompt(self.read_text(ids_BT, mask_BT), soft_NKD, instruction_ids_I)
+        return self.embedder(ids_BT, mask_BT)(soft_NKD, instruction_ids_I)
+
+    def _read_after_soft_prompt(
+        self, ids_BT: Tensor, mask_BT: Tensor, soft_NKD: Tensor, instruction_ids_I: Tensor
+    ) -> Tensor:
+        """Layout `prefix`: embeddings (B, E) float32 of texts behind instruction and soft prompt."""
         head = self._read_head(instruction_ids_I, soft_NKD)
         # Text follows the states without a gap, so padding goes to the right: sliding windows count places.
         ids_BT, mask_BT = pad_side(ids_BT, mask_BT, "right")

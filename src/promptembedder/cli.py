@@ -186,7 +186,7 @@ def evaluate(
     else:
         given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
         if instructions is not None:
-            evaluation.local_tasks(data, list(given))  # names no task of the folder has are told
+            _say_unknown(instructions, set(given) - {t.metadata.name for t in evaluation.local_tasks(data)})
         tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite is Suite.quick)
         for found in tasks:
             found.load_data()  # what is wrong in a row is said before the model opens
@@ -366,6 +366,12 @@ def _instructions(path: Path, required: bool) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
         raise PromptEmbedderError(f"{path} must map task names to instructions")
     return found
+
+
+def _say_unknown(path: Path, names: set[str]) -> None:
+    # No error: one file may serve several folders.
+    if names:
+        logging.getLogger(__name__).warning("%s names tasks that are not there: %s", path, ", ".join(sorted(names)))
 
 
 def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:

@@ -122,7 +122,7 @@ def save(
         (scratch / "README.md").write_text(card or _card(soft_prompt_module(model)), encoding="utf-8")
         if lender is not None:
             _share_prompter(scratch, lender, target.resolve())
-        _open_to_readers(scratch)
+        _open_to_readers(scratch)  # as `atomic` leaves single files
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)
@@ -135,11 +135,8 @@ def save(
 
 def _open_to_readers(folder: Path) -> None:
     """Give a folder made by `mkdtemp`, and weights in it, which safetensors keeps to their owner, the usual modes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(folder, 0o777 & ~mask)
-    for path in folder.rglob("*"):
-        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Path) -> Path:

@@ -90,6 +90,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "deep_soft_prompt": settings["deep_soft_prompt"],
         "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],
         "linear_head": settings["linear_head"],
+        "instruction_guidance": settings["instruction_guidance"],
         "softmax_temperature": settings["softmax_temperature"],
         "text_template": settings["text_template"],
         "instruction_template": settings["instruction_template"],

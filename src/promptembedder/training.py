@@ -220,8 +220,9 @@ def _started(config: RunConfig, start: Path) -> RunConfig:
     if start.resolve().is_relative_to(output):
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
     model = parse(ModelConfig, read_settings(start)["model"], where=str(start))
-    named = [f.name for f in fields(ModelConfig) if getattr(config.model, f.name) != f.default]
-    if left_out := [name for name in named if getattr(config.model, name) != getattr(model, name)]:
+    if left_out := [
+        f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
+    ]:
         logger.warning("%s keeps its own %s; the run's section model is not taken", start, ", ".join(left_out))
     warm = replace(config.training.warm_start, steps=0)
     return replace(config, model=model, training=replace(config.training, warm_start=warm))
