@@ -333,6 +333,8 @@ def test_info_opens_no_llm(command: Callable[..., Outcome], copied: Path) -> Non
     lines = command("info", copied).out.splitlines()
     assert [line.split()[0] for line in lines] == list(facts)
     assert f"{'dimensions':24} 32" in lines
+    _edit(copied / "promptembedder.json", "model", "instruction_guidance", 1.5)
+    assert describe(copied)["instruction_guidance"] == 1.5
 
 
 # -- bad input --------------------------------------------------------------------------------------------------
