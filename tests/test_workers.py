@@ -95,11 +95,14 @@ def test_a_worker_that_dies_leaves_nobody_hanging(run_config, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_last_words_while_the_main_thread_waits_outside_python():
-    """SIGTERM reaches a worker that sits in a collective operation, where no Python handler runs."""
+@pytest.mark.parametrize("formatting_a_traceback", [False, True])
+def test_last_words_while_the_main_thread_waits_outside_python(formatting_a_traceback):
+    """SIGTERM reaches a worker in a collective operation, where no Python handler runs, or in torch's excepthook."""
     code = (
-        "import ctypes\nfrom promptembedder.workers import _last_words\n"
-        "with _last_words('the end'):\n    print('ready', flush=True)\n"
+        "import ctypes, io, sys\nfrom promptembedder.workers import _last_words\n"
+        "with _last_words('the end'):\n"
+        f"    sys.stderr = io.StringIO() if {formatting_a_traceback} else sys.stderr\n"
+        "    print('ready', flush=True)\n"
         "    while True:\n        ctypes.CDLL(None).sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

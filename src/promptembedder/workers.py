@@ -154,11 +154,13 @@ def _last_words(text: str) -> Iterator[None]:
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
+    # Looked up now: torch's excepthook puts a buffer in its place while it formats a traceback.
+    stderr = sys.stderr
 
     def listen() -> None:
         while byte := os.read(reading, 1):
             if byte[0] == signal.SIGTERM:
-                print(f"promptembedder: {text}", file=sys.stderr, flush=True)
+                print(f"promptembedder: {text}", file=stderr, flush=True)
                 os._exit(1)
 
     # Python runs handlers in the main thread only, which may be waiting; the byte gets through at once.
