@@ -4,9 +4,10 @@
 
 Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
 paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
-`best`, recipe `general.yaml`; `real_rows`, the same without its made-up rows, so on LoRA's; for every seed. With
-`--minilm FOLDER` all-MiniLM-L6-v2 for orientation. `--suite others`: the folder's tasks that are not in the quick
-suite, 200 rows each; recipes were chosen by STSBenchmark dev and, some of them, by the quick suite, never by these.
+`best`, recipe `general.yaml`; `real_rows`, the same without its made-up rows, so on LoRA's; `guided`, the same with
+`model.instruction_guidance`, in training too; for every seed. With `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
+`--suite others`: the folder's tasks that are not in the quick suite, 200 rows each; recipes were chosen by STSBenchmark
+dev and, some of them, by the quick suite, never by these.
 Every step is kept in `--output` and not done again: stop and go on at will, or run columns in several processes
 (`--columns lora` in one, `--columns prefix suffix` in another, then without, to collect). `--choose N` first picks each
 trained column's learning rate from three, by STSBenchmark dev after N steps. The last line is one JSON object.
@@ -44,8 +45,9 @@ TRAINED = {
     "suffix": "general-suffix",
     "best": "general",
     "real_rows": "general",
+    "guided": "general",
 }
-SETTINGS = {"real_rows": ["data.contrast_rows=0"]}
+SETTINGS = {"real_rows": ["data.contrast_rows=0"], "guided": ["model.instruction_guidance=1.33"]}
 TITLES = {
     "quick": "Quality on the quick suite",
     "others": "Quality on the tasks beside the quick suite",

@@ -8,6 +8,7 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
 
 - `hard_cue`: PromptEOL, untrained; `closed_form`: the prompter moved, nothing trained; `alignment_only`: W trained on
   the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old model's similarities;
+  `texts_then_rows`: so first, then on the labelled rows, `--steps` of each;
 - `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`). Both see the
   rows that W sees; what the prompter learnt before, on the old backbone, is what a transfer has more;
 - dev pairs choose the closed form and, of every part, the best weights on the way;
@@ -15,6 +16,7 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   it leaves, over those alignment-only takes to the same score; `..._95` likewise to 95 % of it. Unset where
   alignment-only does not get there, and no ratio of examples where the closed form is there before any
   (`without_examples`). Both are scored every `--every` steps, with a straight line between; dev is in nobody's time.
+  `without_labels`: whether `unlabelled` gets to that score, which takes no labelled row at all.
 - LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone, unless `--lora-rate` says
   it.
 
@@ -105,8 +107,10 @@ def slug(backbone: str) -> str:
     return re.sub(r"[^\w.-]+", "-", backbone).strip("-")
 
 
-def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None) -> dict[str, Any]:
-    """Closed form and, with rows or texts, W alone."""
+def moved(
+    arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None, *, rows: bool
+) -> dict[str, Any]:
+    """Closed form, then W alone on texts, on rows or on one after the other."""
     config, output = untested(recipe(arguments, backbone)), place_of(arguments, backbone) / name
     files: tuple[str, ...] = ()
     if texts is not None:
@@ -117,7 +121,7 @@ def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[s
         promptembedder.load(arguments.model),
         TransferConfig(
             backbone=backbone,
-            data=config.data if texts is None else DataConfig(root=config.data.root),
+            data=config.data if rows else DataConfig(root=config.data.root),
             texts=files,
             text_instructions=() if texts is None else (config.evaluation.instruction,),
             training=replace(config.training, output=str(output)),
@@ -125,8 +129,8 @@ def moved(arguments: argparse.Namespace, backbone: str, name: str, texts: list[s
         ),
         resume=any(output.glob("*/checkpoint-*")),
     )
-    start, trained = result.stages[0], result.stages[1]
-    curve = [(0, start.seconds, start.dev), *trained.curve]
+    start, *trained = result.stages
+    curve = [(0, start.seconds, start.dev), *(point for stage in trained for point in stage.curve)]
     test = tested(arguments, backbone, result.model)
     return {"test": test, "dev": result.scores["dev"], "start": result.starts[0].name, "curve": curve}
 
@@ -252,6 +256,12 @@ def ratios(ours: Curve, theirs: Curve) -> dict[str, float | bool | None]:
     return figures
 
 
+def without_labels(ours: Curve, theirs: Curve) -> dict[str, bool]:
+    """Whether the plain texts alone reach LoRA's best dev score, and 95 % of it."""
+    best = max(dev for _, _, dev in theirs if dev is not None)
+    return {f"without_labels{name}": reached(ours, part * best) is not None for name, part in (("", 1), ("_95", 0.95))}
+
+
 def main() -> None:
     parser = parser_of(__doc__, "runs/transfer-benchmark")
     parser.add_argument("--model", type=Path, required=True, help="the trained model, as the recipe makes it")
@@ -285,6 +295,8 @@ def main() -> None:
         found = {name: round(value, 2) for name, value in found.items()}
         if {"alignment_only", "lora"} <= set(parts):
             found |= ratios(parts["alignment_only"]["curve"], parts["lora"]["curve"])
+        if {"unlabelled", "lora"} <= set(parts):
+            found |= without_labels(parts["unlabelled"]["curve"], parts["lora"]["curve"])
         for part in arguments.quick:
             say(f"{backbone}: quick suite, {part}")
             place = place_of(arguments, backbone) / f"quick_{part}.json"
@@ -319,17 +331,18 @@ def texts_of_rows(arguments: argparse.Namespace, backbone: str) -> list[str]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "untrained": untrained,
-    "alignment_only": lambda a, backbone: moved(a, backbone, "alignment_only", None),
-    "unlabelled": lambda a, backbone: moved(a, backbone, "unlabelled", texts_of_rows(a, backbone)),
+    "alignment_only": lambda a, backbone: moved(a, backbone, "alignment_only", None, rows=True),
+    "unlabelled": lambda a, backbone: moved(a, backbone, "unlabelled", texts_of_rows(a, backbone), rows=False),
+    "texts_then_rows": lambda a, backbone: moved(a, backbone, "texts_then_rows", texts_of_rows(a, backbone), rows=True),
     "from_scratch": scratch,
     "lora": peer,
 }
-QUICK = ("closed_form", "alignment_only", "unlabelled", "from_scratch", "lora")
+QUICK = ("closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora")
 REVISION = "transfer"
 FIGURES = (
-    *("hard_cue", "closed_form", "alignment_only", "unlabelled", "from_scratch", "lora"),
-    *("examples_ratio", "time_ratio", "without_examples"),
-    *("examples_ratio_95", "time_ratio_95", "without_examples_95"),
+    *("hard_cue", "closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora"),
+    *("examples_ratio", "time_ratio", "without_examples", "without_labels"),
+    *("examples_ratio_95", "time_ratio_95", "without_examples_95", "without_labels_95"),
 )
 
 

@@ -18,7 +18,15 @@ from transformers import TrainerCallback
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, alignment, base_models, load, save, training
 from promptembedder.closed_forms import closed_forms
-from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, TransferConfig
+from promptembedder.config import (
+    DataConfig,
+    DataFile,
+    EvaluationConfig,
+    RunConfig,
+    TrainingConfig,
+    TransferConfig,
+    WarmStartConfig,
+)
 from promptembedder.distillation import SimilarityDistillation
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
@@ -192,6 +200,27 @@ def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, co
     assert (tmp_path / "moved" / "report.md").is_file()
 
 
+def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    quiet = {"evaluation": {"dev": None}, "starts": ("ridge",)}  # a start that does not depend on the rows
+    texts = transfer(tiny_model("llama"), config(texts=("texts.txt",), **quiet))
+    both = transfer(tiny_model("llama"), config(texts=("texts.txt",), rows=True, **quiet))
+    assert [stage.name for stage in both.stages] == ["closed_form", "alignment_unlabelled", "alignment_labelled"]
+    assert [stage.steps for stage in both.stages] == [0, 4, 4]
+    # The same rows from where the texts left off, by hand.
+    run = RunConfig(
+        model=texts.model[0].settings,
+        data=config(rows=True).data,
+        training=TrainingConfig(
+            output=str(tmp_path / "by_hand"), max_steps=4, batch_size=4, train_prompter=False,
+            warm_start=WarmStartConfig(steps=0),
+        ),
+        evaluation=EvaluationConfig(),
+    )  # fmt: skip
+    expected = training.train(run, model=texts.model).model[0].alignment.weight
+    assert torch.equal(both.model[0].alignment.weight, expected)
+
+
 def test_least_squares_needs_more_words_than_the_prompter_is_wide(tiny_lm, tiny_model):
     old = tiny_model("llama", prompter=str(tiny_lm("llama", 384)), alignment_start="random")
     new = on_backbone(old, base_models.locate(str(tiny_lm("qwen2"))))[0]
@@ -229,12 +258,15 @@ def test_made_up_rows_alone_train_the_alignment(tiny_model, config, tmp_path):
     assert not torch.equal(result.model[0].alignment.weight, result.starts[0].weight_PD)
 
 
-def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("second", ["unfrozen", "alignment_labelled"])
+def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch, second):
     """Stopped in its second stage: the first is not trained again, the second goes on."""
     model = tiny_model("llama")
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    stages = {"unfrozen_steps": 4} if second == "unfrozen" else {"texts": ("texts.txt",)}
 
     def settings(name):
-        return config(rows=True, unfrozen_steps=4, training={"output": str(tmp_path / name)})
+        return config(rows=True, training={"output": str(tmp_path / name)}, **stages)
 
     whole = transfer(model, settings("whole"))
     made = training._trainer
@@ -246,7 +278,7 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch)
 
         def on_step_end(self, args, state, control, **kwargs):
             taken.append((Path(args.output_dir).name, state.global_step))
-            if self.stop and "unfrozen" in args.output_dir and state.global_step == 3:
+            if self.stop and second in args.output_dir and state.global_step == 3:
                 raise KeyboardInterrupt
 
     def counting(stop):
@@ -260,12 +292,12 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "_trainer", counting(True))
     with pytest.raises(KeyboardInterrupt):
         transfer(model, settings("parts"))
-    with pytest.raises(PromptEmbedderError, match="unfrozen holds an interrupted run: --resume it or remove it"):
+    with pytest.raises(PromptEmbedderError, match=f"{second} holds an interrupted run: --resume it or remove it"):
         transfer(model, settings("parts"))
     taken.clear()
     monkeypatch.setattr(training, "_trainer", counting(False))
     resumed = transfer(model, settings("parts"), resume=True)
-    assert taken == [("unfrozen", 3), ("unfrozen", 4)]
+    assert taken == [(second, 3), (second, 4)]
     assert torch.equal(resumed.model[0].alignment.weight, whole.model[0].alignment.weight)
     kept, expected = (trained_state(result.model[0].prompter) for result in (resumed, whole))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
@@ -337,7 +369,6 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
     [
         ({"backbone": ("llama", 32, 0)}, "is the backbone that the model has already"),
         ({"backbone": "nowhere"}, "base model 'nowhere' not found"),
-        ({"rows": True, "texts": ("texts.txt",)}, "not both"),
         ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
         ({"dtype": "bfloat16"}, "the model's prompter runs in float32"),

@@ -212,7 +212,7 @@ def transfer(
     ] = None,
     backbone: Annotated[str, typer.Option(help="The new Embedding LLM: short name, folder, .gguf file, hub id.")] = "",
     train: Annotated[list[str] | None, typer.Option(help="File of labelled rows; may be repeated.")] = None,
-    texts: Annotated[list[str] | None, typer.Option(help="File of plain texts; may be repeated.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="File of plain texts, before any rows; repeatable.")] = None,
     dev: Annotated[str | None, typer.Option(help="Scored pairs to choose and report by.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of model, report and picture.")] = Path(
         "runs/transfer"

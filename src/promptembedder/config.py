@@ -295,12 +295,12 @@ class TransferConfig:
         backbone_layers: of it, from the input; unset: all, whatever the old model reads.
         starts: closed-form alignments to choose from, by name; empty: all that there are.
         data: labelled rows to train the alignment on; no files: none.
-        texts: files of plain texts, on which the new model learns to agree with the old one.
+        texts: files of plain texts, on which the new model learns to agree with the old one, before any rows.
         text_instructions: under which they are read; empty: the evaluation's, if there is one, the model's default
             one and that of its documents.
         max_texts: use so many of them at most, and no more than the steps take.
         distillation_temperature: of both softmaxes over in-batch similarities.
-        training: steps, batch and learning rates of the alignment; the prompter stays as it is.
+        training: steps, batch and learning rates of the alignment, for texts as for rows; the prompter stays as it is.
         unfrozen_steps: steps with the prompter open too, after the alignment's.
         evaluation: dev pairs to choose and report by; test pairs for the last figure.
     """

@@ -1,7 +1,8 @@
 """Move a trained model to another backbone: the prompter stays, only the alignment `W` is new.
 
 First in closed form from what the vocabularies share; then, if there is something to train on, by training `W` alone:
-on labelled rows, or on plain texts by making the new model's similarities agree with the old one's.
+on plain texts by making the new model's similarities agree with the old one's, on labelled rows, or on one after the
+other.
 
 Shapes: P prompter width, D width of the new backbone.
 """
@@ -21,34 +22,37 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from promptembedder import alignment, base_models, workers
+from promptembedder import alignment, base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.building import assemble, pair
-from promptembedder.closed_forms import Start, check_names, closed_forms
+from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
 from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
-from promptembedder.model import lender_of, refuse_foreign, save, soft_prompt_module
+from promptembedder.model import save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
-from promptembedder.run_folder import last_checkpoint, make_folder, refuse_interrupted
-from promptembedder.saved import read_settings
-from promptembedder.saved_names import CONFIG_FILE
+from promptembedder.run_folder import last_checkpoint, make_folder
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import largest, train
 from promptembedder.training_facts import seconds_of, write_facts
+from promptembedder.transfer_checks import (
+    TRAINED_STAGES,
+    check_memory,
+    check_settings,
+    check_shape,
+    say_what_stays_behind,
+)
 from promptembedder.transfer_result import Stage, TransferResult, write_report
 
 logger = logging.getLogger(__name__)
 
 # So that their soft tokens stay fewer than the prompter is wide.
 _MOST_INSTRUCTIONS = 40
-_TRAINED_STAGES = ("alignment_labelled", "alignment_unlabelled", "unfrozen")
 
 
 def transfer(
@@ -75,25 +79,25 @@ def transfer(
     """
     old = soft_prompt_module(model)
     output = Path(config.training.output)
-    _check(model, config, share_prompter, resume)
+    check_settings(model, config, share_prompter, resume)
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
     rows = _read_rows(config, old.settings)
     make_folder(output, fresh=False)
-    for stage in _TRAINED_STAGES:
+    for stage in TRAINED_STAGES:
         if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
             make_folder(output / stage, fresh=not resume)
     device = old.alignment.weight.device
     dtype = base_models.resolve_dtype(config.dtype or old.settings.dtype, device)
     if (peeked := base_models.peek_config(config.backbone, config.backbone_revision)) is not None:
-        _check_memory(config.backbone, peeked, dtype, device)
+        check_memory(config.backbone, peeked, dtype, device)
     located = base_models.locate(config.backbone, config.backbone_revision)
-    _check_shape(located, config)
+    check_shape(located, config)
     # No device is asked for: the new model goes where the old one is.
     moved = on_backbone(model, located, dtype=config.dtype, backbone_layers=config.backbone_layers)
     new = soft_prompt_module(moved)
-    _say_what_stays_behind(old.settings, config)
+    say_what_stays_behind(old.settings, config)
     if config.unfrozen_steps:
         new.prompter = _own_copy(old)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
@@ -119,58 +123,6 @@ def transfer(
     return result
 
 
-def _check(model: SentenceTransformer, config: TransferConfig, share_prompter: str | Path | None, resume: bool) -> None:
-    """Refuse settings that contradict each other, before anything is read or made."""
-    if workers.count() > 1:
-        raise PromptEmbedderError("a transfer runs in one process; start it without torchrun")
-    check_names(config.starts)
-    target = Path(config.training.output) / "model"
-    refuse_foreign(target)
-    old = soft_prompt_module(model)
-    if (Path(config.training.output) / CONFIG_FILE).is_file():
-        raise PromptEmbedderError(f"{config.training.output} is itself a saved model; choose another training.output")
-    if target.exists() and _backbone_in(target) == old.base_models.backbone_fingerprint:
-        raise PromptEmbedderError(
-            f"{target} holds a model with the old backbone, perhaps the one to be moved; choose another training.output"
-        )
-    running = old.prompter.embeddings_dtype
-    if (
-        config.dtype is not None
-        and old.settings.prompter_training == "lora"  # trained whole, it is float32 always
-        and base_models.resolve_dtype(config.dtype, old.alignment.weight.device) != running
-    ):
-        raise PromptEmbedderError(
-            f"dtype {config.dtype}: the model's prompter runs in {str(running).removeprefix('torch.')} here, and a "
-            "saved model opens both LLMs in one precision; open the model in the precision that the new one is to have"
-        )
-    if share_prompter is not None:
-        if config.unfrozen_steps:
-            raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
-        lender_of(model, share_prompter, target)
-    if config.training.softmax_temperature_start is not None:
-        raise PromptEmbedderError("training.softmax_temperature_start is for training the prompter, not for a transfer")
-    if config.unfrozen_steps and not config.data.has_rows:
-        raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
-    if config.data.has_rows and config.texts:
-        raise PromptEmbedderError("give labelled rows (data.files) or plain texts (texts), not both")
-    output = Path(config.training.output)
-    if resume and not any(last_checkpoint(output / stage) for stage in _TRAINED_STAGES):
-        raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
-    for stage in () if resume else _TRAINED_STAGES:
-        refuse_interrupted(output / stage)
-
-
-def _say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
-    """Warn of what belongs to the old backbone and is not trained anew."""
-    if old.readout_layers:
-        logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
-    if not (config.data.has_rows or config.texts) and (old.deep_soft_prompt or old.linear_head):
-        logger.warning(
-            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
-            "texts to train on the new one goes without"
-        )
-
-
 def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with_prompter: bool) -> None:
     """Write what the transfer took beside the model."""
     steps = sum(stage.steps for stage in stages)
@@ -186,11 +138,6 @@ def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with
         examples=sum(stage.examples for stage in stages),
         seconds=sum(stage.seconds for stage in stages),
     )
-
-
-def _backbone_in(folder: Path) -> Any:
-    """Fingerprint of a saved model's backbone; `None` in a folder that holds no model."""
-    return read_settings(folder)["base_models"]["backbone_fingerprint"] if any(folder.iterdir()) else None
 
 
 def _starts(
@@ -237,9 +184,7 @@ def _train_stages(
         evaluation=replace(config.evaluation, test=None),
     )
     stages = [start]
-    if rows is not None:
-        stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
-    elif texts:
+    if texts:
         begin = time.perf_counter()
         taught = distillation_rows(
             model, texts, config.text_instructions or _instructions(soft_prompt_module(model), config)
@@ -247,6 +192,8 @@ def _train_stages(
         teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
         stages.append(_trained("alignment_unlabelled", moved, run, output, stages, resume, taught, loss, teacher))
+    if rows is not None:
+        stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     if config.unfrozen_steps and rows is not None:
         opened = replace(run.training, train_prompter=True, max_steps=config.unfrozen_steps)
         stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, stages, resume, rows))
@@ -282,7 +229,7 @@ def on_backbone(
     again = f"{located.name} is the backbone that the model has already; name another one"
     if (located.name, located.revision) == (old.base_models.backbone, old.base_models.backbone_revision):
         raise PromptEmbedderError(again)
-    _check_memory(located.name, base_models.load_config(located), precision, device)
+    check_memory(located.name, base_models.load_config(located), precision, device)
     lm = base_models.load_causal_lm(located, precision).to(device)
     fingerprint = base_models.fingerprint(lm)
     if fingerprint == old.base_models.backbone_fingerprint:
@@ -424,33 +371,3 @@ def _read_texts(config: TransferConfig) -> list[str]:
     steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
     most = min(config.max_texts, steps)
     return texts if len(texts) <= most else drawn.sample(texts, most)
-
-
-def _check_shape(located: LocatedModel, config: TransferConfig) -> None:
-    """Refuse settings that the backbone is too small for, from its config alone."""
-    shape = base_models.load_config(located).get_text_config(decoder=True)
-    if config.backbone_layers is not None and config.backbone_layers > shape.num_hidden_layers:
-        raise PromptEmbedderError(
-            f"backbone_layers = {config.backbone_layers}, but {located.name} has {shape.num_hidden_layers}"
-        )
-    if max(config.training.matryoshka_dims, default=0) > shape.hidden_size:
-        raise PromptEmbedderError(
-            f"training.matryoshka_dims holds {max(config.training.matryoshka_dims)}, "
-            f"the embedding has {shape.hidden_size} dimensions"
-        )
-
-
-def _check_memory(name: str, config: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a backbone that cannot fit, from its config alone."""
-    try:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-    except ValueError:
-        return  # no causal LM, which is refused elsewhere
-    needed = sum(p.numel() for p in empty.parameters()) * torch.empty(0, dtype=dtype).element_size()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        raise PromptEmbedderError(
-            f"{name} needs {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')}, "
-            f"{free / 2**30:.1f} GiB are free on {device}"
-        )
