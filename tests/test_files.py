@@ -147,6 +147,12 @@ def test_empty_line(tmp_path: Path, stdin: Any) -> None:
     assert refusal("-") == "standard input, line 2: text is empty"
 
 
+def test_lines_of_a_gzip_file(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt.gz"
+    path.write_bytes(gzip.compress("one\nzw\u00f6lf\r\n".encode()))
+    assert read(path) == [("0", "one"), ("1", "zw\u00f6lf")]
+
+
 def test_bad_parquet_is_told_by_column_or_row(tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "text": [1]}), path)
@@ -174,10 +180,11 @@ def test_not_utf8(tmp_path: Path, stdin: Any) -> None:
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    packed, table = tmp_path / "texts.jsonl.gz", tmp_path / "texts.parquet"
-    packed.write_bytes(gzip.compress(jsonl({"text": "x"}).encode())[:-5])
+    table = tmp_path / "texts.parquet"
     table.write_bytes(b"PAR1")
-    assert refusal(packed).startswith(f"{packed} is a damaged gzip file: ")
+    for packed in (tmp_path / "texts.jsonl.gz", tmp_path / "texts.txt.gz"):
+        packed.write_bytes(gzip.compress(jsonl({"text": "x"}).encode())[:-5])
+        assert refusal(packed).startswith(f"{packed} is a damaged gzip file: ")
     assert refusal(table).startswith(f"input {table} cannot be read as Parquet: ")
 
 

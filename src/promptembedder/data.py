@@ -178,26 +178,34 @@ def data_path(path: str, root: str | None) -> Path:
     return Path(base).expanduser() / Path(path).expanduser()
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for every line of a JSONL file, plain or gzip; blank lines are skipped.
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, plain or gzip, with their ends.
 
     Raises:
-        PromptEmbedderError: file missing, gzip damaged, line not JSON or not UTF-8.
+        PromptEmbedderError: file missing, gzip damaged, not UTF-8.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                yield where, parse_json(line, where)
+            yield from lines
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PromptEmbedderError(f"{path} is a damaged gzip file: {error}") from None
     except UnicodeDecodeError as error:
         raise PromptEmbedderError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise PromptEmbedderError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) for every line of a JSONL file, plain or gzip; blank lines are skipped.
+
+    Raises:
+        PromptEmbedderError: as `read_lines`, or a line is not JSON.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where)
 
 
 def parse_json(line: str, where: str) -> Any:

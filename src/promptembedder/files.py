@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promptembedder import atomic
-from promptembedder.data import parse_json, read_jsonl
+from promptembedder.data import parse_json, read_jsonl, read_lines
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
 
@@ -191,16 +191,13 @@ def _jsonl_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(source: str) -> Iterator[str]:
+    if source != "-":
+        yield from read_lines(Path(source))
+        return
     try:
-        if source == "-":
-            yield from sys.stdin
-        else:
-            with open(source, encoding="utf-8") as lines:
-                yield from lines
+        yield from sys.stdin
     except UnicodeDecodeError as error:
-        raise PromptEmbedderError(f"{_name(source)} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise PromptEmbedderError(f"input {source} cannot be read: {error.strerror or error}") from None
+        raise PromptEmbedderError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _parquet_rows(source: str, text_field: str, id_field: str) -> Iterator[tuple[str, Any, Any]]:
