@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -115,17 +118,10 @@ def train(
     loss = loss or make_loss(model, settings)
     _open_to_training(module, settings)
     clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
-    trainer = _trainer(model, module, config, data, loss, dev, output, clock)
+    trainer = _trainer(model, module, config, data, loss, dev, clock)
     with workers.stopping_together():
-        module.backbone.text_cache = cache
-        module.training_text_tokens = config.data.max_text_tokens
-        try:
+        with _in_training(module, cache, config.data.max_text_tokens):
             seconds = _run(trainer, checkpoint, clock)
-        finally:
-            module.backbone.text_cache = None
-            module.leaves = None
-            module.training_text_tokens = None
-            module.prompter.temperature = module.settings.softmax_temperature
         steps = trainer.state.global_step
         examples = steps * min(settings.batch_size, most_rows) * settings.gradient_accumulation
         folder = output / "model"
@@ -161,6 +157,22 @@ class _Trainer(SentenceTransformerTrainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             restore(self.model, self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _in_training(
+    module: SoftPromptTransformer, cache: TextStateCache | None, max_text_tokens: int | None
+) -> Iterator[None]:
+    """What a module has during training only; afterwards it is as it was, with the weights that it learnt."""
+    module.backbone.text_cache = cache
+    module.training_text_tokens = max_text_tokens
+    try:
+        yield
+    finally:
+        module.backbone.text_cache = None
+        module.leaves = None
+        module.training_text_tokens = None
+        module.prompter.temperature = module.settings.softmax_temperature
 
 
 def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> float:
@@ -318,12 +330,9 @@ def _trainer(
     data: TrainingData,
     loss: nn.Module,
     dev: EmbeddingSimilarityEvaluator | None,
-    output: Path,
     clock: TrainingClock,
 ) -> SentenceTransformerTrainer:
     settings = config.training
-    every = config.evaluation.every_steps
-    several = workers.count() > 1
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
     leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
     callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), clock]
@@ -334,44 +343,9 @@ def _trainer(
     # The library would draw examples for a hub page before every training, with a progress bar of their own.
     model.model_card_data.generate_widget_examples = False
     model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(output),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.prompter_learning_rate,
-        learning_rate_mapping={_OTHERS_THAN_THE_PROMPTER: settings.alignment_learning_rate},
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
-        max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
-        logging_steps=settings.logging_steps,
-        eval_strategy="steps" if dev is not None else "no",
-        eval_steps=every if dev is not None else None,
-        save_strategy="steps",
-        save_steps=every if dev is not None else settings.save_every_steps or every,
-        save_total_limit=settings.keep_checkpoints,
-        load_best_model_at_end=dev is not None,
-        metric_for_best_model=_DEV_METRIC if dev is not None else None,
-        greater_is_better=True if dev is not None else None,
-        prompts=data.prompts,
-        batch_sampler="no_duplicates",
-        multi_dataset_batch_sampler="proportional",
-        # Workers cut every batch among them, so that it keeps to one instruction; a short one cannot be cut.
-        dataloader_drop_last=several,
-        accelerator_config={"split_batches": several},
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        use_cpu=model.device.type == "cpu",
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to=["tensorboard"],
-    )
-    # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
-    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = _Trainer(
         model=model,
-        args=arguments,
+        args=_arguments(config, data, model.device, scored=dev is not None),
         train_dataset=data.datasets,
         loss=loss,
         evaluator=dev,
@@ -382,6 +356,51 @@ def _trainer(
         trainer.callback_handler.callbacks.remove(leaf)
         trainer.callback_handler.callbacks.insert(0, leaf)
     return trainer
+
+
+def _arguments(
+    config: RunConfig, data: TrainingData, device: torch.device, *, scored: bool
+) -> SentenceTransformerTrainingArguments:
+    """The library's settings; `scored`: there are dev pairs to follow and to choose weights by."""
+    settings = config.training
+    every = config.evaluation.every_steps
+    several = workers.count() > 1
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(Path(settings.output)),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.prompter_learning_rate,
+        learning_rate_mapping={_OTHERS_THAN_THE_PROMPTER: settings.alignment_learning_rate},
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
+        logging_steps=settings.logging_steps,
+        eval_strategy="steps" if scored else "no",
+        eval_steps=every if scored else None,
+        save_strategy="steps",
+        save_steps=every if scored else settings.save_every_steps or every,
+        save_total_limit=settings.keep_checkpoints,
+        load_best_model_at_end=scored,
+        metric_for_best_model=_DEV_METRIC if scored else None,
+        greater_is_better=True if scored else None,
+        prompts=data.prompts,
+        batch_sampler="no_duplicates",
+        multi_dataset_batch_sampler="proportional",
+        # Workers cut every batch among them, so that it keeps to one instruction; a short one cannot be cut.
+        dataloader_drop_last=several,
+        accelerator_config={"split_batches": several},
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        use_cpu=device.type == "cpu",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=["tensorboard"],
+    )
+    # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:
