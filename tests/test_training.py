@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 import promptembedder
 from conftest import CUE, INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, build
+from promptembedder import PromptEmbedderError, alignment, build
 from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
 from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.explain import explain
@@ -488,3 +489,34 @@ def test_text_state_cache_that_cannot_be(run_config, tmp_path, monkeypatch, mode
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PromptEmbedderError, match=message):
         train(run_config(model=model, **training))
+
+
+@pytest.mark.parametrize(("prompter", "backbone"), [(1.0, 8.0), (4.0, 1.0), (1.0, 1.0)])
+def test_rate_factor_makes_a_step_as_long_in_the_backbones_words(prompter, backbone):
+    """Adam's first step moves every number of W by the rate; what that does to a soft prompt is measured here."""
+    words_SP, words_SD = prompter * torch.randn(300, 576), backbone * torch.randn(300, 64)
+
+    def reach(first_SP, second_SD):
+        step_PD = alignment.rate_factor(first_SP, second_SD) * torch.sign(first_SP[:1].T) * torch.ones(1, 64)
+        return float((first_SP[:1] @ step_PD).abs().mean() / second_SD.square().mean().sqrt())
+
+    # SmolLM2-135M's words: 576 numbers with an absolute mean of 0.089 and an rms of 0.126, heavier tails than these.
+    like_smollm2 = 429.0
+    assert 2**-0.6 < reach(words_SP, words_SD) / like_smollm2 < 2**0.6
+    assert math.log2(alignment.rate_factor(words_SP, words_SD)).is_integer()
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_only_the_alignments_rate_is_scaled_by_the_words(run_config, monkeypatch, caplog, scale):
+    monkeypatch.setattr(alignment, "rate_factor", lambda *_: 4.0)
+    option = {"deep_soft_prompt": True, "linear_head": True}
+    config = run_config(model=option, alignment_learning_rate=1e-3, scale_alignment_rate=scale, max_steps=1, warmup=0)
+    before = dict(build(config.model, seed=config.training.seed).named_parameters())
+    with caplog.at_level("INFO"):
+        after = dict(train(config).model.named_parameters())
+    moved = {name: float((after[name] - before[name]).detach().abs().max()) for name in after}
+    rate = 4e-3 if scale else 1e-3
+    assert moved["0.alignment.weight"] == pytest.approx(rate, rel=0.05)
+    assert moved["0.alignment.deep"] == pytest.approx(rate, rel=0.05)
+    assert moved["1.linear.weight"] == pytest.approx(1e-3, rel=0.05)
+    assert ("learning rate of W: 0.001 x 4" in caplog.text) == scale

@@ -221,6 +221,14 @@ def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp
     assert torch.equal(both.model[0].alignment.weight, expected)
 
 
+@pytest.mark.parametrize(("warmup", "expected"), [(None, [0.0, 0.1]), (0.5, [0.5, 0.5])])
+def test_w_alone_needs_no_warmup(tiny_model, config, monkeypatch, warmup, expected):
+    made, seen = training._arguments, []
+    monkeypatch.setattr(training, "_arguments", lambda *a, **k: seen.append(made(*a, **k)) or seen[-1])
+    transfer(tiny_model("llama"), config(rows=True, unfrozen_steps=2, training={"warmup": warmup}))
+    assert [arguments.warmup_steps for arguments in seen] == expected
+
+
 def test_least_squares_needs_more_words_than_the_prompter_is_wide(tiny_lm, tiny_model):
     old = tiny_model("llama", prompter=str(tiny_lm("llama", 384)), alignment_start="random")
     new = on_backbone(old, base_models.locate(str(tiny_lm("qwen2"))))[0]

@@ -5,6 +5,7 @@ Shapes: K soft tokens, P prompter width, D backbone width, J backbone layers, S 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from promptembedder.errors import PromptEmbedderError
 
 _WORD_MARK = "\u2581"  # sentencepiece's visible blank
 _MEASURED_WORDS = 4096
+# Of SmolLM2-135M before itself, for which the default rates were found: what `rate_factor` compares with.
+_REACH_OF_REFERENCE = 429.0
 _BYTE_FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -194,6 +197,21 @@ def matched_norm(weight_PD: Tensor, prompter_SP: Tensor, backbone_SD: Tensor) ->
     mapped_S = (prompter_SP[::every].float().cpu() @ weight_PD).norm(dim=-1)
     scaled_PD: Tensor = weight_PD * (backbone_SD[::every].float().cpu().norm(dim=-1).median() / mapped_S.median())
     return scaled_PD
+
+
+def rate_factor(prompter_VP: Tensor, backbone_VD: Tensor) -> float:
+    """What W's learning rate is multiplied by, a power of two, so that a step is as long before any pair of LLMs.
+
+    Adam moves every number of W by about the rate, whatever the gradient, so that one of a soft prompt s W moves by up
+    to the rate times |s|_1. How much that is depends on the size of the backbone's words: a step that is right
+    for SmolLM2 is seven times too long before Qwen2.5-0.5B and eight times too short before Gemma 3.
+
+    Args:
+        prompter_VP: token embeddings as the prompter reads them, all or some (a factor such as gemma's included).
+        backbone_VD: the backbone's likewise.
+    """
+    reach = float(prompter_VP.abs().sum(-1).median()) / float(backbone_VD.square().mean(-1).sqrt().median())
+    return 2.0 ** round(math.log2(_REACH_OF_REFERENCE / reach))
 
 
 def shared_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:

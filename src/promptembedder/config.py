@@ -215,8 +215,11 @@ class TrainingConfig:
         gradient_accumulation: forwards per optimizer step.
         prompter_learning_rate: of the prompter's LLM, AdamW.
         alignment_learning_rate: of all other trained matrices (W, deep soft prompt, linear head), AdamW.
+        scale_alignment_rate: multiply W's and the deep soft prompt's by a power of two, so that a step is as long,
+            measured by the backbone's words, as with SmolLM2-135M for both (`alignment.rate_factor`); off: as given.
         weight_decay: AdamW, on matrices.
-        warmup: share of the steps with rising learning rate.
+        warmup: share of the steps with rising learning rate; unset: a tenth, and none where a transfer trains W alone,
+            which starts well.
         schedule: what follows the rise.
         max_grad_norm: gradients are clipped to this norm.
         softmax_temperature_start: anneal the prompter's softmax: its temperature falls (or rises) evenly from this
@@ -250,8 +253,9 @@ class TrainingConfig:
     gradient_accumulation: PositiveInt = 1
     prompter_learning_rate: PositiveFloat = 2e-5
     alignment_learning_rate: PositiveFloat = 1e-3
+    scale_alignment_rate: bool = True
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup: Fraction = 0.1
+    warmup: Fraction | None = None
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     max_grad_norm: PositiveFloat = 1.0
     softmax_temperature_start: PositiveFloat | None = None

@@ -11,16 +11,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.util.distributed import distributed_evaluation
-from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from promptembedder import atomic, shipped, widened, workers
+from promptembedder import alignment, atomic, base_models, shipped, widened, workers
 from promptembedder.building import build
 from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
@@ -37,9 +36,12 @@ from promptembedder.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
+# Where `training.warmup` is unset.
+WARMUP = 0.1
+_MEASURED_WORDS = 4096
 _DEV_METRIC = "eval_dev_spearman_cosine"
 # Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
-_OTHERS_THAN_THE_PROMPTER = r"\.alignment\.|\.\d+\.linear\."
+_ALIGNMENT, _HEAD = r"\.alignment\.", r"\.\d+\.linear\."
 
 
 @dataclass(frozen=True)
@@ -345,7 +347,7 @@ def _trainer(
     model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
     trainer = _Trainer(
         model=model,
-        args=_arguments(config, data, model.device, scored=dev is not None),
+        args=_arguments(config, data, module, scored=dev is not None),
         train_dataset=data.datasets,
         loss=loss,
         evaluator=dev,
@@ -359,7 +361,7 @@ def _trainer(
 
 
 def _arguments(
-    config: RunConfig, data: TrainingData, device: torch.device, *, scored: bool
+    config: RunConfig, data: TrainingData, module: SoftPromptTransformer, *, scored: bool
 ) -> SentenceTransformerTrainingArguments:
     """The library's settings; `scored`: there are dev pairs to follow and to choose weights by."""
     settings = config.training
@@ -371,9 +373,9 @@ def _arguments(
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.prompter_learning_rate,
-        learning_rate_mapping={_OTHERS_THAN_THE_PROMPTER: settings.alignment_learning_rate},
+        learning_rate_mapping=_learning_rates(module, settings),
         weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup,
+        warmup_steps=WARMUP if settings.warmup is None else settings.warmup,
         lr_scheduler_type=settings.schedule,
         max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
         logging_steps=settings.logging_steps,
@@ -393,7 +395,7 @@ def _arguments(
         accelerator_config={"split_batches": several},
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        use_cpu=device.type == "cpu",
+        use_cpu=module.alignment.weight.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=["tensorboard"],
@@ -401,6 +403,23 @@ def _arguments(
     # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def _learning_rates(module: SoftPromptTransformer, settings: TrainingConfig) -> dict[str, float]:
+    """Of what is not the prompter's, by name pattern."""
+    rate = settings.alignment_learning_rate
+    factor = 1.0
+    if settings.scale_alignment_rate:
+        factor = alignment.rate_factor(_words(module.prompter.lm), _words(module.backbone.lm))
+    if factor != 1 and workers.number() == 0:
+        logger.info("learning rate of W: %g x %g, by the size of the two LLMs' words", rate, factor)
+    return {_ALIGNMENT: rate * factor} | ({_HEAD: rate} if module.settings.linear_head else {})
+
+
+def _words(lm: PreTrainedModel) -> Tensor:
+    """Some thousand token embeddings (S, width), as the LLM reads them."""
+    matrix_VX, scale = base_models.input_embeddings(lm)
+    return matrix_VX.detach()[:: max(1, len(matrix_VX) // _MEASURED_WORDS)].float() * scale
 
 
 def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:

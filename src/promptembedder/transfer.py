@@ -179,7 +179,12 @@ def _train_stages(
         model=module.settings,
         data=config.data,
         training=replace(
-            settings, train_prompter=False, train_alignment=True, warm_start=replace(settings.warm_start, steps=0)
+            settings,
+            train_prompter=False,
+            train_alignment=True,
+            # The closed form is a good start, and Adam's first steps are as long as the later ones, not longer.
+            warmup=0.0 if settings.warmup is None else settings.warmup,
+            warm_start=replace(settings.warm_start, steps=0),
         ),
         evaluation=replace(config.evaluation, test=None),
     )
@@ -195,7 +200,7 @@ def _train_stages(
     if rows is not None:
         stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     if config.unfrozen_steps and rows is not None:
-        opened = replace(run.training, train_prompter=True, max_steps=config.unfrozen_steps)
+        opened = replace(run.training, train_prompter=True, warmup=settings.warmup, max_steps=config.unfrozen_steps)
         stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, stages, resume, rows))
     return stages[1:]
 
