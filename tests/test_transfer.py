@@ -212,7 +212,7 @@ def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp
         model=texts.model[0].settings,
         data=config(rows=True).data,
         training=TrainingConfig(
-            output=str(tmp_path / "by_hand"), max_steps=4, batch_size=4, train_prompter=False,
+            output=str(tmp_path / "by_hand"), max_steps=4, batch_size=4, train_prompter=False, warmup=0,
             warm_start=WarmStartConfig(steps=0),
         ),
         evaluation=EvaluationConfig(),
