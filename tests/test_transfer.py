@@ -200,13 +200,14 @@ def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, co
     assert (tmp_path / "moved" / "report.md").is_file()
 
 
-def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp_path):
+def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp_path, caplog):
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
     quiet = {"evaluation": {"dev": None}, "starts": ("ridge",)}  # a start that does not depend on the rows
     texts = transfer(tiny_model("llama"), config(texts=("texts.txt",), **quiet))
     both = transfer(tiny_model("llama"), config(texts=("texts.txt",), rows=True, **quiet))
     assert [stage.name for stage in both.stages] == ["closed_form", "alignment_unlabelled", "alignment_labelled"]
     assert [stage.steps for stage in both.stages] == [0, 4, 4]
+    assert "train_datasets" not in caplog.text  # the library's remark on a second training
     # The same rows from where the texts left off, by hand.
     run = RunConfig(
         model=texts.model[0].settings,

@@ -344,6 +344,7 @@ def _trainer(
         callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
     # The library would draw examples for a hub page before every training, with a progress bar of their own.
     model.model_card_data.generate_widget_examples = False
+    model.model_card_data.train_datasets = []  # those of an earlier training would be a warning
     model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
     trainer = _Trainer(
         model=model,
