@@ -188,19 +188,23 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     mean = {base: statistics.mean(comparison.mean(name) for name in names) for base, names in seeds.items()}
     figures: dict[str, Any] = {"mean": {base: round(value, 2) for base, value in mean.items()}}
     if "lora" in mean:
+        # Of the seeds that both have: LoRA's differ by points.
+        pairs = {
+            base: [
+                (comparison.mean(f"{base}-{seed}"), comparison.mean(f"lora-{seed}"))
+                for seed in arguments.seeds
+                if {f"{base}-{seed}", f"lora-{seed}"} <= set(comparison.columns)
+            ]
+            for base in TRAINED
+            if base in mean and base != "lora"
+        }
         figures = {
             "ratio_to_lora": {
-                base: round(mean[base] / mean["lora"], 4) for base in TRAINED if base in mean and base != "lora"
+                base: round(sum(ours for ours, _ in both) / sum(theirs for _, theirs in both), 4)
+                for base, both in pairs.items()
+                if both
             },
-            "ratio_by_seed": {
-                base: [
-                    round(comparison.mean(f"{base}-{seed}") / comparison.mean(f"lora-{seed}"), 4)
-                    for seed in arguments.seeds
-                    if {f"{base}-{seed}", f"lora-{seed}"} <= set(comparison.columns)
-                ]
-                for base in TRAINED
-                if base in mean and base != "lora"
-            },
+            "ratio_by_seed": {base: [round(ours / theirs, 4) for ours, theirs in both] for base, both in pairs.items()},
         } | figures
     figures["seeds"] = {base: len(names) for base, names in seeds.items() if base in TRAINED}
     rates = [arguments.output / "rates" / f"{column}.json" for column in TRAINED]
