@@ -27,7 +27,7 @@ from promptembedder import atomic, base_models, evaluation
 from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
-from promptembedder.training import WARMUP, make_loss
+from promptembedder.training import make_loss
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 # To choose from, by dev after a few steps.
@@ -220,7 +220,7 @@ def _arguments(
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=learning_rate,
         weight_decay=settings.weight_decay,
-        warmup_steps=WARMUP if settings.warmup is None else settings.warmup,
+        warmup_steps=settings.warmup_share,
         lr_scheduler_type=settings.schedule,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.logging_steps,

@@ -191,11 +191,15 @@ def folded(weight_PD: Tensor, tokens_MP: Tensor, wanted_MD: Tensor, penalty: flo
     return corrected_PD
 
 
+def some_words(words_VX: Tensor) -> Tensor:
+    """Some thousand rows of a matrix of token embeddings, float32 on the CPU: enough for a median."""
+    return words_VX.detach()[:: max(1, len(words_VX) // _MEASURED_WORDS)].float().cpu()
+
+
 def matched_norm(weight_PD: Tensor, prompter_SP: Tensor, backbone_SD: Tensor) -> Tensor:
     """`W` scaled so that mapped tokens are, at the median, as long as the backbone's own embeddings."""
-    every = max(1, len(prompter_SP) // _MEASURED_WORDS)  # a median needs no more
-    mapped_S = (prompter_SP[::every].float().cpu() @ weight_PD).norm(dim=-1)
-    scaled_PD: Tensor = weight_PD * (backbone_SD[::every].float().cpu().norm(dim=-1).median() / mapped_S.median())
+    mapped_S = (some_words(prompter_SP) @ weight_PD).norm(dim=-1)
+    scaled_PD: Tensor = weight_PD * (some_words(backbone_SD).norm(dim=-1).median() / mapped_S.median())
     return scaled_PD
 
 

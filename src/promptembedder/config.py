@@ -277,6 +277,11 @@ class TrainingConfig:
     text_state_precision: Literal["same", "bfloat16", "int8"] = "same"
     seed: int = 13
 
+    @property
+    def warmup_share(self) -> float:
+        """`warmup`, a tenth where it is unset."""
+        return 0.1 if self.warmup is None else self.warmup
+
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class RunConfig:

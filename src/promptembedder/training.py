@@ -36,9 +36,6 @@ from promptembedder.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
 
-# Where `training.warmup` is unset.
-WARMUP = 0.1
-_MEASURED_WORDS = 4096
 _DEV_METRIC = "eval_dev_spearman_cosine"
 # Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
 _ALIGNMENT, _HEAD = r"\.alignment\.", r"\.\d+\.linear\."
@@ -376,7 +373,7 @@ def _arguments(
         learning_rate=settings.prompter_learning_rate,
         learning_rate_mapping=_learning_rates(module, settings),
         weight_decay=settings.weight_decay,
-        warmup_steps=WARMUP if settings.warmup is None else settings.warmup,
+        warmup_steps=settings.warmup_share,
         lr_scheduler_type=settings.schedule,
         max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
         logging_steps=settings.logging_steps,
@@ -420,7 +417,7 @@ def _learning_rates(module: SoftPromptTransformer, settings: TrainingConfig) -> 
 def _words(lm: PreTrainedModel) -> Tensor:
     """Some thousand token embeddings (S, width), as the LLM reads them."""
     matrix_VX, scale = base_models.input_embeddings(lm)
-    return matrix_VX.detach()[:: max(1, len(matrix_VX) // _MEASURED_WORDS)].float() * scale
+    return alignment.some_words(matrix_VX) * scale
 
 
 def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:
