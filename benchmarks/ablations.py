@@ -269,7 +269,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 place.write_text("".join(json.dumps(record) + "\n" for record in records))
                 files.append(DataFile(path=str(place)))
             config = replace(config, data=replace(config.data, files=tuple(files)))
-        families = FAMILIES if name == REQUESTS_TOO else FAMILIES[:-1]
+        families = [family for family in FAMILIES if name == REQUESTS_TOO or "request" not in family.things]
         with mock.patch("promptembedder.data.contrast_rows", partial(contrast_rows, families=families)):
             data = load_training_data(config.data, config.model.document_instruction, seed)
         model, warm_seconds = started(config, data, arguments)

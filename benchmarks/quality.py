@@ -53,6 +53,8 @@ TITLES = {
     "others": "Quality on the tasks beside the quick suite",
     "full": "Quality on all tasks",
 }
+# Tasks with rows of the same source among the training files; no task's instruction is in any training row.
+TAUGHT = ("CLINC150", "SemEvalCQADup", "TrecQA", "MAGFields")
 # Ours: times the recipe's learning rates.
 FACTORS = (0.5, 1.0, 2.0)
 
@@ -174,6 +176,12 @@ def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
     say(f"{name}: mean {result.mean:.2f}")
 
 
+def new_tasks(comparison: evaluation.Comparison, names: list[str]) -> float:
+    """Mean of some columns over the tasks of which nothing was trained on."""
+    scores = [comparison.columns[name].scores for name in names]
+    return statistics.mean(of[task] for of in scores for task in comparison.shared if task not in TAUGHT)
+
+
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """Table and figures of everything that is there; seeds of a column are averaged."""
     wanted = [folder_of(f"{c}-{s}", revision(s, arguments), arguments) for c in TRAINED for s in arguments.seeds]
@@ -187,6 +195,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
         seeds.setdefault(base if base in TRAINED and seed.isdigit() else name, []).append(name)
     mean = {base: statistics.mean(comparison.mean(name) for name in names) for base, names in seeds.items()}
     figures: dict[str, Any] = {"mean": {base: round(value, 2) for base, value in mean.items()}}
+    figures["mean_of_new_tasks"] = {base: round(new_tasks(comparison, names), 2) for base, names in seeds.items()}
     if "lora" in mean:
         # Of the seeds that both have: LoRA's differ by points.
         pairs = {

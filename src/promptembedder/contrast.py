@@ -271,6 +271,48 @@ FAMILIES = (
             ),
         },
     ),
+    # Nobody's commands are all imperatives: the same few actions, asked for as questions and wishes.
+    Family(
+        ("request", "command", "question"),
+        (
+            "{do} {thing}",
+            "{do} {thing} please",
+            "{do} {thing} tomorrow",
+            "hello, {do} {thing}",
+            "ok now {do} {thing}",
+        ),
+        {
+            "do": (
+                ("action",),
+                """what is with/how is/when is/where is/is there anything new about/do you know/let me see/give me
+                details of/i wonder about/any news of; i need/make me/i would like to have/prepare/arrange/do not let me
+                miss/schedule/write down; i no longer need/forget about/drop/erase/throw out/no more of/call off/i am
+                done with; i want another time for/replace/swap/postpone/rename/put off/make a change to/i meant
+                something else by; let me hear/begin/put on/run/play/bring on/resume; enough of/pause/mute/shut/no
+                longer play/put an end to; let my friends know about/mail/publish/pass round/tell my wife
+                about/reply to; i will pay for/reserve/book/get hold of/bring me; make more of/a bit more
+                of/increase/strengthen; not so much of/a bit less of/decrease/weaken; what is the best of/which is
+                good for/give me an idea for/advise me on; how do i use/what is meant by/teach me about/how does one
+                make""",
+            ),
+            "thing": (
+                ("subject", "domain", "topic", "scenario"),
+                """the alarm clock/the bell at six in the morning/my being woken/the ringing at seven; the calendar/the
+                dentist on tuesday/the lunch with sarah/my birthday party; the music/the jazz station/the new album/some
+                rock by that band; the mail/the inbox/the letter from my boss/the reply to john; the list of things to
+                buy/eggs and milk on the list/my to do list; the train/the bus to town/the ticket to chicago/the subway;
+                the dinner from the thai place/a burger with fries/the chinese food/the delivery of sushi; the rain/the
+                temperature outside/how cold it gets/the storm; the bedroom lights/the bulb in the hall/the brightness
+                of the lamps; the news/what the papers say/the story of the election; the dust in the hall/the
+                hoover/the mopping of the floor; the coffee/an espresso from the machine/my latte; the chess/the
+                crossword/a round of cards; the novel/chapter four/the book that is read to me; the phone number of my
+                aunt/my address book/uncle bob's details; the tweet/what i say on facebook/my status online; the
+                euro/the exchange rate/dollars for pounds; the roast/pasta with sauce/how long eggs boil; the film/the
+                cinema round the corner/tonight's movie; the joke/something funny/that pun; the cab/an uber/a driver to
+                the station; the jam on the road/the way home by car/the road works""",
+            ),
+        },
+    ),
 )
 
 
