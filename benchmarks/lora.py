@@ -27,7 +27,7 @@ from promptembedder import atomic, base_models, evaluation
 from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
-from promptembedder.training import make_loss
+from promptembedder.losses import make_loss
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 # To choose from, by dev after a few steps.

@@ -197,6 +197,18 @@ def test_aspects_of_instructions(tmp_path: Path) -> None:
     assert "two aspects, 'topic' and 'intent', for the instruction 'Find.'" in told
 
 
+def test_sources_without_in_batch_negatives_are_datasets_of_their_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [GOOD])
+    own = DataFile(path=str(path), in_batch_negatives=False)
+    for negatives in (0, 1):
+        data = load(path, own, max_negatives=negatives)
+        (name,) = data.own_negatives
+        assert data.datasets[name].to_dict() == {"anchor": ["q"], "positive": ["p"], "negative_1": ["n"]}
+        assert len(data.datasets) == 2
+    bare = DataFile(path=str(write(tmp_path / "bare.jsonl", [without(GOOD, "neg")])), in_batch_negatives=False)
+    assert "a row without 'neg' ('q'), needed because the file's in_batch_negatives is off" in refusal(load, bare)
+
+
 def test_a_source_gives_its_instruction_to_rows_without_one(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [without(GOOD, "instruction"), {**GOOD, "instruction": None}, GOOD])
     rows = read_rows(DataFile(path=str(path), instruction="Given."), None)

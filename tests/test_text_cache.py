@@ -14,9 +14,9 @@ import torch
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
 from promptembedder.config import TrainingConfig
+from promptembedder.losses import make_loss
 from promptembedder.states import packed, unpacked
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import make_loss
 
 MIB = 2**20
 

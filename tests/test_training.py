@@ -19,9 +19,10 @@ from promptembedder import PromptEmbedderError, alignment, build
 from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
 from promptembedder.config import TrainingConfig, WarmStartConfig
 from promptembedder.explain import explain
+from promptembedder.losses import make_loss
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
 from promptembedder.prompter import Prompter
-from promptembedder.training import make_loss, train
+from promptembedder.training import train
 from promptembedder.training_facts import read_facts
 from promptembedder.warm_start import warm_start
 

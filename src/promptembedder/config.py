@@ -147,6 +147,8 @@ class DataFile:
         asymmetric: documents (`pos`, `neg`) get the model's document instruction, not the row's.
         max_rows: use the first so many, in file order.
         aspect: one word for what texts are alike in under the instruction, such as `intent`; see `WarmStartConfig`.
+        in_batch_negatives: a row's candidates are all documents of its batch; off: its own positive and negatives
+            alone, for rows of so few classes that many of the others are as right. Each row needs a `neg` then.
     """
 
     path: str
@@ -155,6 +157,7 @@ class DataFile:
     asymmetric: bool = False
     max_rows: PositiveInt | None = None
     aspect: str | None = None
+    in_batch_negatives: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -165,7 +168,8 @@ class DataConfig:
         root: folder that relative paths start from; unset: `$PROMPTEMBEDDER_DATA`, else the current folder.
         files: the sources; batches never mix instructions.
         contrast_rows: so many made-up rows more, in which the instruction alone decides what is alike
-            (`promptembedder.contrast`); they always have a hard negative. About 30 instructions share them.
+            (`promptembedder.contrast`); they always have a hard negative. About 40 instructions share them.
+        contrast_in_batch_negatives: as `DataFile.in_batch_negatives`, of the made-up rows.
         max_negatives: hard negatives used per row; a row with fewer repeats its own.
         max_text_tokens: cut texts here while training; unset: where the model cuts them. Cheaper steps, and layout
             `suffix` reads longer texts afterwards all the same.
@@ -174,6 +178,7 @@ class DataConfig:
     files: tuple[DataFile, ...] = ()
     root: str | None = None
     contrast_rows: Count = 0
+    contrast_in_batch_negatives: bool = True
     max_negatives: Count = 1
     max_text_tokens: PositiveInt | None = None
 

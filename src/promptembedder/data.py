@@ -44,11 +44,13 @@ class TrainingData:
         datasets: columns `anchor`, `positive` and, where the rows have some, `negative_1`, `negative_2`, ...
         prompts: dataset name -> column -> instruction, as sentence-transformers takes it.
         aspects: instruction -> what its rows are alike in, where the settings say.
+        own_negatives: datasets whose rows do without in-batch negatives.
     """
 
     datasets: DatasetDict
     prompts: dict[str, dict[str, str]]
     aspects: dict[str, str] = field(default_factory=dict)
+    own_negatives: frozenset[str] = frozenset()
 
     @property
     def instructions(self) -> list[str]:
@@ -80,27 +82,41 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
                     f"instruction {row.instruction!r}"
                 )
             side = document_instruction if source.asymmetric else row.instruction
-            tables.add(row, side, source.aspect, config.max_negatives)
+            if source.in_batch_negatives:
+                tables.add(row, side, source.aspect, config.max_negatives)
+            elif row.neg:
+                tables.add(row, side, source.aspect, max(config.max_negatives, 1), own_negatives=True)
+            else:
+                raise PromptEmbedderError(
+                    f"{data_path(source.path, config.root)}: a row without 'neg' ({row.query[:40]!r}), needed because "
+                    "the file's in_batch_negatives is off"
+                )
     for made in contrast_rows(config.contrast_rows, seed):
         row = Row(made.query, (made.positive,), (made.negative,), made.instruction)
-        tables.add(row, made.instruction, made.aspect, max(config.max_negatives, 1))
+        tables.add(
+            row,
+            made.instruction,
+            made.aspect,
+            max(config.max_negatives, 1),
+            own_negatives=not config.contrast_in_batch_negatives,
+        )
     if not tables.columns:
         raise PromptEmbedderError(f"no rows to train on in {', '.join(str(f.path) for f in config.files)}")
     return tables.finished()
 
 
 class _Tables:
-    """Rows on their way into one dataset per instruction, side and number of negatives."""
+    """Rows on their way into one dataset per instruction, side, number of negatives and kind of candidates."""
 
     def __init__(self) -> None:
-        self.columns: dict[tuple[str, str, int], dict[str, list[str]]] = {}
-        self.prompts: dict[tuple[str, str, int], dict[str, str]] = {}
+        self.columns: dict[tuple[str, str, int, bool], dict[str, list[str]]] = {}
+        self.prompts: dict[tuple[str, str, int, bool], dict[str, str]] = {}
         self.aspects: dict[str, str] = {}
 
-    def add(self, row: Row, side: str, aspect: str | None, max_negatives: int) -> None:
+    def add(self, row: Row, side: str, aspect: str | None, max_negatives: int, *, own_negatives: bool = False) -> None:
         """A row; `side` is the instruction of its positives and negatives."""
         negatives = _negatives(row, max_negatives)
-        key = (row.instruction, side, len(negatives))
+        key = (row.instruction, side, len(negatives), own_negatives)
         if aspect is not None:
             self.aspects.setdefault(row.instruction, aspect)
         table = self.columns.setdefault(key, defaultdict(list))
@@ -121,6 +137,7 @@ class _Tables:
             DatasetDict({names[key]: Dataset.from_dict(dict(table)) for key, table in self.columns.items()}),
             {names[key]: self.prompts[key] for key in self.columns},
             self.aspects,
+            frozenset(name for (*_, own), name in names.items() if own),
         )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, T
 from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.losses import make_losses
 from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.run_folder import checkpoint_of, make_folder
@@ -114,10 +114,10 @@ def train(
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
     cache = text_cache(module, settings)
-    loss = loss or make_loss(model, settings)
+    losses = loss or make_losses(model, settings, data)
     _open_to_training(module, settings)
     clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
-    trainer = _trainer(model, module, config, data, loss, dev, clock)
+    trainer = _trainer(model, module, config, data, losses, dev, clock)
     with workers.stopping_together():
         with _in_training(module, cache, config.data.max_text_tokens):
             seconds = _run(trainer, checkpoint, clock)
@@ -282,52 +282,12 @@ def _open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -
         parameter.requires_grad_(settings.train_prompter and module.prompter.is_trained(name))
 
 
-def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
-    """The library's loss that the settings name: in-batch InfoNCE, cached, masked, Matryoshka."""
-    scale = 1.0 / config.temperature
-    shared = workers.count() > 1
-    loss: nn.Module
-    if config.mask_false_negatives and config.loss == "cached_infonce":
-        loss = losses.CachedGISTEmbedLoss(
-            model,
-            guide=model,
-            temperature=config.temperature,
-            mini_batch_size=config.mini_batch_size,
-            contrast_anchors=False,
-            contrast_positives=False,
-            gather_across_devices=shared,
-        )
-    elif config.mask_false_negatives:
-        loss = losses.GISTEmbedLoss(
-            model,
-            guide=model,
-            temperature=config.temperature,
-            contrast_anchors=False,
-            contrast_positives=False,
-            gather_across_devices=shared,
-        )
-    elif config.loss == "cached_infonce":
-        loss = losses.CachedMultipleNegativesRankingLoss(
-            model, scale=scale, mini_batch_size=config.mini_batch_size, gather_across_devices=shared
-        )
-    else:
-        loss = losses.MultipleNegativesRankingLoss(model, scale=scale, gather_across_devices=shared)
-    if config.matryoshka_dims:
-        width = model.get_embedding_dimension()
-        if width is not None and max(config.matryoshka_dims) > width:
-            raise PromptEmbedderError(
-                f"training.matryoshka_dims holds {max(config.matryoshka_dims)}, the embedding has {width} dimensions"
-            )
-        loss = losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted({*config.matryoshka_dims}, reverse=True))
-    return loss
-
-
 def _trainer(
     model: SentenceTransformer,
     module: SoftPromptTransformer,
     config: RunConfig,
     data: TrainingData,
-    loss: nn.Module,
+    losses: nn.Module | dict[str, nn.Module],
     dev: EmbeddingSimilarityEvaluator | None,
     clock: TrainingClock,
 ) -> SentenceTransformerTrainer:
@@ -347,7 +307,7 @@ def _trainer(
         model=model,
         args=_arguments(config, data, module, scored=dev is not None),
         train_dataset=data.datasets,
-        loss=loss,
+        loss=losses,
         evaluator=dev,
         callbacks=callbacks,
     )

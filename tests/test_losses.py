@@ -1,0 +1,101 @@
+"""Losses that the settings name, beside naive ones; the rest of them is tried in `test_training.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import promptembedder.losses
+from conftest import INSTRUCTION, TEXTS
+from promptembedder import build
+from promptembedder.config import DataConfig, DataFile, TrainingConfig
+from promptembedder.data import load_training_data
+from promptembedder.losses import make_losses, own_negatives_loss, own_similarity
+from promptembedder.training import train
+
+
+def test_own_candidates_and_no_others():
+    anchors_BD, documents_MD = torch.randn(3, 5), torch.randn(9, 5)
+    found = own_similarity(anchors_BD, documents_MD)
+    for row in range(3):
+        for document in range(9):
+            expected = torch.cosine_similarity(anchors_BD[row], documents_MD[document], dim=0)
+            assert float(found[row, document]) == pytest.approx(
+                float(expected) if document in (row, row + 3, row + 6) else -math.inf, abs=1e-6
+            )
+
+
+@pytest.mark.parametrize("negatives", [1, 2])
+def test_own_negatives_loss_is_each_rows_cross_entropy(tiny_model, negatives):
+    model = tiny_model()
+    columns = [TEXTS[:3], TEXTS[1:4], TEXTS[2:5], TEXTS[:1] * 3][: 2 + negatives]
+    features = [model.preprocess(column, prompt=INSTRUCTION) for column in columns]
+    loss = own_negatives_loss(model, TrainingConfig(temperature=0.1))(features, None)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    naive = []
+    for row in zip(*columns, strict=True):
+        anchor, positive, *others = (torch.tensor(e) for e in model.encode(list(row), prompt=INSTRUCTION))
+        weights = [math.exp(float(anchor @ text) / 0.1) for text in (positive, *others)]
+        naive.append(-math.log(weights[0] / sum(weights)))
+    assert float(loss.detach()) == pytest.approx(sum(naive) / 3, rel=1e-3)
+
+
+def rows_file(folder, name, instruction):
+    rows = [
+        {
+            "query": f"{TEXTS[n % 5]} {n}",
+            "pos": [TEXTS[(n + 1) % 5]],
+            "neg": [TEXTS[(n + 2) % 5]],
+            "instruction": instruction,
+        }
+        for n in range(12)
+    ]
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_only_the_sources_that_say_so_do_without_in_batch_negatives(tiny_model, tmp_path):
+    files = (
+        DataFile(path=rows_file(tmp_path, "many.jsonl", "Find it.")),
+        DataFile(path=rows_file(tmp_path, "few.jsonl", "Tell the class."), in_batch_negatives=False),
+    )
+    settings = {"files": files, "contrast_rows": 60, "contrast_in_batch_negatives": False}
+    data = load_training_data(DataConfig(**settings), "Be found.", seed=1)
+    made = make_losses(tiny_model(), TrainingConfig(), data)
+    assert isinstance(made, dict)
+    assert set(made) == set(data.datasets)
+    in_batch = [
+        data.prompts[name]["anchor"] for name, loss in made.items() if loss.similarity_fct is not own_similarity
+    ]
+    assert in_batch == ["Find it."]
+    everywhere = load_training_data(DataConfig(files=files[:1], contrast_rows=60), "Be found.", seed=1)
+    assert isinstance(make_losses(tiny_model(), TrainingConfig(), everywhere), torch.nn.Module)
+
+
+@pytest.mark.parametrize("matryoshka", [(), (8, 32)])
+def test_training_with_both_kinds(run_config, tmp_path, monkeypatch, matryoshka):
+    """Both losses are in use, and every weight has its own learning rate, as with one loss."""
+    calls = []
+    monkeypatch.setattr(
+        promptembedder.losses, "own_similarity", lambda *of: calls.append(len(of[0])) or own_similarity(*of)
+    )
+    files = (
+        DataFile(path=rows_file(tmp_path, "many.jsonl", "Find it.")),
+        DataFile(path=rows_file(tmp_path, "few.jsonl", "Tell the class."), in_batch_negatives=False),
+    )
+    rates = {"alignment_learning_rate": 1e-3, "prompter_learning_rate": 1e-5, "warmup": 0}
+    config = run_config(max_steps=4, batch_size=4, matryoshka_dims=matryoshka, **rates)
+    config = replace(config, data=replace(config.data, files=files))
+    before = dict(build(config.model, seed=config.training.seed).named_parameters())
+    result = train(config)
+    assert all(math.isfinite(line["loss"]) for line in result.history if "loss" in line)
+    assert calls
+    assert len(calls) < 4 * max(len(matryoshka), 1)
+    moved = {n: float((p - before[n]).detach().abs().max()) for n, p in result.model.named_parameters()}
+    assert moved["0.alignment.weight"] > 10 * max(size for name, size in moved.items() if "prompter" in name) > 0
