@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import permutations
 
 import pytest
 
 from promptembedder.aspects import ASPECTS
 from promptembedder.config import DataConfig
-from promptembedder.contrast import FAMILIES, contrast_rows
+from promptembedder.contrast import FAMILIES, _values, contrast_rows
 from promptembedder.data import load_training_data
 
 
@@ -26,8 +27,9 @@ def said(sentence, family):
     return found
 
 
-def test_the_positive_shares_the_aspect_and_the_negative_the_rest():
-    rows = contrast_rows(1500, seed=3)
+@pytest.mark.parametrize("seed", [3, 6, 7])
+def test_the_positive_shares_the_aspect_and_the_negative_the_rest(seed):
+    rows = contrast_rows(1500, seed)
     checked = Counter()
     for row in rows:
         for family in FAMILIES:
@@ -65,3 +67,13 @@ def test_as_training_data(negatives):
         assert set(data.prompts[name]) == columns
         assert len(set(data.prompts[name].values())) == 1  # both sides are read under the row's instruction
         assert data.aspects[data.prompts[name]["anchor"]] in data.prompts[name]["anchor"]
+
+
+def test_no_wording_of_one_aspect_lies_within_anothers():
+    for family in FAMILIES:
+        ways = {slot: [way for value in _values(values) for way in value] for slot, (_, values) in family.slots.items()}
+        for slot, other in permutations(ways, 2):
+            within = [(one, two) for one in ways[slot] for two in ways[other] if f" {one} " in f" {two} "]
+            assert not within, (slot, other)
+        for slot in ways:
+            assert len(set(ways[slot])) == len(ways[slot]), slot

@@ -86,7 +86,7 @@ FAMILIES = (
                 Amsterdam/beside a Dutch canal; in Mexico City/in Mexico""",
             ),
             "when": (
-                ("time", "period", "season"),
+                ("time", "period"),
                 """at dawn/when the sun came up; at midnight/in the middle of the night; at noon/at twelve o'clock; on
                 Christmas day/on the 25th of December; in the summer holidays/during the hot weeks of July; on New
                 Year's eve/on the last day of the year; during the war/while the bombs fell; in the middle ages/in the
@@ -119,13 +119,13 @@ FAMILIES = (
             ),
             "tool": (
                 ("technology", "tool", "language"),
-                """in Python/with pandas; in Java/on the JVM; with C++/using the C++ standard library; in Excel/with a
-                spreadsheet formula; in bash/in a shell script; with git/from the git command line; in
+                """in Python/with pandas; in Java/with Spring; with C++/using the C++ standard library; in Excel/with
+                a spreadsheet formula; in bash/in a shell script; with git/from the git command line; in
                 JavaScript/with node.js; in R/with ggplot and the tidyverse; with SQL/in a Postgres query; in
-                Matlab/with Simulink; in PHP/with Laravel; in Ruby/on Rails; in Haskell/with a monad; in
-                Wordpress/with a Wordpress plugin; on Android/in Kotlin; on an iPhone/in Swift; in Rust/with cargo; in
-                Perl/with CPAN modules; in Go/with goroutines; in C#/on the .NET framework; in Scala/on Spark; in
-                LaTeX/with a TeX macro""",
+                Matlab/with Simulink; in PHP/with Laravel; in Ruby/on Rails; in Haskell/with a monad; in Lua/with a
+                Lua table; on Android/in Kotlin; on an iPhone/in Swift; in Rust/with cargo; in Perl/with CPAN
+                modules; in Go/with goroutines; in C#/on the .NET framework; in Scala/on Spark; in LaTeX/with a TeX
+                macro""",
             ),
         },
     ),
@@ -156,10 +156,9 @@ FAMILIES = (
             ),
             "animal": (
                 ("animal", "species", "subject"),
-                """mice/laboratory rodents; dogs/puppies; cats/kittens; horses/ponies; pregnant women/expectant mothers;
-                children/infants; old people/the elderly; athletes/runners; cows/dairy cattle; pigs/piglets;
-                chickens/laying hens; fish/salmon; monkeys/macaques; sheep/lambs; rabbits/hares; soldiers/army
-                recruits""",
+                """mice/laboratory rodents; dogs/puppies; cats/kittens; horses/ponies; goats/kids of a goat;
+                geese/goslings; donkeys/mules; frogs/tadpoles; cows/dairy cattle; pigs/piglets; chickens/laying hens;
+                fish/salmon; monkeys/macaques; sheep/lambs; rabbits/hares; bees/bumblebees""",
             ),
         },
     ),
@@ -252,26 +251,26 @@ FAMILIES = (
             "do": (
                 ("action",),
                 """tell me about/show me/what is there to know about/check/look up/do I have anything on; set
-                up/add/create/make a new entry for/put in/note down; delete/remove/cancel/clear/get rid of/take away;
+                up/add/create/make a new entry for; delete/remove/clear/get rid of/take away;
                 change/update/edit/correct/move/modify; start/turn on/open/switch on/launch/activate; stop/turn
-                off/close/switch off/end/quit; send/forward/share/pass on; order/buy/pay for/get me; raise/turn up/give
-                me more of; lower/turn down/reduce/give me less of; recommend/suggest/find me something good for; read
-                out/read aloud/recite; save/keep/store/file; explain/clarify/help me understand""",
+                off/close/switch off/end/quit; send/forward/share/pass on; order/buy/pay for/get me; raise/turn
+                up/give me more of; lower/turn down/reduce/give me less of; recommend/suggest/find me something good
+                for; read out/read aloud/recite; save/keep/store/file; translate/say in french/put into german""",
             ),
             "thing": (
                 ("subject", "domain", "topic"),
                 """the alarm/my wake up call; the meeting/my appointment; the song/my playlist; the email/the message
                 from tom; the shopping list/what I need from the grocer; the flight/my plane ticket; the pizza/my
-                take-away; the forecast/the weather report; the lamp/the light in the kitchen; the headlines/the morning
-                news; the bank transfer/my last payment; the photo/the picture of our dog; the recipe/how to bake bread;
-                the taxi/my ride home; the heating/the thermostat; the podcast/the radio show; the stock price/my
-                shares; the vacuum cleaner/the robot that sweeps; the timer/the countdown; the audiobook/the novel on my
-                phone; the game/the quiz; the contact/the phone number of anna; the tweet/my post; the traffic/the jam
-                on the motorway""",
+                take-away; the forecast/the weather report; the lamp/the light in the kitchen; the headlines/the
+                morning news; the bank transfer/my last payment; the photo/the picture of our dog; the recipe/how to
+                bake bread; the taxi/my ride home; the heating/the thermostat; the podcast/the radio show; the stock
+                price/my shares; the vacuum cleaner/the robot that sweeps; the timer/the countdown; the audiobook/the
+                novel on my phone; the game/the quiz; the contact/the phone number of anna; the tweet/my profile
+                picture; the traffic/the jam on the motorway""",
             ),
         },
     ),
-    # Nobody's commands are all imperatives: the same few actions, asked for as questions and wishes.
+    # Nobody's requests are all commands: actions asked for as questions and wishes, too.
     Family(
         ("request", "command", "question"),
         (
@@ -284,13 +283,12 @@ FAMILIES = (
         {
             "do": (
                 ("action",),
-                """what is with/how is/when is/where is/is there anything new about/do you know/let me see/give me
-                details of/i wonder about/any news of; i need/make me/i would like to have/prepare/arrange/do not let me
-                miss/schedule/write down; i no longer need/forget about/drop/erase/throw out/no more of/call off/i am
-                done with; i want another time for/replace/swap/postpone/rename/put off/make a change to/i meant
-                something else by; let me hear/begin/put on/run/play/bring on/resume; enough of/pause/mute/shut/no
-                longer play/put an end to; let my friends know about/mail/publish/pass round/tell my wife
-                about/reply to; i will pay for/reserve/book/get hold of/bring me; make more of/a bit more
+                """what is with/how is/when is/where is/is there anything new about/do you know/let me see/i wonder
+                about/any news of; prepare/do not let me miss/plan/schedule/write down; i no longer need/forget
+                about/drop/erase/throw out/call off; i want another time for/replace/swap/postpone/rename/put
+                off/make a change to/i meant something else by; begin/put on/run/play/resume/go on with;
+                pause/mute/shut/no longer play/put an end to; let my friends know about/publish/pass round/tell
+                my wife about; i will pay for/reserve/book/get hold of; make more of/a bit more
                 of/increase/strengthen; not so much of/a bit less of/decrease/weaken; what is the best of/which is
                 good for/give me an idea for/advise me on; how do i use/what is meant by/teach me about/how does one
                 make""",
@@ -298,18 +296,17 @@ FAMILIES = (
             "thing": (
                 ("subject", "domain", "topic", "scenario"),
                 """the alarm clock/the bell at six in the morning/my being woken/the ringing at seven; the calendar/the
-                dentist on tuesday/the lunch with sarah/my birthday party; the music/the jazz station/the new album/some
-                rock by that band; the mail/the inbox/the letter from my boss/the reply to john; the list of things to
-                buy/eggs and milk on the list/my to do list; the train/the bus to town/the ticket to chicago/the subway;
-                the dinner from the thai place/a burger with fries/the chinese food/the delivery of sushi; the rain/the
-                temperature outside/how cold it gets/the storm; the bedroom lights/the bulb in the hall/the brightness
-                of the lamps; the news/what the papers say/the story of the election; the dust in the hall/the
-                hoover/the mopping of the floor; the coffee/an espresso from the machine/my latte; the chess/the
-                crossword/a round of cards; the novel/chapter four/the book that is read to me; the phone number of my
-                aunt/my address book/uncle bob's details; the tweet/what i say on facebook/my status online; the
-                euro/the exchange rate/dollars for pounds; the roast/pasta with sauce/how long eggs boil; the film/the
-                cinema round the corner/tonight's movie; the joke/something funny/that pun; the cab/an uber/a driver to
-                the station; the jam on the road/the way home by car/the road works""",
+                dentist on tuesday/the lunch with sarah/my birthday party; the music/the jazz station/the new
+                album/some rock by that band; the mail/the letter from my boss/john's answer/the phone number of my
+                aunt/uncle bob's address; eggs and milk on the list/my to do list/what is left to do; the train/the
+                bus to town/the ticket to chicago/an uber/the jam on the road/the way home by car; the dinner from
+                the thai place/a burger with fries/the chinese food/the roast/pasta with sauce; the rain/the
+                temperature outside/how cold it gets/the storm; the bedroom lights/the brightness of the lamps/the
+                dust in the hall/the espresso machine; what the papers say/the story of the election/the headlines of
+                the day; the chess/the crossword/a round of cards; the novel/chapter four/the story that is read to
+                me; the tweet/what i say on facebook/my status online; the euro/the exchange rate/dollars for
+                pounds/my shares; the film/the cinema round the corner/tonight's movie; something funny/that pun/the
+                one about the penguin""",
             ),
         },
     ),
