@@ -27,7 +27,7 @@ from promptembedder import atomic, base_models, evaluation
 from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
-from promptembedder.losses import make_loss
+from promptembedder.losses import make_losses
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 # To choose from, by dev after a few steps.
@@ -170,7 +170,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         model=model,
         args=_arguments(config, data, learning_rate, checkpoints, save=output is not None, follow=follow),
         train_dataset=cut_rows(model.tokenizer, data, limit),
-        loss=make_loss(model, settings),
+        loss=make_losses(model, settings, data),
         evaluator=evaluator(model, config) if follow else None,
         callbacks=[TrainingClock(), best],
     )

@@ -206,7 +206,17 @@ def test_sources_without_in_batch_negatives_are_datasets_of_their_own(tmp_path: 
         assert data.datasets[name].to_dict() == {"anchor": ["q"], "positive": ["p"], "negative_1": ["n"]}
         assert len(data.datasets) == 2
     bare = DataFile(path=str(write(tmp_path / "bare.jsonl", [without(GOOD, "neg")])), in_batch_negatives=False)
-    assert "a row without 'neg' ('q'), needed because the file's in_batch_negatives is off" in refusal(load, bare)
+    assert "bare.jsonl, line 1: field 'neg' is empty; with in_batch_negatives off every row needs one" in refusal(
+        load, bare
+    )
+
+
+def test_own_negatives_are_never_repeated(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [{**GOOD, "neg": ["a"]}, {**GOOD, "neg": ["a", "b", "c"]}])
+    data = load(DataFile(path=str(path), in_batch_negatives=False), max_negatives=2)
+    columns = [[name for name in table.column_names if name.startswith("neg")] for table in data.datasets.values()]
+    assert columns == [["negative_1"], ["negative_1", "negative_2"]]
+    assert data.own_negatives == set(data.datasets)
 
 
 def test_a_source_gives_its_instruction_to_rows_without_one(tmp_path: Path) -> None:

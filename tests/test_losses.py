@@ -11,7 +11,7 @@ import torch
 
 import promptembedder.losses
 from conftest import INSTRUCTION, TEXTS
-from promptembedder import build
+from promptembedder import PromptEmbedderError, build
 from promptembedder.config import DataConfig, DataFile, TrainingConfig
 from promptembedder.data import load_training_data
 from promptembedder.losses import make_losses, own_negatives_loss, own_similarity
@@ -99,3 +99,11 @@ def test_training_with_both_kinds(run_config, tmp_path, monkeypatch, matryoshka)
     assert len(calls) < 4 * max(len(matryoshka), 1)
     moved = {n: float((p - before[n]).detach().abs().max()) for n, p in result.model.named_parameters()}
     assert moved["0.alignment.weight"] > 10 * max(size for name, size in moved.items() if "prompter" in name) > 0
+
+
+def test_not_beside_the_cached_loss(run_config, tmp_path):
+    config = run_config(loss="cached_infonce")
+    config = replace(config, data=DataConfig(contrast_rows=60, contrast_in_batch_negatives=False))
+    with pytest.raises(PromptEmbedderError, match="cached_infonce is for large batches of in-batch negatives"):
+        train(config)
+    assert not (tmp_path / "run").exists()

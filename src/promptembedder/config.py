@@ -148,7 +148,8 @@ class DataFile:
         max_rows: use the first so many, in file order.
         aspect: one word for what texts are alike in under the instruction, such as `intent`; see `WarmStartConfig`.
         in_batch_negatives: a row's candidates are all documents of its batch; off: its own positive and negatives
-            alone, for rows of so few classes that many of the others are as right. Each row needs a `neg` then.
+            alone, for rows of so few classes that many of the others are as right. Each row needs a `neg` then, and
+            `TrainingConfig.loss` is not the cached one.
     """
 
     path: str
@@ -170,7 +171,8 @@ class DataConfig:
         contrast_rows: so many made-up rows more, in which the instruction alone decides what is alike
             (`promptembedder.contrast`); they always have a hard negative. About 40 instructions share them.
         contrast_in_batch_negatives: as `DataFile.in_batch_negatives`, of the made-up rows.
-        max_negatives: hard negatives used per row; a row with fewer repeats its own.
+        max_negatives: hard negatives used per row, at least one where in-batch negatives are off; with them a row that
+            has fewer repeats its own.
         max_text_tokens: cut texts here while training; unset: where the model cuts them. Cheaper steps, and layout
             `suffix` reads longer texts afterwards all the same.
     """

@@ -82,24 +82,11 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
                     f"instruction {row.instruction!r}"
                 )
             side = document_instruction if source.asymmetric else row.instruction
-            if source.in_batch_negatives:
-                tables.add(row, side, source.aspect, config.max_negatives)
-            elif row.neg:
-                tables.add(row, side, source.aspect, max(config.max_negatives, 1), own_negatives=True)
-            else:
-                raise PromptEmbedderError(
-                    f"{data_path(source.path, config.root)}: a row without 'neg' ({row.query[:40]!r}), needed because "
-                    "the file's in_batch_negatives is off"
-                )
+            tables.add(row, side, source.aspect, config.max_negatives, own_negatives=not source.in_batch_negatives)
     for made in contrast_rows(config.contrast_rows, seed):
         row = Row(made.query, (made.positive,), (made.negative,), made.instruction)
-        tables.add(
-            row,
-            made.instruction,
-            made.aspect,
-            max(config.max_negatives, 1),
-            own_negatives=not config.contrast_in_batch_negatives,
-        )
+        own = not config.contrast_in_batch_negatives
+        tables.add(row, made.instruction, made.aspect, max(config.max_negatives, 1), own_negatives=own)
     if not tables.columns:
         raise PromptEmbedderError(f"no rows to train on in {', '.join(str(f.path) for f in config.files)}")
     return tables.finished()
@@ -115,7 +102,8 @@ class _Tables:
 
     def add(self, row: Row, side: str, aspect: str | None, max_negatives: int, *, own_negatives: bool = False) -> None:
         """A row; `side` is the instruction of its positives and negatives."""
-        negatives = _negatives(row, max_negatives)
+        # A copy would count as one candidate more where a row's own are all that there are.
+        negatives = list(row.neg[: max(max_negatives, 1)]) if own_negatives else _negatives(row, max_negatives)
         key = (row.instruction, side, len(negatives), own_negatives)
         if aspect is not None:
             self.aspects.setdefault(row.instruction, aspect)
@@ -151,11 +139,18 @@ def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:
         yield Row(
             query=_text(record, "query", where),
             pos=_texts(record, "pos", where, at_least=1),
-            neg=_texts(record, "neg", where, at_least=0),
+            neg=_negatives_of(record, source, where),
             instruction=source.instruction
             if record.get("instruction") is None and source.instruction is not None
             else _instruction(record, where),
         )
+
+
+def _negatives_of(record: dict[str, Any], source: DataFile, where: str) -> tuple[str, ...]:
+    negatives = _texts(record, "neg", where, at_least=0)
+    if not negatives and not source.in_batch_negatives:
+        raise PromptEmbedderError(f"{where}: field 'neg' is empty; with in_batch_negatives off every row needs one")
+    return negatives
 
 
 def _instruction(record: dict[str, Any], where: str) -> str:

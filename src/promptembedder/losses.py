@@ -28,6 +28,15 @@ def make_losses(
     return {name: own if name in data.own_negatives else loss for name in data.datasets}
 
 
+def check_losses(config: TrainingConfig, data: TrainingData) -> None:
+    """Refuse a cached loss where rows do without in-batch negatives, before a model is opened."""
+    if data.own_negatives and config.loss == "cached_infonce":
+        raise PromptEmbedderError(
+            "training.loss cached_infonce is for large batches of in-batch negatives; take infonce, or leave "
+            "in_batch_negatives and contrast_in_batch_negatives on"
+        )
+
+
 def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
     """In-batch InfoNCE: plain, cached, masked; for Matryoshka widths where the settings say."""
     scale = 1.0 / config.temperature
@@ -64,9 +73,10 @@ def make_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
 def own_negatives_loss(model: SentenceTransformer, config: TrainingConfig) -> nn.Module:
     """InfoNCE over a row's own candidates: its positive and its hard negatives.
 
-    Where rows fall into few classes, many of a batch's other positives are as right as a row's own.
+    Where rows fall into few classes, many of a batch's other positives are as right as a row's own. Without a column of
+    negatives the loss is zero.
     """
-    # Every worker has its rows' candidates: nothing is gathered. Not cached either, and so as large as its batch.
+    # Every worker has its rows' candidates: nothing is gathered.
     loss = losses.MultipleNegativesRankingLoss(model, scale=1.0 / config.temperature, similarity_fct=own_similarity)
     return _matryoshka(model, loss, config)
 

@@ -24,7 +24,7 @@ from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, T
 from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.losses import make_losses
+from promptembedder.losses import check_losses, make_losses
 from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.run_folder import checkpoint_of, make_folder
@@ -88,7 +88,7 @@ def train(
             start.
         model: start from this one instead of building `config.model`.
         data: train on these rows instead of `config.data`'s.
-        loss: in place of the one that the settings name.
+        loss: of all datasets, in place of those that the settings name.
 
     Raises:
         PromptEmbedderError: bad data or settings; nothing to resume from, or a checkpoint of another model; an
@@ -102,6 +102,7 @@ def train(
     checkpoint = checkpoint_of(output, resume, structure)
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    check_losses(settings, data)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
     most_rows = largest(data)
     if most_rows < settings.batch_size:
@@ -114,7 +115,7 @@ def train(
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
     cache = text_cache(module, settings)
-    losses = loss or make_losses(model, settings, data)
+    losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
     clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
     trainer = _trainer(model, module, config, data, losses, dev, clock)
