@@ -25,10 +25,22 @@ def test_recipes_are_valid(recipe):
     assert config.training.max_steps * config.training.batch_size <= 300 * 48
 
 
-def test_readme_links_and_targets_exist():
+def anchors(page):
+    """Headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+        place = (page.parent / link).resolve() if link else page
+        assert place.exists(), link
+        assert not anchor or anchor in anchors(place), f"{link}#{anchor}"
+
+
+def test_readme_targets_exist():
     readme = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)", readme):
-        assert (ROOT / link).exists(), link
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make ([a-z]+)", readme, re.M)) <= targets
 
