@@ -56,7 +56,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Settings that replace the file's.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data files; as data.root.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder that relative paths of data files start from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     start: Annotated[
         Path | None,
@@ -93,7 +93,9 @@ def encode(
     text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
     id_field: Annotated[str, typer.Option(help="Field of the id; rows without one get their number.")] = "id",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
-    max_text_tokens: Annotated[int | None, typer.Option(min=1, help="Read texts so far; unset: the model's.")] = None,
+    max_text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut texts after so many tokens; unset: the model's.")
+    ] = None,
     instruction_guidance: Annotated[
         float | None, typer.Option(min=1, help="Above 1 the instruction counts more; unset: the model's.")
     ] = None,
@@ -160,7 +162,7 @@ class Suite(StrEnum):
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Saved model (folder or name), one of the library, LLM with --baseline.")
+        str, typer.Argument(help="Saved model (folder or name), one of sentence-transformers, LLM with --baseline.")
     ],
     data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,
@@ -217,7 +219,7 @@ def transfer(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of model, report and picture.")] = Path(
         "runs/transfer"
     ),
-    data: Annotated[Path | None, typer.Option(help="Folder of the data files; as data.root.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder that relative paths of data files start from.")] = None,
     share_prompter: Annotated[
         bool, typer.Option("--share-prompter", help="Point to MODEL's prompter instead of copying it.")
     ] = False,
