@@ -120,7 +120,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "one instruction for all": (),
     "three training files": (),
     "no contrast rows": ("data.contrast_rows=0",),
-    "contrast rows with in-batch negatives": ("data.contrast_in_batch_negatives=true",),
+    "contrast rows with own negatives": ("data.contrast_in_batch_negatives=false",),
     "requests among the contrast rows": (),
 }
 
