@@ -4,7 +4,7 @@
 
 Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
 paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
-`best`, recipe `general.yaml`, whose made-up rows keep to their own negatives; `real_rows`, the same without its made-up
+`best`, recipe `general.yaml`; `real_rows`, the same without its made-up
 rows, so on LoRA's; `guided`, the same with `model.instruction_guidance`, in training too; for every seed. With
 `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
 `--suite others`: the folder's tasks that are not in the quick suite, 200 rows each; recipes were chosen by STSBenchmark
