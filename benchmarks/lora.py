@@ -16,7 +16,6 @@ from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import TrainerCallback, TrainerState, set_seed
@@ -42,9 +41,7 @@ TEMPLATE = "Instruct: {instruction}\nQuery: {text}"
 def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = False) -> SentenceTransformer:
     """A frozen LLM with LoRA on all its linear layers."""
     folder = str(base_models.locate(llm).folder)
-    transformer = Transformer(folder, model_kwargs={"dtype": dtype})
-    if transformer.tokenizer.pad_token is None:
-        transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+    transformer = evaluation.plain_reader(folder, dtype)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     # peft's own way in, which keeps the adapter in float32; `SentenceTransformer.add_adapter` goes through
     # transformers, whose version 5.24 asks for a peft that is not out yet.

@@ -1,7 +1,7 @@
 """Evaluation with mteb's own task classes and metrics (needs the extra `evaluate`)."""
 
 from promptembedder.evaluation.compare import Column, Comparison, compare, markdown, read_columns, write_report
-from promptembedder.evaluation.encoder import BASELINES, InstructedEncoder, open_model
+from promptembedder.evaluation.encoder import BASELINES, InstructedEncoder, open_model, plain_reader
 from promptembedder.evaluation.run import EvaluationResult, evaluate
 from promptembedder.evaluation.tasks import QUICK, hub_tasks, local_tasks
 
@@ -18,6 +18,7 @@ __all__ = [
     "local_tasks",
     "markdown",
     "open_model",
+    "plain_reader",
     "read_columns",
     "write_report",
 ]

@@ -138,6 +138,19 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
         return embeddings
 
 
+def plain_reader(folder: str, dtype: torch.dtype) -> Transformer:
+    """An LLM as a module that reads texts as they are; by itself the library puts them into a chat turn."""
+    lm = Transformer(
+        folder,
+        model_kwargs={"dtype": dtype},
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    if lm.tokenizer.pad_token is None:
+        lm.tokenizer.pad_token = lm.tokenizer.eos_token
+    return lm
+
+
 def open_model(model: str, *, baseline: str | None = None, device: str | None = None) -> InstructedEncoder:
     """Open what is to be evaluated.
 
@@ -156,10 +169,8 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         pooling, template = BASELINES[baseline]
         located = base_models.locate(model)
         with base_models.quiet_transformers():
-            lm = Transformer(str(located.folder), model_kwargs={"dtype": torch.float32})
+            lm = plain_reader(str(located.folder), torch.float32)
         lm.tokenizer.padding_side = "right"
-        if lm.tokenizer.pad_token is None:
-            lm.tokenizer.pad_token = lm.tokenizer.eos_token
         width = lm.get_embedding_dimension()
         built = SentenceTransformer(modules=[lm, Pooling(width, pooling_mode=pooling), Normalize()], device=device)
         return InstructedEncoder(
