@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
+from transformers import AutoModel, AutoTokenizer
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, save
@@ -341,6 +342,21 @@ def test_facts_of_the_training_are_kept_beside_the_results(data, tmp_path, tiny_
     (column,) = evaluation.read_columns([tmp_path / "results"])
     assert column.training == facts
     assert column.kinds == {"Similar": "STS", "Groups": "Clustering"}
+
+
+@pytest.mark.parametrize(("baseline", "place"), [("mean", None), ("last", -1), ("prompt_eol", -1)])
+def test_baselines_read_texts_as_they_are(tiny_lm, baseline, place):
+    """The library would put texts into the chat template, after which the last token is not the cue's."""
+    folder = tiny_lm()
+    model = evaluation.open_model(str(folder), baseline=baseline, device="cpu").model
+    assert model.tokenizer.chat_template
+    texts = [evaluation.BASELINES[baseline][1].format(text=text) for text in TEXTS]
+    lm, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for text, found in zip(texts, model.encode(texts), strict=True):
+        with torch.no_grad():
+            hidden_TD = lm(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        pooled = hidden_TD.mean(0) if place is None else hidden_TD[place]
+        assert torch.allclose(torch.from_numpy(found), torch.nn.functional.normalize(pooled, dim=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("baseline", list(evaluation.BASELINES))
