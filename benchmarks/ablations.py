@@ -236,7 +236,7 @@ def triplets_right(
 
 def both_ways(model: Any, family: Family, slots: tuple[str, str]) -> float:
     """Share x 100 of made-up texts in the right order under two instructions that swap them; a quarter by chance."""
-    rows = contrast_rows(400, 0, [family])[::2]  # of every two rows in turn the first is about the first slot
+    rows = [about_first for about_first, _ in contrast_rows(400, 0, [family])]
     right = []
     for slot, sign in zip(slots, (1, -1), strict=True):
         anchor, positive, negative = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import permutations
+from itertools import chain, permutations
 
 import pytest
 
@@ -29,9 +29,8 @@ def said(sentence, family):
 
 @pytest.mark.parametrize("seed", [3, 6, 7])
 def test_the_positive_shares_the_aspect_and_the_negative_the_rest(seed):
-    rows = contrast_rows(1500, seed)
     checked = Counter()
-    for row in rows:
+    for row in chain.from_iterable(contrast_rows(1500, seed)):
         for family in FAMILIES:
             anchor, positive, negative = (said(text, family) for text in (row.query, row.positive, row.negative))
             if None in [*anchor.values(), *positive.values(), *negative.values()]:
@@ -44,6 +43,20 @@ def test_the_positive_shares_the_aspect_and_the_negative_the_rest(seed):
             checked[id(family)] += 1
     assert len(checked) == len(FAMILIES)
     assert sum(checked.values()) > 1200
+
+
+def test_two_rows_ask_one_anchor_about_different_aspects():
+    for one, other in contrast_rows(600, seed=4):
+        assert one.query == other.query
+        assert one.instruction != other.instruction
+        assert one.aspect != other.aspect or one.positive != other.positive
+
+
+def test_every_family_and_every_two_aspects_of_it_have_as_many():
+    families = FAMILIES[:2]  # of four slots, six pairs, and of two, one pair
+    pairs = Counter(frozenset((one.instruction, other.instruction)) for one, other in contrast_rows(480, 2, families))
+    assert sorted(pairs.values()) == [10] * 12 + [60] * 2
+    assert len(contrast_rows(7, seed=1)) == 3
 
 
 def test_aspects_are_words_the_prompter_knows():
@@ -60,13 +73,18 @@ def test_the_same_for_the_same_seed():
 @pytest.mark.parametrize("negatives", [0, 2])
 def test_as_training_data(negatives):
     data = load_training_data(DataConfig(contrast_rows=300, max_negatives=negatives), "Be found.", seed=3)
-    assert sum(len(table) for table in data.datasets.values()) == 300
-    columns = {"anchor", "positive", *(f"negative_{n + 1}" for n in range(max(negatives, 1)))}
+    assert sum(len(table) for table in data.datasets.values()) == 150
+    assert data.opposed == set(data.datasets)
+    columns = ["anchor", "positive", *(f"negative_{n + 1}" for n in range(max(negatives, 1)))]
+    others = [f"other_{column}" for column in columns]
     for name, table in data.datasets.items():
-        assert set(table.column_names) == columns
-        assert set(data.prompts[name]) == columns
-        assert len(set(data.prompts[name].values())) == 1  # both sides are read under the row's instruction
-        assert data.aspects[data.prompts[name]["anchor"]] in data.prompts[name]["anchor"]
+        prompts = data.prompts[name]
+        assert table.column_names == list(prompts) == [*columns, *others]
+        assert table["anchor"][:] == table["other_anchor"][:]
+        for asked in (columns, others):
+            assert len({prompts[column] for column in asked}) == 1  # both sides are read under the row's instruction
+            assert data.aspects[prompts[asked[0]]] in prompts[asked[0]]
+        assert prompts["anchor"] != prompts["other_anchor"]
 
 
 def test_no_wording_of_one_aspect_lies_within_anothers():

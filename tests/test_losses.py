@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 import promptembedder.losses
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, build
 from promptembedder.config import DataConfig, DataFile, TrainingConfig
 from promptembedder.data import load_training_data
-from promptembedder.losses import make_losses, own_negatives_loss, own_similarity
+from promptembedder.losses import OpposedLoss, make_loss, make_losses, own_negatives_loss, own_similarity
 from promptembedder.training import train
 
 
@@ -71,11 +72,38 @@ def test_only_the_sources_that_say_so_do_without_in_batch_negatives(tiny_model, 
     assert isinstance(made, dict)
     assert set(made) == set(data.datasets)
     in_batch = [
-        data.prompts[name]["anchor"] for name, loss in made.items() if loss.similarity_fct is not own_similarity
+        data.prompts[name]["anchor"]
+        for name, loss in made.items()
+        if getattr(loss, "one", loss).similarity_fct is not own_similarity
     ]
     assert in_batch == ["Find it."]
-    everywhere = load_training_data(DataConfig(files=files[:1], contrast_rows=60), "Be found.", seed=1)
-    assert isinstance(make_losses(tiny_model(), TrainingConfig(), everywhere), torch.nn.Module)
+    assert {name for name, loss in made.items() if isinstance(loss, OpposedLoss)} == data.opposed
+    everywhere = load_training_data(DataConfig(files=files[:1]), "Be found.", seed=1)
+    assert isinstance(make_losses(tiny_model(), TrainingConfig(), everywhere), MultipleNegativesRankingLoss)
+    alone = load_training_data(DataConfig(contrast_rows=60), "Be found.", seed=1)
+    assert isinstance(make_losses(tiny_model(), TrainingConfig(), alone), OpposedLoss)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "cached_infonce"])
+def test_opposed_rows_have_the_mean_of_both_rows_losses(tiny_model, kind):
+    """Gradients too, beside two losses computed one after the other."""
+    model = tiny_model()
+    data = load_training_data(DataConfig(contrast_rows=200), "Be found.", seed=1)
+    config = TrainingConfig(loss=kind, mini_batch_size=2)
+    name, rows = next((n, rows[:3]) for n, rows in data.datasets.items() if len(rows) >= 3)
+    columns = {column: model.preprocess(rows[column], prompt=data.prompts[name][column]) for column in rows}
+    loss = make_losses(model, config, data)(list(columns.values()), None)
+    loss.backward()
+    weight = model[0].alignment.weight
+    together, weight.grad = weight.grad.clone(), None
+    separate = []
+    for mark in ("", "other_"):
+        asked = [columns[f"{mark}{column}"] for column in ("anchor", "positive", "negative_1")]
+        separate.append(make_loss(model, replace(config, loss="infonce"))(asked, None))
+    (sum(separate) / 2).backward()
+    assert float(loss.detach()) == pytest.approx(float(sum(separate).detach()) / 2, rel=1e-4)
+    assert float(separate[0]) != pytest.approx(float(separate[1]), rel=1e-3)
+    torch.testing.assert_close(together, weight.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("matryoshka", [(), (8, 32)])

@@ -82,8 +82,8 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
 
 def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path):
     config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2)
-    # Ten rows an instruction: batches that are not full are left out with several workers only.
-    made_up = {"contrast_rows": 380, "contrast_in_batch_negatives": False}
+    # Ten, twenty or sixty in twos: batches that are not full are left out with several workers only.
+    made_up = {"contrast_rows": 1680, "contrast_in_batch_negatives": False}
     config = replace(config, data=DataConfig(root=str(tmp_path), **made_up))
     (one,), printed_by_one = trained(config, tmp_path / "one", 1)
     (first, second), printed = trained(config, tmp_path / "two", 2)

@@ -169,7 +169,8 @@ class DataConfig:
         root: folder that relative paths start from; unset: `$PROMPTEMBEDDER_DATA`, else the current folder.
         files: the sources; batches never mix instructions.
         contrast_rows: so many made-up rows more, in which the instruction alone decides what is alike
-            (`promptembedder.contrast`); they always have a hard negative. About 40 instructions share them.
+            (`promptembedder.contrast`); they always have a hard negative. They come in twos, one anchor under two
+            instructions in one batch, so a batch holds twice as many. About 70 instructions share them.
         contrast_in_batch_negatives: as `DataFile.in_batch_negatives`, of the made-up rows.
         max_negatives: hard negatives used per row, at least one where in-batch negatives are off; with them a row that
             has fewer repeats its own.

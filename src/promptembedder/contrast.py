@@ -8,10 +8,12 @@ two sentences change sides.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 
 from promptembedder.aspects import instruction_about
 
@@ -313,12 +315,57 @@ FAMILIES = (
 )
 
 
-def contrast_rows(count: int, seed: int, families: Sequence[Family] = FAMILIES) -> list[MadeUpRow]:
-    """Rows of every aspect of every family in turn, two instructions each; the same for the same seed."""
+def contrast_rows(count: int, seed: int, families: Sequence[Family] = FAMILIES) -> list[tuple[MadeUpRow, MadeUpRow]]:
+    """Rows in twos: one anchor under two instructions, each about another of its aspects; the same for the same seed.
+
+    Every family has as many as any other, every two aspects of a family as any other two of it.
+
+    Args:
+        count: rows, both of each two counted; an odd one is left out.
+        seed: of all draws.
+        families: kinds of sentences.
+    """
     drawn = random.Random(seed)
-    slots = [(family, slot) for family in families for slot in family.slots]
-    asked = [(family, slot, *_instruction(family, slot, drawn)) for family, slot in [*slots, *slots]]
-    return [_row(*asked[n % len(asked)], drawn) for n in range(count)]
+    asked = [[_Asked(family, pair, drawn) for pair in 2 * [*combinations(family.slots, 2)]] for family in families]
+    turns = ((family_number, turn) for turn in itertools.count() for family_number in range(len(families)))
+    return [
+        asked[family_number][turn % len(asked[family_number])].rows(drawn)
+        for family_number, turn in itertools.islice(turns, count // 2)
+    ]
+
+
+class _Asked:
+    """Two slots of a family, and an instruction about each."""
+
+    def __init__(self, family: Family, slots: tuple[str, str], drawn: random.Random) -> None:
+        self.family = family
+        self.about = [(slot, *_instruction(family, slot, drawn)) for slot in slots]
+
+    def rows(self, drawn: random.Random) -> tuple[MadeUpRow, MadeUpRow]:
+        """Both rows of one anchor."""
+        anchor = {name: drawn.choice(_values(values)) for name, (_, values) in self.family.slots.items()}
+        query = _sentence(self.family, anchor, drawn)
+        one, other = (self._row(query, anchor, *about, drawn) for about in self.about)
+        return one, other
+
+    def _row(
+        self,
+        query: str,
+        anchor: Mapping[str, Sequence[str]],
+        slot: str,
+        instruction: str,
+        aspect: str,
+        drawn: random.Random,
+    ) -> MadeUpRow:
+        differing = {
+            name: drawn.choice([value for value in _values(values) if value != anchor[name]])
+            for name, (_, values) in self.family.slots.items()
+        }
+        positive, negative = (
+            _sentence(self.family, values, drawn)
+            for values in (differing | {slot: anchor[slot]}, {**anchor, slot: differing[slot]})
+        )
+        return MadeUpRow(query, positive, negative, instruction, aspect)
 
 
 def _instruction(family: Family, slot: str, drawn: random.Random) -> tuple[str, str]:
@@ -326,17 +373,6 @@ def _instruction(family: Family, slot: str, drawn: random.Random) -> tuple[str, 
     aspect = drawn.choice(family.slots[slot][0])
     others = [name for other in family.slots if other != slot for name in family.slots[other][0] if name != aspect]
     return instruction_about(aspect, drawn.choice(others), drawn.choice(family.things), drawn), aspect
-
-
-def _row(family: Family, slot: str, instruction: str, aspect: str, drawn: random.Random) -> MadeUpRow:
-    anchor, differing = {}, {}
-    for name, (_, values) in family.slots.items():
-        anchor[name], differing[name] = drawn.sample(_values(values), 2)
-    query, positive, negative = (
-        _sentence(family, values, drawn)
-        for values in (anchor, differing | {slot: anchor[slot]}, anchor | {slot: differing[slot]})
-    )
-    return MadeUpRow(query, positive, negative, instruction, aspect)
 
 
 def _sentence(family: Family, values: Mapping[str, Sequence[str]], drawn: random.Random) -> str:

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from promptembedder.config import DataConfig, DataFile
-from promptembedder.contrast import contrast_rows
+from promptembedder.contrast import MadeUpRow, contrast_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
 
@@ -45,12 +45,15 @@ class TrainingData:
         prompts: dataset name -> column -> instruction, as sentence-transformers takes it.
         aspects: instruction -> what its rows are alike in, where the settings say.
         own_negatives: datasets whose rows do without in-batch negatives.
+        opposed: datasets that hold two rows in each: beside those columns the same with `other_` before the name, the
+            anchor again under an instruction about something else.
     """
 
     datasets: DatasetDict
     prompts: dict[str, dict[str, str]]
     aspects: dict[str, str] = field(default_factory=dict)
     own_negatives: frozenset[str] = frozenset()
+    opposed: frozenset[str] = frozenset()
 
     @property
     def instructions(self) -> list[str]:
@@ -83,50 +86,72 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
                 )
             side = document_instruction if source.asymmetric else row.instruction
             tables.add(row, side, source.aspect, config.max_negatives, own_negatives=not source.in_batch_negatives)
-    for made in contrast_rows(config.contrast_rows, seed):
-        row = Row(made.query, (made.positive,), (made.negative,), made.instruction)
-        own = not config.contrast_in_batch_negatives
-        tables.add(row, made.instruction, made.aspect, max(config.max_negatives, 1), own_negatives=own)
+    own = not config.contrast_in_batch_negatives
+    for pair in contrast_rows(config.contrast_rows, seed):
+        # A copy of the one negative would count as one candidate more where a row's own are all that there are.
+        tables.add_opposed(pair, 1 if own else max(config.max_negatives, 1), own_negatives=own)
     if not tables.columns:
         raise PromptEmbedderError(f"no rows to train on in {', '.join(str(f.path) for f in config.files)}")
     return tables.finished()
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What the rows of one dataset have in common: columns with their instructions, and which candidates count."""
+
+    prompts: tuple[tuple[str, str], ...]
+    own_negatives: bool
+    opposed: bool = False
+
+
 class _Tables:
-    """Rows on their way into one dataset per instruction, side, number of negatives and kind of candidates."""
+    """Rows on their way into one dataset per kind."""
 
     def __init__(self) -> None:
-        self.columns: dict[tuple[str, str, int, bool], dict[str, list[str]]] = {}
-        self.prompts: dict[tuple[str, str, int, bool], dict[str, str]] = {}
+        self.columns: dict[_Kind, dict[str, list[str]]] = {}
         self.aspects: dict[str, str] = {}
 
     def add(self, row: Row, side: str, aspect: str | None, max_negatives: int, *, own_negatives: bool = False) -> None:
         """A row; `side` is the instruction of its positives and negatives."""
         # A copy would count as one candidate more where a row's own are all that there are.
         negatives = list(row.neg[: max(max_negatives, 1)]) if own_negatives else _negatives(row, max_negatives)
-        key = (row.instruction, side, len(negatives), own_negatives)
         if aspect is not None:
             self.aspects.setdefault(row.instruction, aspect)
-        table = self.columns.setdefault(key, defaultdict(list))
-        self.prompts[key] = {"anchor": row.instruction} | dict.fromkeys(
-            ["positive", *(f"negative_{n + 1}" for n in range(len(negatives)))], side
-        )
+        prompts = {"anchor": row.instruction} | dict.fromkeys(["positive", *_negative_columns(len(negatives))], side)
+        kind = _Kind(tuple(prompts.items()), own_negatives)
         for positive in row.pos:
-            table["anchor"].append(row.query)
-            table["positive"].append(positive)
-            for n, negative in enumerate(negatives):
-                table[f"negative_{n + 1}"].append(negative)
+            self._append(kind, [row.query, positive, *negatives])
+
+    def add_opposed(self, pair: tuple[MadeUpRow, MadeUpRow], negatives: int, *, own_negatives: bool = False) -> None:
+        """Two rows as one: their batches pull both ways at once, so that neither aspect wins for all instructions."""
+        prompts: dict[str, str] = {}
+        for mark, made in zip(("", "other_"), pair, strict=True):
+            self.aspects.setdefault(made.instruction, made.aspect)
+            columns = ["anchor", "positive", *_negative_columns(negatives)]
+            prompts |= {f"{mark}{column}": made.instruction for column in columns}
+        texts = [text for made in pair for text in (made.query, made.positive, *negatives * [made.negative])]
+        self._append(_Kind(tuple(prompts.items()), own_negatives, opposed=True), texts)
+
+    def _append(self, kind: _Kind, texts: Sequence[str]) -> None:
+        table = self.columns.setdefault(kind, defaultdict(list))
+        for (column, _), text in zip(kind.prompts, texts, strict=True):
+            table[column].append(text)
 
     def finished(self) -> TrainingData:
         """The datasets of all rows."""
         # Short names: sentence-transformers prints them, and a dataset name may not hold every character.
-        names = {key: f"task_{n + 1}" for n, key in enumerate(self.columns)}
+        names = {kind: f"task_{n + 1}" for n, kind in enumerate(self.columns)}
         return TrainingData(
-            DatasetDict({names[key]: Dataset.from_dict(dict(table)) for key, table in self.columns.items()}),
-            {names[key]: self.prompts[key] for key in self.columns},
+            DatasetDict({names[kind]: Dataset.from_dict(dict(table)) for kind, table in self.columns.items()}),
+            {name: dict(kind.prompts) for kind, name in names.items()},
             self.aspects,
-            frozenset(name for (*_, own), name in names.items() if own),
+            frozenset(name for kind, name in names.items() if kind.own_negatives),
+            frozenset(name for kind, name in names.items() if kind.opposed),
         )
+
+
+def _negative_columns(count: int) -> list[str]:
+    return [f"negative_{n + 1}" for n in range(count)]
 
 
 def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:

@@ -5,6 +5,8 @@ Shapes: B rows of a batch, M documents (B positives, then B of each hard negativ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
@@ -20,12 +22,33 @@ from promptembedder.errors import PromptEmbedderError
 def make_losses(
     model: SentenceTransformer, config: TrainingConfig, data: TrainingData
 ) -> nn.Module | dict[str, nn.Module]:
-    """The loss of all datasets, or one per dataset where some do without in-batch negatives."""
-    loss = make_loss(model, config)
-    if not data.own_negatives:
-        return loss
-    own = own_negatives_loss(model, config)
-    return {name: own if name in data.own_negatives else loss for name in data.datasets}
+    """The loss of all datasets, or one per dataset where some have opposed rows or do without in-batch negatives."""
+    kinds = {name: (name in data.own_negatives, name in data.opposed) for name in data.datasets}
+
+    def made(own: bool, opposed: bool) -> nn.Module:
+        make = own_negatives_loss if own else make_loss
+        # Two of them: a cached loss keeps its batch until the backward pass.
+        return OpposedLoss(make(model, config), make(model, config)) if opposed else make(model, config)
+
+    of_kind = {kind: made(*kind) for kind in sorted(set(kinds.values()))}
+    if len(of_kind) == 1:
+        return of_kind.popitem()[1]
+    return {name: of_kind[kind] for name, kind in kinds.items()}
+
+
+class OpposedLoss(nn.Module):
+    """Mean of two losses: one of the first half of the columns, one of the second, which are opposed rows."""
+
+    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The mean, a scalar; arguments as sentence-transformers' losses have them."""
+        columns = list(sentence_features)
+        half = len(columns) // 2
+        mean: Tensor = (self.one(columns[:half], labels) + self.other(columns[half:], labels)) / 2
+        return mean
 
 
 def check_losses(config: TrainingConfig, data: TrainingData) -> None:
