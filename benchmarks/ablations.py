@@ -48,6 +48,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")
 PAIRS_ONLY = ("quora_paraphrases", "conala_rewrites")
 FEW = ("snli_triplets", "clinc150_intent", "cr_sentiment")
+FEW_CLASSES = ("clinc150_domain", "mag_field_dev", "cr_sentiment")
 UNSEEN = ("snips_intent", "subj")
 TEXT = 'This sentence : "{text}"'
 RATE = "training.prompter_learning_rate"
@@ -67,6 +68,11 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "one cue for all, prompter rate 2e-4": (*ONE_CUE, f"{RATE}=2e-4"),
     "no warm start": ("training.warm_start.steps=0",),
     "no warm start, prompter rate 2e-4": ("training.warm_start.steps=0", f"{RATE}=2e-4"),
+    "no warm start, prompter rate 2e-4, no deep soft prompt": (
+        "training.warm_start.steps=0",
+        f"{RATE}=2e-4",
+        "model.deep_soft_prompt=false",
+    ),
     "warm start to 0.5": ("training.warm_start.target_probability=0.5",),
     "prompter rate 5e-6": (f"{RATE}=5e-6",),
     "prompter rate 6e-5": (f"{RATE}=6e-5",),
@@ -74,7 +80,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "alignment rate 2e-4": ("training.alignment_learning_rate=2e-4",),
     "alignment rate 1e-3": ("training.alignment_learning_rate=1e-3",),
     "alignment rate 3e-3": ("training.alignment_learning_rate=3e-3",),
-    "layout prefix": (
+    # Beside the entry before last: there is no deep soft prompt there, and the cue stands in the text.
+    "layout prefix, no warm start, prompter rate 2e-4, no deep soft prompt": (
         "model.layout=prefix",
         "model.deep_soft_prompt=false",
         f"model.text_template={json.dumps(TEXT + ' means in one word:' + chr(34))}",
@@ -86,7 +93,9 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "K = 10": ("model.num_soft_tokens=10", *frame(TEXT, 'The main {aspect} of this sentence in one word:"')),
     "K = 20": (
         "model.num_soft_tokens=20",
-        *frame(TEXT, 'said in few short words, as clear as one can, the main {aspect} of this sentence in one word:"'),
+        *frame(
+            TEXT + " said in", 'few short words, as clear as one can, the main {aspect} of this sentence in one word:"'
+        ),
     ),
     "softmax temperature 0.5": ("model.softmax_temperature=0.5",),
     "softmax temperature 2": ("model.softmax_temperature=2",),
@@ -102,7 +111,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
     "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
     "whole prompter": ("model.prompter_training=full", f"{RATE}=5e-6", "training.warm_start.learning_rate=5e-5"),
-    "alignment frozen": ("training.train_alignment=false", "model.deep_soft_prompt=false"),
+    "alignment frozen, no deep soft prompt": ("training.train_alignment=false", "model.deep_soft_prompt=false"),
     "conditioned on text too": ("model.condition_on=instruction_and_text",),
     "contrastive temperature 0.02": ("training.temperature=0.02",),
     "contrastive temperature 0.1": ("training.temperature=0.1",),
@@ -117,9 +126,12 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "texts in int8": ("model.text_pass=int8",),
     "prompter SmolLM2, backbone Qwen2.5-Coder-0.5B": (f"model.backbone={QWEN}",),
     "prompter Qwen2.5-Coder-0.5B, backbone SmolLM2": (f"model.prompter={QWEN}",),
-    "one instruction for all": (),
-    "three training files": (),
     "no contrast rows": ("data.contrast_rows=0",),
+    "one instruction for all, no contrast rows": ("data.contrast_rows=0",),
+    "three training files": ("data.contrast_rows=12000",),  # a quarter of the batches there, too
+    "half the contrast rows": ("data.contrast_rows=12000",),
+    "twice the contrast rows": ("data.contrast_rows=48000",),
+    "files of few classes with own negatives": (),
     "contrast rows with own negatives": ("data.contrast_in_batch_negatives=false",),
     "requests among the contrast rows": (),
 }
@@ -190,7 +202,11 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
     named = {Path(file.path).name: file for file in config.data.files}
     sources = FEW if name == "three training files" else (*SEEN, *PAIRS_ONLY)
     files = tuple(
-        replace(named[f"{source}.jsonl.gz"], max_rows=count_rows(source, arguments) - arguments.held)
+        replace(
+            named[f"{source}.jsonl.gz"],
+            max_rows=count_rows(source, arguments) - arguments.held,
+            in_batch_negatives=name != "files of few classes with own negatives" or source not in FEW_CLASSES,
+        )
         for source in sources
     )
     training = replace(
@@ -258,7 +274,7 @@ def spread(model: Any, arguments: argparse.Namespace) -> float:
 
 def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_of(name, seed, arguments)
-    instruction = config.model.default_instruction if name == "one instruction for all" else None
+    instruction = config.model.default_instruction if name == "one instruction for all, no contrast rows" else None
     with tempfile.TemporaryDirectory() as scratch:
         if instruction is not None:
             files = []

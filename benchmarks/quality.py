@@ -56,8 +56,8 @@ TITLES = {
 }
 # Tasks with rows of the same source among the training files; no task's instruction is in any training row.
 TAUGHT = ("CLINC150", "SemEvalCQADup", "TrecQA", "MAGFields", "AGNews", "LiveQAMed", "SST2")
-# Made-up rows imitate what home assistants are asked.
-IMITATED = ("HWU64Intent", "HWU64Scenario", "HWU64ScenarioAction")
+# Made-up rows imitate what home assistants are asked, and titles of questions about programming.
+IMITATED = ("HWU64Intent", "HWU64Scenario", "HWU64ScenarioAction", "StackOverflow")
 # Ours: times the recipe's learning rates.
 FACTORS = (0.5, 1.0, 2.0)
 

@@ -39,6 +39,20 @@ def test_equals_one_full_forward(tiny_model, architecture, layout, readout):
             assert torch.allclose(ours[n], naive_embedding(module, text, INSTRUCTION), atol=1e-5), text
 
 
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+@pytest.mark.parametrize("words", [3, 300])
+def test_what_opens_a_sequence_opens_it_once(tiny_model, layout, words):
+    """Of the instruction's end, too, where it is cut; gemma3's tokenizer opens with bos."""
+    model = tiny_model("gemma3", layout=layout, max_instruction_tokens=20)
+    module, bos = model[0], model.tokenizer.bos_token_id
+    assert model.tokenizer("word")["input_ids"][0] == bos
+    instruction = module.instruction_ids("word " * words).tolist()
+    text = module.preprocess(["A text."])["input_ids"][0].tolist()
+    read = [*instruction, *text] if layout == "prefix" else [*text, *instruction]
+    assert [n for n, token in enumerate(read) if token == bos] == [0]
+    assert len(instruction) <= 21
+
+
 @pytest.mark.parametrize(("architecture", "layout", "readout"), CASES)
 def test_alone_in_a_batch_and_with_padding_on_either_side(tiny_model, architecture, layout, readout):
     module = tiny_model(architecture, layout=layout, readout=readout)[0]

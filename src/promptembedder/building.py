@@ -179,7 +179,9 @@ def _alignment_start(
         return alignments.random(P, D, torch.Generator().manual_seed(seed))
     ids_prompter, ids_backbone = alignments.shared_vocabulary(prompter_tokenizer, tokenizer)
     words_SP, words_SD = prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
-    return alignments.least_squares(alignments.moments(words_SP, words_SD))
+    # Least squares makes words short, the shorter the less one vocabulary says of the other.
+    fitted_PD = alignments.least_squares(alignments.moments(words_SP, words_SD))
+    return alignments.matched_norm(fitted_PD, words_SP, words_SD)
 
 
 def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:

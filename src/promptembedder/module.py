@@ -131,8 +131,11 @@ class SoftPromptTransformer(InputModule):
         self._remembered_for: Tensor | None = None
         self._said_truncated = False
         head, tail = config.text_template.split("{text}")
-        self._head_ids = self._without_closing(tokenizer(head)["input_ids"])
-        self._tail_ids = list(tokenizer(tail, add_special_tokens=False)["input_ids"])
+        # What opens a sequence goes before the first words: in layout `prefix` these are the instruction's.
+        opening = self._without_closing(tokenizer("")["input_ids"])
+        self._opening_ids = opening if config.layout == "prefix" else []
+        self._head_ids = [*([] if config.layout == "prefix" else opening), *self._plain_ids(head)]
+        self._tail_ids = self._plain_ids(tail)
 
     # -- texts and instructions to features ---------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ class SoftPromptTransformer(InputModule):
         if not is_unicode(text):
             raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")
         limit = min(self.settings.max_text_tokens, self.training_text_tokens or self.settings.max_text_tokens)
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = self._plain_ids(text)
         if len(ids) > limit and not self._said_truncated:
             self._said_truncated = True
             logger.warning("a text of %d tokens is read up to max_text_tokens = %d (said once)", len(ids), limit)
@@ -192,6 +195,9 @@ class SoftPromptTransformer(InputModule):
             ids_BT[n, : len(row)] = torch.tensor(row)
             mask_BT[n, : len(row)] = 1
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
+
+    def _plain_ids(self, words: str) -> list[int]:
+        return list(self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _without_closing(self, ids: Sequence[int]) -> list[int]:
         """Opening special tokens stay; a closing one would end the text before the soft prompt begins."""
@@ -283,16 +289,11 @@ class SoftPromptTransformer(InputModule):
     def instruction_ids(self, instruction: str) -> Tensor:
         """The instruction (I,) as the backbone reads it; empty in layout `suffix` without an `instruction_template`."""
         template = self.settings.instruction_template
-        if self.settings.layout == "prefix":
-            ids = self._without_closing(self.tokenizer(f"{instruction}\n")["input_ids"])
-        elif template is None:
-            ids = []
-        else:
+        words = f"{instruction}\n" if self.settings.layout == "prefix" else None
+        if words is None and template is not None:
             words = template.replace("{instruction}", instruction)
-            ids = list(self.tokenizer(words, add_special_tokens=False)["input_ids"])
-        return torch.tensor(
-            ids[-self.settings.max_instruction_tokens :], dtype=torch.long, device=self.alignment.weight.device
-        )
+        ids = [] if words is None else self._plain_ids(words)[-self.settings.max_instruction_tokens :]
+        return torch.tensor(self._opening_ids + ids, dtype=torch.long, device=self.alignment.weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pools of processes get the model on the CPU, what it remembers may lie on an accelerator.
