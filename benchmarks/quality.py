@@ -5,8 +5,8 @@
 Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
 paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
 `best`, recipe `general.yaml`; `real_rows`, the same without its made-up
-rows, so on LoRA's; `guided`, the same with `model.instruction_guidance`, in training too; for every seed. With
-`--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
+rows, so on LoRA's; `lora_made_up`, LoRA with them; `guided`, `best` with `model.instruction_guidance`, in training too;
+for every seed. With `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
 `--suite others`: the folder's tasks that are not in the quick suite, 200 rows each; recipes were chosen by STSBenchmark
 dev and, some of them, by the quick suite, never by these.
 Every step is kept in `--output` and not done again: stop and go on at will, or run columns in several processes
@@ -42,12 +42,14 @@ REVISIONS = {**dict.fromkeys(UNTRAINED, "untrained"), "minilm": "published"}
 # Column: its recipe. LoRA takes rows, batches and loss from it.
 TRAINED = {
     "lora": "general-suffix",
+    "lora_made_up": "general",
     "prefix": "general-prefix",
     "suffix": "general-suffix",
     "best": "general",
     "real_rows": "general",
     "guided": "general",
 }
+LORA = ("lora", "lora_made_up")
 SETTINGS = {"real_rows": ["data.contrast_rows=0"], "guided": ["model.instruction_guidance=1.33"]}
 TITLES = {
     "quick": "Quality on the quick suite",
@@ -99,7 +101,7 @@ def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
 
 def choice_of_rate(column: str, arguments: argparse.Namespace) -> dict[str, Any]:
     recipes = run_config(column, arguments.seeds[0], 1, arguments).training.prompter_learning_rate
-    rates = lora.RATES if column == "lora" else tuple(recipes * factor for factor in FACTORS)
+    rates = lora.RATES if column in LORA else tuple(recipes * factor for factor in FACTORS)
     if not arguments.choose:
         return {"steps": 0, "rate": rates[1]}
     tried: dict[float, float] = {}
@@ -117,7 +119,7 @@ def after_few_steps(column: str, rate: float, output: Path, arguments: argparse.
     config = run_config(column, arguments.seeds[0], arguments.choose, arguments)
     dev = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.choose)
     config = replace(config, evaluation=dev, training=replace(config.training, output=str(output)))
-    if column == "lora":
+    if column in LORA:
         return {"dev": lora.dev_score(lora.train(config, learning_rate=rate).model, config)}
     return {"dev": train(with_rate(config, rate)).scores["dev"]}
 
@@ -129,13 +131,13 @@ def trained_encoder(column: str, seed: int, arguments: argparse.Namespace) -> ev
     if read_facts(folder) is None:
         rate = chosen_rate(column, arguments)
         say(f"{column}, seed {seed}: {arguments.steps} steps of {arguments.batch} pairs, learning rate {rate:g}")
-        if column == "lora":
+        if column in LORA:
             lora.train(config, learning_rate=rate, output=folder)
         else:
             resume = any(folder.parent.glob("checkpoint-*"))
             train(with_rate(config, rate), resume=resume)
     name = f"quality/{column}-{seed}"
-    if column == "lora":
+    if column in LORA:
         return lora.encoder(config, folder, name, revision(seed, arguments))
     return evaluation.InstructedEncoder(
         promptembedder.load(folder), name, revision(seed, arguments), training=read_facts(folder)
