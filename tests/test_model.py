@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, alignment, base_models, shipped
+from promptembedder import PromptEmbedderError, shipped
 from promptembedder.explain import explain
 from promptembedder.saved import describe
 
@@ -140,20 +140,6 @@ def test_different_prompter_and_backbone(tiny_model, tiny_lm, tmp_path):
     loaded = promptembedder.load(tmp_path / "saved", device="cpu")
     assert_same_model(model, loaded)
     assert_same_embeddings(embeddings, loaded.encode(TEXTS, prompt=INSTRUCTION))
-
-
-def test_words_of_another_prompter_start_as_long_as_the_backbones_own(tiny_model, tiny_lm):
-    module = tiny_model("llama", backbone=str(tiny_lm("gemma3", 48)))[0]
-    ids_S, ids_T = alignment.shared_vocabulary(module.prompter.tokenizer, module.tokenizer)
-    words, own = (
-        matrix[ids] * scale
-        for (matrix, scale), ids in (
-            (base_models.input_embeddings(module.prompter.lm), ids_S),
-            (base_models.input_embeddings(module.backbone.lm), ids_T),
-        )
-    )
-    lengths = module.alignment(words).norm(dim=-1)
-    assert float(lengths.median()) == pytest.approx(float(own.norm(dim=-1).median()), rel=1e-4)
 
 
 def test_prompter_and_backbone_share_weights_until_trained(tiny_model):
