@@ -80,7 +80,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "alignment rate 2e-4": ("training.alignment_learning_rate=2e-4",),
     "alignment rate 1e-3": ("training.alignment_learning_rate=1e-3",),
     "alignment rate 3e-3": ("training.alignment_learning_rate=3e-3",),
-    # Beside the entry before last: there is no deep soft prompt there, and the cue stands in the text.
+    # Compare with `no warm start, prompter rate 2e-4, no deep soft prompt`; here the cue stands in the text.
     "layout prefix, no warm start, prompter rate 2e-4, no deep soft prompt": (
         "model.layout=prefix",
         "model.deep_soft_prompt=false",

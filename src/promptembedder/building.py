@@ -179,7 +179,7 @@ def _alignment_start(
         return alignments.random(P, D, torch.Generator().manual_seed(seed))
     ids_prompter, ids_backbone = alignments.shared_vocabulary(prompter_tokenizer, tokenizer)
     words_SP, words_SD = prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
-    # Least squares makes words short, the shorter the less one vocabulary says of the other.
+    # Least squares shrinks words, the more so the worse the prompter's embeddings predict the backbone's.
     fitted_PD = alignments.least_squares(alignments.moments(words_SP, words_SD))
     return alignments.matched_norm(fitted_PD, words_SP, words_SD)
 

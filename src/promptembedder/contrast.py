@@ -8,7 +8,6 @@ two sentences change sides.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -327,11 +326,11 @@ def contrast_rows(count: int, seed: int, families: Sequence[Family] = FAMILIES) 
     """
     drawn = random.Random(seed)
     asked = [[_Asked(family, pair, drawn) for pair in 2 * [*combinations(family.slots, 2)]] for family in families]
-    turns = ((family_number, turn) for turn in itertools.count() for family_number in range(len(families)))
-    return [
-        asked[family_number][turn % len(asked[family_number])].rows(drawn)
-        for family_number, turn in itertools.islice(turns, count // 2)
-    ]
+    twos = []
+    for n in range(count // 2):
+        of_family = asked[n % len(families)]
+        twos.append(of_family[n // len(families) % len(of_family)].rows(drawn))
+    return twos
 
 
 class _Asked:

@@ -91,7 +91,8 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
         # A copy of the one negative would count as one candidate more where a row's own are all that there are.
         tables.add_opposed(pair, 1 if own else max(config.max_negatives, 1), own_negatives=own)
     if not tables.columns:
-        raise PromptEmbedderError(f"no rows to train on in {', '.join(str(f.path) for f in config.files)}")
+        sources = ", ".join(str(f.path) for f in config.files) or "data.contrast_rows, which counts rows in twos"
+        raise PromptEmbedderError(f"no rows to train on in {sources}")
     return tables.finished()
 
 

@@ -51,7 +51,8 @@ class TrainingResult:
         scores: `dev` and `test`, Spearman x 100, where the files are given.
         steps: optimizer steps taken.
         seconds: wall time of the optimizer steps and evaluations between them.
-        examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full.
+        examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full and
+            two made-up rows of one anchor as one.
         history: the trainer's log lines.
         text_state_hit_rate: share of the texts whose states were found, with `text_state_cache`.
     """
