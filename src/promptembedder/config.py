@@ -47,8 +47,8 @@ class ModelConfig:
         prompter_training: `lora` keeps the saved model small, `full` trains every weight of the prompter.
         lora_rank: rank of the prompter's LoRA.
         lora_alpha: LoRA scale is alpha / rank.
-        alignment_start: `auto` is identity where the two LLMs are the same, otherwise least squares over shared words, scaled so
-            that they come out as long as the backbone's.
+        alignment_start: `auto` is identity where the two LLMs are the same, otherwise least squares over shared words,
+            scaled so that they come out as long as the backbone's.
         condition_on: what the prompter reads; with `instruction_and_text` there is one soft prompt per text.
         dtype: of the frozen weights; `auto` is bfloat16 wherever the hardware computes in it.
         text_pass: `int8` reads texts in dynamic int8 (layout `suffix`, CPU): faster, but docs/performance.md says what
@@ -221,8 +221,8 @@ class TrainingConfig:
     Attributes:
         output: folder of the run: checkpoints, logs and, in `model/`, the result.
         max_steps: optimizer steps.
-        batch_size: pairs per forward (made-up rows: twos); with `gradient_accumulation` G, G times as many per optimizer
-            step.
+        batch_size: pairs per forward (made-up rows: twos); with `gradient_accumulation` G, G times as many per
+            optimizer step.
         gradient_accumulation: forwards per optimizer step.
         prompter_learning_rate: of the prompter's LLM, AdamW.
         alignment_learning_rate: of all other trained matrices (W, deep soft prompt, linear head), AdamW.
