@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from promptembedder import ModelConfig, PromptEmbedderError, baselines, build
 from promptembedder.data import read_scored_pairs
+from promptembedder.scored_pairs import spread
 
 TEMPLATES = (
     '{text} means in one word:"',
@@ -34,7 +35,7 @@ def main() -> None:
         first, second, scores = read_scored_pairs("sts/STSBenchmark.dev.jsonl.gz", arguments.data)
     except PromptEmbedderError as error:
         sys.exit(f"hard_cue: {error}")
-    picked = np.arange(arguments.pairs) * len(scores) // arguments.pairs
+    picked = spread(len(scores), arguments.pairs)
     texts = [side[n] for side in (first, second) for n in picked]
     gold = [scores[n] for n in picked]
 

@@ -27,6 +27,7 @@ from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.losses import make_losses
+from promptembedder.scored_pairs import spread
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 # To choose from, by dev after a few steps.
@@ -38,6 +39,14 @@ INSTRUCTION_TOKENS = 128
 TEMPLATE = "Instruct: {instruction}\nQuery: {text}"
 
 
+class Float32Normalize(Normalize):
+    """Embeddings and loss in float32, as ours are: InfoNCE of bfloat16 cosines loses much of a small gradient."""
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features["sentence_embedding"] = features["sentence_embedding"].float()
+        return dict(super().forward(features))
+
+
 def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = False) -> SentenceTransformer:
     """A frozen LLM with LoRA on all its linear layers."""
     folder = str(base_models.locate(llm).folder)
@@ -47,7 +56,7 @@ def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = Fa
     # transformers, whose version 5.24 asks for a peft that is not out yet.
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     transformer.model = get_peft_model(transformer.model, lora, adapter_name=ADAPTER)
-    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+    model = SentenceTransformer(modules=[transformer, pooling, Float32Normalize()], device=device)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -79,8 +88,7 @@ def evaluator(model: SentenceTransformer, config: RunConfig) -> EmbeddingSimilar
     """The run's dev pairs under its instruction, picked as `promptembedder train` picks them."""
     assert config.evaluation.dev is not None
     first, second, scores = read_scored_pairs(config.evaluation.dev, config.data.root)
-    pairs = config.evaluation.dev_pairs or len(scores)
-    picked = [n * len(scores) // pairs for n in range(pairs)]
+    picked = spread(len(scores), config.evaluation.dev_pairs)
     head = prompt(config.evaluation.instruction)
     one, other = (
         [head + text for text in cut(model.tokenizer, [texts[n] for n in picked], config.model.max_text_tokens)]

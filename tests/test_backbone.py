@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, build
+from promptembedder import PromptEmbedderError, baselines, build
 from promptembedder import backbone as backbone_module
 from promptembedder.backbone import pad_side
 
@@ -51,6 +51,19 @@ def test_what_opens_a_sequence_opens_it_once(tiny_model, layout, words):
     read = [*instruction, *text] if layout == "prefix" else [*text, *instruction]
     assert [n for n, token in enumerate(read) if token == bos] == [0]
     assert len(instruction) <= 21
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout", ["prefix", "suffix"])
+def test_a_hard_cue_is_what_the_llm_says_of_the_words(tiny_model, architecture, layout):
+    """Whatever layout the model has that the LLM is taken from."""
+    module = tiny_model(architecture, layout=layout)[0]
+    found = baselines.hard_cue(module, TEXTS, "{text} means:")
+    for n, text in enumerate(TEXTS):
+        ids = module.tokenizer(f"{text} means:", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = module.backbone.lm(input_ids=ids).last_hidden_state[0, -1]
+        assert torch.allclose(torch.from_numpy(found[n]), expected / expected.norm(), atol=1e-5), text
 
 
 @pytest.mark.parametrize(("architecture", "layout", "readout"), CASES)
@@ -131,6 +144,15 @@ def test_int8_text_pass_is_close_and_no_part_of_the_model(tiny_model, tiny_setti
     assert (copied.encode(TEXTS, prompt=INSTRUCTION) == found).all()
     with pytest.raises(PromptEmbedderError, match="text_pass 'int8' needs layout 'suffix', found 'prefix'"):
         build(tiny_settings(text_pass="int8", layout="prefix"), device="cpu")
+
+
+def test_int8_is_for_the_cpu_and_elsewhere_said_to_be_left_out(tiny_model, monkeypatch, caplog):
+    backbone = tiny_model(text_pass="int8")[0].backbone
+    assert backbone._reader(text=True) is not backbone.lm
+    monkeypatch.setattr(type(backbone.lm), "device", torch.device("cuda"))
+    backbone_module._say_no_int8.cache_clear()
+    assert backbone._reader(text=True) is backbone.lm
+    assert "text_pass 'int8' is for the CPU; on cuda" in caplog.text
 
 
 def test_int8_text_pass_of_a_bfloat16_model(tiny_model):

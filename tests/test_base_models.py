@@ -8,7 +8,15 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, Gemma3TextConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    FalconH1Config,
+    Gemma3nTextConfig,
+    Gemma3TextConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+)
 
 import promptembedder
 from conftest import INSTRUCTION, TEXTS
@@ -43,6 +51,9 @@ def test_hub_id_without_network():
         (BertConfig(), "bert"),
         (MambaConfig(), "takes no"),
         (Gemma3TextConfig(use_bidirectional_attention=True), "not a causal decoder"),
+        (Gemma3nTextConfig(), "its layers read token ids"),
+        (FalconH1Config(), r"its layers are not all attention \(hybrid\)"),
+        (Qwen3NextConfig(), r"its layers are not all attention \(linear_attention\)"),
     ],
 )
 def test_unsupported_architectures_are_refused_by_name(tmp_path, config, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -539,6 +540,32 @@ def test_data_folder_is_taken_as_written(
 
     monkeypatch.setattr("promptembedder.training.train", stop)
     assert_refused(command("train", run_file, "--data", name), f"root {name!r}")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (OSError(28, "No space left on device"), 2, "promptembedder: No space left on device\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "promptembedder: out of memory on the device; use smaller"),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(command, monkeypatch, error, code, told):
+    def fails(path):
+        raise error
+
+    monkeypatch.setattr("promptembedder.saved.describe", fails)
+    monkeypatch.setattr(os, "dup2", lambda *a: None)
+    done = command("info", "model")
+    assert (done.code, done.err[: len(told)]) == (code, told)
+    assert done.err.count("\n") <= 1
+
+
+def test_a_bad_last_line_is_told_before_the_model_opens(command, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("promptembedder.model.load", lambda *a, **k: pytest.fail("opened"))
+    (tmp_path / "texts.txt").write_text("a text\n" * 2000 + "\n")
+    done = command("encode", saved, tmp_path / "texts.txt", "--batch-size", 2, "-o", tmp_path / "vectors.npy")
+    assert_refused(done, "texts.txt, line 2001: text is empty")
 
 
 def test_a_folder_that_may_not_be_looked_into_is_one_line(command, monkeypatch):

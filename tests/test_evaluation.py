@@ -230,6 +230,11 @@ def test_empty_texts_are_read_as_a_full_stop(data, tmp_path, encoder, caplog):
     [
         ("sts/Similar", {"sentence1": "a", "sentence2": "b", "score": "1"}, "'score' is '1', expected a number"),
         ("sts/Similar", {"sentence1": "a", "sentence2": "b", "score": math.nan}, "'score' is 'nan', expected a number"),
+        (
+            "pair_classification/Same",
+            {"sentence1": "a", "sentence2": "b", "label": 0.7},
+            "'label' is '0.7', expected 0 or 1",
+        ),
         ("sts/Similar", {"sentence1": 7, "sentence2": "b", "score": 1}, "'sentence1' is '7', expected a text"),
         ("classification/Class.test", {"text": "a", "label": "x"}, "'label' is 'x', of another kind than in the first"),
         ("clustering/Groups", {"text": "a", "label": [1]}, "expected a text or a whole number"),
@@ -269,6 +274,17 @@ def test_two_labels_may_be_words(data, tmp_path, encoder):
     [
         ("sts/One", [{"sentence1": "a", "sentence2": "b", "score": 1}], "holds one row; a rank correlation needs two"),
         ("classification/One.train", [{"text": "a", "label": "x"}] * 9, "holds one label only, 'x'; expected at least"),
+        (
+            "retrieval/Find/qrels",
+            [{"query-id": "q1", "corpus-id": "1", "score": 0.5}],
+            "'0.5', expected a whole number",
+        ),
+        (
+            "retrieval/Find/qrels",
+            [{"query-id": "q1", "corpus-id": "1", "score": n} for n in (1, 2)],
+            "judges '1' for 'q1' in two ways",
+        ),
+        ("retrieval/Find/corpus", [{"_id": "1", "text": "a"}, {"_id": 1, "text": "b"}], "id 1 is used twice"),
         ("retrieval/Find/qrels", [{"query-id": "q9", "corpus-id": "1", "score": 1}], "judges 'q9', which is nowhere"),
         ("retrieval/Find/qrels", [{"query-id": "q1", "corpus-id": "99", "score": 1}], "judges '99', which is nowhere"),
     ],
@@ -307,6 +323,10 @@ def test_tasks_of_the_hub_have_instructions(encoder):
     (given, bare) = evaluation.hub_tasks(["ArguAna", "STS15"])
     assert encoder.made_with(given.metadata)["instruction"] == given.metadata.prompt["query"]
     assert encoder.made_with(bare.metadata)["instruction"] == type(bare).abstask_prompt
+    (ours, other) = evaluation.hub_tasks(["ArguAna", "STS15"], {"ArguAna": "Find the other side."})
+    assert encoder.made_with(ours.metadata)["instruction"] == "Find the other side."
+    assert encoder.made_with(other.metadata) == encoder.made_with(bare.metadata)
+    assert type(ours).metadata.prompt == given.metadata.prompt  # others of the class are as they were
     assert len(evaluation.hub_tasks(["BEIR"])) > 10
 
 
@@ -388,6 +408,9 @@ def test_command(data, tmp_path, tiny_model, command):
         (["{model}", "--data", "{empty}"], "no tasks in .*expected folders such as sts, classification"),
         (["{model}", "--data", "{data}"], "holds none of the quick suite's tasks; take the full suite, or name tasks"),
         (["{model}"], "give --data FOLDER, or --task NAME"),
+        (["{model}", "--task", "STS12", "--suite", "full"], "--suite is for tasks of a folder"),
+        (["{model}", "--task", "STS12", "--instructions", "{empty}/none.json"], "no instructions at "),
+        (["{model}", "--data", "{data}", "--instructions", "{data}/latin.json"], "latin.json is not UTF-8 text"),
         (["{empty}/nothing", "--data", "{data}", "--suite", "full"], "no model at "),
         (
             ["{model}", "--data", "{data}", "--task", "Similar", "--baseline", "guess"],
@@ -417,6 +440,7 @@ def test_bad_input_is_one_line(data, tmp_path, tiny_model, tiny_lm, command, arg
     (tmp_path / "empty").mkdir()
     (data / "i.json").write_text("{}")
     (data / "blank.json").write_text('{"Similar": " "}')
+    (data / "latin.json").write_bytes(b'{"Similar": "caf\xe9"}')
     places = {"model": tmp_path / "model", "data": data, "empty": tmp_path / "empty", "lm": tiny_lm()}
     done = command("evaluate", *(a.format(**places) for a in arguments), "--output", tmp_path / "out")
     assert done.code == 2

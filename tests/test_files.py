@@ -153,6 +153,35 @@ def test_lines_of_a_gzip_file(tmp_path: Path) -> None:
     assert read(path) == [("0", "one"), ("1", "zw\u00f6lf")]
 
 
+def test_what_is_none_of_a_text(tmp_path: Path, stdin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and standard input give the same rows: no byte order mark, a lone carriage return within a text."""
+    data = "\ufeffone\rtwo\r\ncaf\u00e9\n".encode()
+    expected = [("0", "one\rtwo"), ("1", "caf\u00e9")]
+    path = tmp_path / "texts.txt"
+    path.write_bytes(data)
+    (tmp_path / "texts.txt.gz").write_bytes(gzip.compress(data))
+    stdin(data)
+    assert read(path) == read(tmp_path / "texts.txt.gz") == read("-") == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "latin-1"))  # as the locale says
+    assert read("-") == expected
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    assert refusal(path) == f"{path}, line 1: text is empty"
+
+
+@pytest.mark.parametrize("name", ["texts.csv", "texts.tsv.gz", "texts.JSON"])
+def test_endings_that_would_be_read_as_lines_by_mistake(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"id,text\n") if name.endswith("gz") else b"id,text\n")
+    assert refusal(path).endswith("convert it, or name its format")
+    assert read(path, "lines") == [("0", "id,text")]
+
+
+@pytest.mark.parametrize("name", ["texts.ndjson", "texts.JSONL"])
+def test_other_endings_of_jsonl(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(jsonl({"text": "x"}))
+    assert read(tmp_path / name) == [("0", "x")]
+
+
 def test_bad_parquet_is_told_by_column_or_row(tmp_path: Path) -> None:
     path = tmp_path / "texts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "text": [1]}), path)
@@ -174,7 +203,7 @@ def test_not_utf8(tmp_path: Path, stdin: Any) -> None:
     for name in ("texts.txt", "texts.jsonl"):
         path = tmp_path / name
         path.write_bytes(b'{"text": "caf\xe9"}\n')
-        assert refusal(path).startswith(f"{path} is not UTF-8 text: ")
+        assert refusal(path) == f"{path} is not UTF-8 text: invalid continuation byte after line 0"
     stdin(b"caf\xe9\n")
     assert "standard input" in refusal("-")
 

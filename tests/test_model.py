@@ -7,10 +7,14 @@ import json
 import math
 import re
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import promptembedder
@@ -78,6 +82,17 @@ def test_bad_texts(tiny_model, texts, message):
         promptembedder.encode(tiny_model(), texts)
 
 
+def test_a_bad_text_is_told_by_its_place_before_any_is_read(tiny_model, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model[0].backbone), "read_text", lambda *a: pytest.fail("read"))
+    with pytest.raises(PromptEmbedderError, match="text 7 is empty"):
+        promptembedder.encode(model, [*TEXTS[:1] * 7, "", *TEXTS], batch_size=2)
+    with pytest.raises(PromptEmbedderError, match="takes a list of texts"):
+        promptembedder.encode(model, "a text")
+    with pytest.raises(PromptEmbedderError, match="batches of at least one"):
+        promptembedder.encode(model, TEXTS, batch_size=0)
+
+
 def test_unknown_argument_is_refused(tiny_model):
     with pytest.raises(ValueError, match="instructon"):
         tiny_model().encode(TEXTS, instructon="misspelt")
@@ -103,6 +118,35 @@ def test_the_text_limit_may_be_set(tiny_model, tmp_path):
     assert promptembedder.load(tmp_path / "short", device="cpu").max_seq_length == 4
     with pytest.raises(PromptEmbedderError, match="must be a positive number of tokens, found 0"):
         model.max_seq_length = 0
+    with pytest.raises(PromptEmbedderError, match=r"texts of 513 tokens are too long.* reads 512"):
+        model.max_seq_length = 513
+    with pytest.raises(PromptEmbedderError, match="texts of 513 tokens are too long"):
+        tiny_model(max_text_tokens=513)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_model_may_be_cast_as_a_whole(tiny_model, cast):
+    model = tiny_model(linear_head=True, deep_soft_prompt=True)
+    expected = promptembedder.encode(model, TEXTS, INSTRUCTION)
+    getattr(model, cast)()
+    for found in (promptembedder.encode(model, TEXTS, INSTRUCTION), model.encode(TEXTS, prompt=INSTRUCTION)):
+        assert ((found.astype(np.float32) * expected).sum(-1) > 0.99).all()
+
+
+def test_threads_do_not_hear_each_other(tiny_model):
+    """A deep soft prompt and the layers that are read hang on layers that all threads share."""
+    model = tiny_model(deep_soft_prompt=True, readout_layers=(1,))
+    asked = ["One thing.", "Quite another thing, in more words."]
+    expected = [promptembedder.encode(model, TEXTS, instruction) for instruction in asked]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda n: promptembedder.encode(model, TEXTS, asked[n % 2]), range(40)))
+    finally:
+        sys.setswitchinterval(before)
+    for n, embeddings in enumerate(found):
+        assert np.allclose(embeddings, expected[n % 2], atol=1e-6)
 
 
 def test_multi_process_encoding(tiny_model):
@@ -200,6 +244,29 @@ def test_save_refuses_a_folder_that_is_no_model_and_replaces_one_that_is(tiny_mo
     (tmp_path / "file").write_text("")
     with pytest.raises(PromptEmbedderError, match="cannot write a model"):
         promptembedder.save(model, tmp_path / "file" / "below")
+    (tmp_path / "link").symlink_to(tmp_path / "saved")
+    promptembedder.save(tiny_model(layout="prefix"), tmp_path / "link")
+    assert promptembedder.load(tmp_path / "saved", device="cpu")[0].settings.layout == "prefix"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "mine", "saved"]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device"), SafetensorError("full")]
+)
+def test_a_save_that_fails_leaves_the_former_model(tiny_model, tmp_path, monkeypatch, error):
+    promptembedder.save(tiny_model(), tmp_path / "saved")
+    rename = Path.rename
+
+    def fails_at_last(path, target):
+        if not path.name.endswith("-former") and target == tmp_path / "saved":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_at_last)
+    with pytest.raises((PromptEmbedderError, KeyboardInterrupt)):
+        promptembedder.save(tiny_model(layout="prefix"), tmp_path / "saved")
+    assert promptembedder.load(tmp_path / "saved", device="cpu")[0].settings.layout == "suffix"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 @pytest.fixture
@@ -296,6 +363,21 @@ def test_backbone_of_other_width_or_weights(saved, tiny_lm):
         load_with(tiny_lm("llama", 48))
     with pytest.raises(PromptEmbedderError, match="has other weights"):
         load_with(tiny_lm("llama", 32, seed=7))
+
+
+def test_an_llm_that_was_moved(tiny_model, tiny_lm, tmp_path):
+    before = Path(shutil.copytree(tiny_lm(), tmp_path / "before"))
+    model = tiny_model(prompter=str(before), backbone=str(before))
+    expected = model.encode(TEXTS, prompt=INSTRUCTION)
+    promptembedder.save(model, tmp_path / "saved")
+    before.rename(tmp_path / "now")
+    with pytest.raises(PromptEmbedderError, match=r"prompter .*before is no longer there; .*load\(\.\.\., prompter="):
+        promptembedder.load(tmp_path / "saved", device="cpu")
+    opened = promptembedder.load(tmp_path / "saved", device="cpu", backbone=str(tmp_path / "now"))
+    assert np.array_equal(opened.encode(TEXTS, prompt=INSTRUCTION), expected)
+    assert opened[0].base_models.prompter == opened[0].base_models.backbone == str(tmp_path / "now")
+    with pytest.raises(PromptEmbedderError, match="has other weights"):
+        promptembedder.load(tmp_path / "saved", device="cpu", backbone=str(tiny_lm("llama", 32, seed=7)))
 
 
 def test_prompter_weights_that_do_not_fit(saved, tiny_model, tmp_path):

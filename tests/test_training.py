@@ -177,6 +177,21 @@ def test_best_on_dev_is_kept_and_early_stop_stops(run_config):
     assert result.steps < 12
 
 
+@pytest.mark.parametrize("end", ["after it stopped", "while it waited"])
+def test_patience_goes_on_where_a_run_was_stopped(run_config, end):
+    """A resumed run takes no step more than one that was not stopped."""
+    evaluation = {"dev": "pairs.jsonl", "every_steps": 1}
+    changes = {"prompter_learning_rate": 1e-2, "keep_checkpoints": 12}
+    config = run_config(max_steps=12, evaluation=evaluation, early_stop_patience=3, **changes)
+    whole = train(config)
+    assert whole.steps < 12
+    shutil.rmtree(whole.folder)
+    if end == "while it waited":
+        shutil.rmtree(whole.folder.parent / f"checkpoint-{whole.steps}")
+    resumed = train(config, resume=True)
+    assert (resumed.steps, resumed.scores) == (whole.steps, whole.scores)
+
+
 def test_rows_are_cut_and_dev_is_not(run_config, monkeypatch):
     seen = []
     tokenise = SoftPromptTransformer.preprocess

@@ -27,11 +27,11 @@ from promptembedder.config import (
     TransferConfig,
     WarmStartConfig,
 )
-from promptembedder.distillation import SimilarityDistillation
+from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
 from promptembedder.training_facts import read_facts
-from promptembedder.transfer import on_backbone, transfer
+from promptembedder.transfer import _instructions, on_backbone, transfer
 
 
 @pytest.fixture
@@ -334,7 +334,7 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(tiny_model
     seen = []
     place = sys.modules["promptembedder.transfer"]
     made = place.distillation_rows
-    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i: seen.append(tuple(i)) or made(t, x, i))
+    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i, n: seen.append(tuple(i)) or made(t, x, i, n))
     model = tiny_model("llama", document_instruction="A document.")
     for given in ((), ("One thing.", "Another.")):
         transfer(model, config(texts=("texts.txt",), text_instructions=given))
@@ -342,6 +342,22 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(tiny_model
         (INSTRUCTION, model[0].settings.default_instruction, "A document."),
         ("One thing.", "Another."),
     ]
+
+
+def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):
+    model = tiny_model("llama", text_template="{text}")
+    longest = max(TEXTS, key=len)
+    first = model.tokenizer.decode(model.tokenizer(longest, add_special_tokens=False)["input_ids"][:1])
+    (rows,) = distillation_rows(model, [longest], [INSTRUCTION], 1).datasets.values()
+    (expected,) = model.encode([first], prompt=INSTRUCTION)
+    assert np.allclose(rows["label"][0], expected, atol=1e-5)
+    assert not np.allclose(rows["label"][0], model.encode([longest], prompt=INSTRUCTION)[0], atol=1e-3)
+
+
+def test_the_corrected_instructions_leave_room_for_others(tiny_model, config):
+    module = tiny_model("llama", num_soft_tokens=4)[0]  # of width 32
+    kept = _instructions(module, config(text_instructions=tuple("abcdefgh")))
+    assert kept == ["a", "b", "c", "d"]
 
 
 def test_distillation_loss_equals_a_naive_sum():
@@ -417,7 +433,7 @@ def test_the_old_model_reads_no_more_texts_than_the_steps_take(tiny_model, confi
     seen = []
     place = sys.modules["promptembedder.transfer"]
     made = place.distillation_rows
-    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i: seen.append(len(x)) or made(t, x, i))
+    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i, n: seen.append(len(x)) or made(t, x, i, n))
     transfer(tiny_model("llama"), config(texts=("texts.txt",)))  # four steps of four
     assert seen == [16]
 
@@ -463,6 +479,8 @@ def test_closed_forms_need_no_words_shared_with_the_old_backbone(tiny_model, tin
     names = {start.name for start in closed_forms(old[0], new[0], [INSTRUCTION])}
     assert {"ridge", "weighted", "mixture"} <= names
     assert not {"through_old", "mixture_and_drift"} & names
+    with pytest.raises(PromptEmbedderError, match=r"starts through_old need 64 words .* there are 0; valid: least_sq"):
+        closed_forms(old[0], new[0], [INSTRUCTION], only=["through_old"])
 
 
 def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, config, monkeypatch):
@@ -479,7 +497,7 @@ def test_without_a_shared_vocabulary(tiny_model, config, monkeypatch, caplog):
     with pytest.raises(PromptEmbedderError, match="shares too few tokens with the prompter for a closed-form start"):
         transfer(tiny_model("llama"), config())
     result = transfer(tiny_model("llama"), config(rows=True))
-    assert result.starts[0].name == "random"
+    assert result.starts[0].name == result.stages[0].name == "random"
     assert "W starts at random" in caplog.text
 
 

@@ -14,10 +14,12 @@ N soft prompts (1, shared by the batch, or B), L tokens of the segment at hand.
 from __future__ import annotations
 
 import copy
+import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,8 @@ from promptembedder.config import Layout, Readout
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import CACHE_ARGUMENT, States, merged, packed, shallow_copy, unpacked
 from promptembedder.text_cache import TextStateCache
+
+logger = logging.getLogger(__name__)
 
 TextPass = Literal["same", "int8"]
 # Soft prompts (N, K, D) and the instruction's tokens (I,) to embeddings (B, E) of the texts at hand.
@@ -55,7 +59,7 @@ class Backbone(nn.Module):
         readout_layers: besides the last hidden state, those after so many layers, each through the LLM's last norm,
             are averaged into what is pooled.
         text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
-            int8 (CPU); the soft prompt is read in the model's own precision all the same.
+            int8 on a CPU; the soft prompt is read in the model's own precision all the same.
 
     Attributes:
         text_cache: where layout `suffix` keeps the states of texts; unset: nowhere.
@@ -82,6 +86,8 @@ class Backbone(nn.Module):
         self.num_soft_tokens = num_soft_tokens
         self.readout_layers = tuple(readout_layers)
         self.text_cache: TextStateCache | None = None
+        # Hooks on the LLM's layers add what belongs to one request, so another thread's must wait.
+        self._one_at_a_time = threading.RLock()
         self._can_stay_apart = layout == "suffix" and attention.install(lm)
         # In a dict, so that the copies are no part of the module tree: not saved, not moved, not counted.
         self._copies: dict[str, nn.Module] = {}
@@ -89,8 +95,12 @@ class Backbone(nn.Module):
             raise PromptEmbedderError(f"text_pass 'int8' needs layout 'suffix', found {layout!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the LLM's copies and the text states out of pickles for worker processes."""
-        return {**self.__dict__, "_copies": {}, "text_cache": None}
+        """Leave the LLM's copies, the text states and the lock out of pickles for worker processes."""
+        return {**self.__dict__, "_copies": {}, "text_cache": None, "_one_at_a_time": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._one_at_a_time = threading.RLock()
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: frozen means frozen."""
@@ -102,6 +112,18 @@ class Backbone(nn.Module):
     def width(self) -> int:
         """D, which is also E."""
         return int(self.lm.config.get_text_config(decoder=True).hidden_size)
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse texts longer than the LLM has positions for.
+
+        Raises:
+            PromptEmbedderError: it has fewer.
+        """
+        positions = getattr(self.lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is not None and tokens > positions:
+            raise PromptEmbedderError(
+                f"texts of {tokens} tokens are too long for the backbone, which reads {positions}"
+            )
 
     def embedder(self, ids_BT: Tensor, mask_BT: Tensor) -> Embedder:
         """Texts at hand, to be embedded under any number of soft prompts: `forward` with its first two arguments given.
@@ -137,7 +159,7 @@ class Backbone(nn.Module):
         for rows, length in self._chunks(mask_BT):
             states = head.expanded(len(rows)) if len(soft_NKD) == 1 else head.picked(rows)
             mask_bT = mask_BT[rows, :length]
-            with self._mixing_layers() as mixed:
+            with self._one_at_a_time, self._mixing_layers() as mixed:
                 hidden_bTD = mixed(self._continue(states, self._embed(ids_BT[rows, :length]), mask_bT)[0])
             pooled.append(pool(hidden_bTD, mask_bT, self.readout))
             order.append(rows)
@@ -190,7 +212,7 @@ class Backbone(nn.Module):
         K = self.num_soft_tokens or soft_NKD.shape[1]
         soft_BKD = soft_NKD[:, :K].expand(batch, -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
-        with self._deepened(soft_NKD[:, K:]), self._mixing_layers() as mixed:
+        with self._one_at_a_time, self._deepened(soft_NKD[:, K:]), self._mixing_layers() as mixed:
             hidden_BKD = mixed(self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)[0])
         return pool(hidden_BKD, mask_BK, self.readout)
 
@@ -241,9 +263,9 @@ class Backbone(nn.Module):
             text: the pass over the text in layout `suffix`, for which there may be an int8 copy.
         """
         if text and self.text_pass == "int8":
-            if self.lm.device.type != "cpu":
-                raise PromptEmbedderError(f"text_pass 'int8' runs on the CPU only, the model is on {self.lm.device}")
-            return self._copy("int8", _int8_copy)
+            if self.lm.device.type == "cpu":
+                return self._copy("int8", _int8_copy)
+            _say_no_int8(self.lm.device.type)
         if widened.helps(self.lm):
             return self._copy("widened", widened.widened)
         return self.lm  # type: ignore[no-any-return]
@@ -279,16 +301,17 @@ class Backbone(nn.Module):
             cache = more["earlier"] = StatesApart(before.cache)
         else:
             cache = shallow_copy(before.cache)
-        reader = self._reader(text)
-        dtype = self._embedding_dtype() if reader is self.lm else torch.float32
-        output = reader(
-            inputs_embeds=inputs_BLD.to(dtype),
-            attention_mask=mask_all,
-            position_ids=positions_BL,
-            **{CACHE_ARGUMENT: cache},
-            use_cache=True,
-            **more,
-        )
+        with self._one_at_a_time:
+            reader = self._reader(text)
+            dtype = self._embedding_dtype() if reader is self.lm else torch.float32
+            output = reader(
+                inputs_embeds=inputs_BLD.to(dtype),
+                attention_mask=mask_all,
+                position_ids=positions_BL,
+                **{CACHE_ARGUMENT: cache},
+                use_cache=True,
+                **more,
+            )
         return output.last_hidden_state, States(cache, mask_all)
 
     def _chunks(self, mask_BT: Tensor) -> list[tuple[Tensor, int]]:
@@ -313,6 +336,11 @@ class Backbone(nn.Module):
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return self.lm.get_input_embeddings()(ids_BT)  # type: ignore[no-any-return]
+
+
+@cache
+def _say_no_int8(device: str) -> None:
+    logger.warning("text_pass 'int8' is for the CPU; on %s texts are read in the model's own precision", device)
 
 
 def _unchanged(hidden_BLD: Tensor) -> Tensor:

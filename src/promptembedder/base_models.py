@@ -186,7 +186,21 @@ def load_config(located: LocatedModel) -> Any:
     missing = [n for n in ("inputs_embeds", "position_ids", CACHE_ARGUMENT) if n not in taken]
     if missing:
         raise PromptEmbedderError(f"base model {where} is not supported: its forward takes no {', '.join(missing)}")
+    if kinds := _other_than_attention(config):
+        raise PromptEmbedderError(
+            f"base model {where} is not supported: {kinds}; llama, qwen, gemma 3, mistral styles work"
+        )
     return config
+
+
+def _other_than_attention(config: Any) -> str:
+    """What of an LLM's layers soft tokens pass by, or cannot go on from."""
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "its layers read token ids, which soft tokens have none of"
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown or hasattr(config, "mamba_d_state"):
+        return f"its layers are not all attention ({', '.join(sorted(unknown)) or 'mamba'})"
+    return ""
 
 
 def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -310,6 +324,7 @@ def _converted(key: str, sha256: str, parts: list[Path]) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise PromptEmbedderError(f"cache folder {target.parent} cannot be written; set {CACHE_ENV}") from error
     with FileLock(f"{target}.lock"):

@@ -45,7 +45,8 @@ def hard_cue(
         module.alignment,
         module.backbone,
         module.tokenizer,
-        replace(module.settings, text_template=template),
+        # Layout `prefix` opens a sequence with its instruction, and here is none.
+        replace(module.settings, text_template=template, layout="suffix"),
         module.base_models,
     )
 

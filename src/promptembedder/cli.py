@@ -122,7 +122,11 @@ def encode(
     if bridge is not None and instruction_guidance is not None:
         raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
     over = load_bridge(bridge) if bridge is not None else None
-    chunks = _chunked(read_texts(texts, kind.value if kind else None, text_field, id_field), 32 * batch_size)
+
+    def rows() -> Iterator[tuple[str, str]]:
+        return read_texts(texts, kind.value if kind else None, text_field, id_field)
+
+    chunks = _chunked(rows(), 32 * batch_size)
     width = min(truncate_dim or sys.maxsize, width)
     if over is not None:
         over(np.zeros((0, width)))  # refuses a bridge of another width before the model opens
@@ -135,7 +139,9 @@ def encode(
     options |= {"task": "document"} if document else {}
     # The writer comes first: an output that cannot be written is said before the model opens.
     with embedding_writer(output, (width + 7) // 8 if binary else width, dtype) as writer:
-        # So does the first chunk: an input that cannot be read is said before the model opens too.
+        # A file is read twice: what is wrong in its last line is said before the model opens. Of other input the first
+        # chunk comes before.
+        total = sum(1 for _ in rows()) if Path(texts).is_file() else None
         first, count = list(itertools.islice(chunks, 1)), 0
         embedder = load(model, device=device)
         if max_text_tokens is not None:
@@ -144,7 +150,7 @@ def encode(
             soft_prompt_module(embedder).instruction_guidance = instruction_guidance
         if over is not None:
             over.check(embedder.encode([PROBE], show_progress_bar=False, **options)[0])
-        for chunk in _progress(itertools.chain(first, chunks)):
+        for chunk in _progress(itertools.chain(first, chunks), total):
             ids, batch = zip(*chunk, strict=True)
             embeddings = embedder.encode(list(batch), show_progress_bar=False, **options)
             writer.write(list(ids), embeddings if over is None else over(embeddings).astype(dtype))
@@ -166,15 +172,19 @@ def evaluate(
     ],
     data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,
-    suite: Annotated[Suite, typer.Option(help="quick: eleven tasks by name, sampled (minutes); full: all.")] = (
-        Suite.quick
-    ),
+    suite: Annotated[
+        Suite | None,
+        typer.Option(help="Of --data. quick (unless said): eleven tasks by name, sampled (minutes); full: all."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results, in mteb's layout.")] = Path("results"),
     baseline: Annotated[
         str | None, typer.Option(help="Take MODEL as an untrained LLM: mean, last, prompt_eol, hard_instruction.")
     ] = None,
     instructions: Annotated[
-        Path | None, typer.Option(help="JSON of task name to instruction; unset: instructions.json in the data folder.")
+        Path | None,
+        typer.Option(
+            help="JSON of task name to instruction; unset: instructions.json in the data folder, or mteb's own."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
@@ -184,8 +194,14 @@ def evaluate(
     if data is None and not task:
         raise PromptEmbedderError("give --data FOLDER, or --task NAME for tasks from the hub")
     if data is None:
-        tasks = evaluation.hub_tasks(task or [])
+        if suite is not None:
+            raise PromptEmbedderError("--suite is for tasks of a folder: give --data FOLDER, or leave it out")
+        given = {} if instructions is None else _instructions(instructions, required=True)
+        tasks = evaluation.hub_tasks(task or [], given)
+        if instructions is not None:
+            _say_unknown(instructions, set(given) - {found.metadata.name for found in tasks})
     else:
+        suite = suite or Suite.quick
         given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
         if instructions is not None:
             _say_unknown(instructions, set(given) - {t.metadata.name for t in evaluation.local_tasks(data)})
@@ -353,18 +369,21 @@ def _evaluation() -> Any:
     try:
         from promptembedder import evaluation
     except ImportError as error:
-        raise PromptEmbedderError("this command needs mteb; install the extra: pip install '.[evaluate]'") from error
+        missing = "mteb" if error.name is None else error.name
+        raise PromptEmbedderError(
+            f"this command needs mteb, and {missing} cannot be imported; install the extra: pip install '.[evaluate]'"
+        ) from error
     return evaluation
 
 
 def _instructions(path: Path, required: bool) -> dict[str, str]:
-    from promptembedder.data import parse_json
+    from promptembedder.data import parse_json, read_lines
 
     if not path.is_file():
         if required:
             raise PromptEmbedderError(f"no instructions at {path}")
         return {}
-    found = parse_json(path.read_text(encoding="utf-8"), str(path))
+    found = parse_json("".join(read_lines(path)), str(path))
     if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
         raise PromptEmbedderError(f"{path} must map task names to instructions")
     return found
@@ -381,11 +400,11 @@ def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[
         yield chunk
 
 
-def _progress(chunks: Iterator[list[tuple[str, str]]]) -> Iterator[list[tuple[str, str]]]:
-    """Count texts on standard error; how many will come is unknown while streaming."""
+def _progress(chunks: Iterator[list[tuple[str, str]]], total: int | None) -> Iterator[list[tuple[str, str]]]:
+    """Count texts on standard error; how many will come from standard input is unknown."""
     from tqdm import tqdm
 
-    with tqdm(unit=" texts", desc="Encoding") as bar:
+    with tqdm(unit=" texts", desc="Encoding", total=total) as bar:
         for chunk in chunks:
             yield chunk
             bar.update(len(chunk))
@@ -416,10 +435,17 @@ def main() -> None:
     except PromptEmbedderError as error:
         _say(f"promptembedder: {' '.join(str(error).split())}")
         sys.exit(2)
-    except OSError as error:  # such as a folder that may not be looked into
-        if error.filename is None:
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # such as a folder that may not be looked into, or a disk that is full
+        place = "" if error.filename is None else f"{error.filename}: "
+        _say(f"promptembedder: {place}{error.strerror or error}")
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
-        _say(f"promptembedder: {error.filename}: {error.strerror}")
+        _say("promptembedder: out of memory on the device; use smaller batches (--batch-size, training.batch_size)")
         sys.exit(2)
     except KeyboardInterrupt:
         _say("promptembedder: stopped")

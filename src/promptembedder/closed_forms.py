@@ -77,7 +77,7 @@ def closed_forms(
     | `mixture_and_drift` | `through_old`, corrected likewise, plus what training moved the soft prompt by |
 
     All but the last two are scaled to the norm of the new backbone's embeddings. `least_squares` is left out where
-    fewer tokens are shared than the prompter is wide.
+    fewer tokens are shared, beside those held back, than the prompter is wide.
 
     Args:
         old: the trained module.
@@ -86,7 +86,7 @@ def closed_forms(
         only: names wanted; empty: all.
 
     Raises:
-        PromptEmbedderError: an unknown name; `least_squares` alone is wanted and cannot be fitted.
+        PromptEmbedderError: an unknown name; none of those wanted can be fitted.
     """
     check_names(only)
     prompter_to_new = alignment.shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
@@ -99,8 +99,11 @@ def closed_forms(
         old_to_new = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
         if len(old_to_new[0]) >= _FEWEST_SHARED:
             from_old = _SharedWords.of(old.backbone.lm, new.backbone.lm, old_to_new)
-    if from_old is None:
-        wanted = [name for name in wanted if name not in THROUGH_OLD]
+    if from_old is None and not (wanted := [name for name in wanted if name not in THROUGH_OLD]):
+        raise PromptEmbedderError(
+            f"starts {', '.join(only)} need {_FEWEST_SHARED} words that old and new backbone share, and there are "
+            f"{len(old_to_new[0])}; valid: {', '.join(name for name in NAMES if name not in THROUGH_OLD)}"
+        )
     tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
     if (held := float(mixtures_MV[:, to_new.ids_S].sum(-1).mean())) < _LITTLE_SHARED:
         logger.warning("of what the prompter writes %.0f %% are words that the new backbone has, too", 100 * held)

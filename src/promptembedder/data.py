@@ -217,19 +217,24 @@ def data_path(path: str, root: str | None) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file, plain or gzip, with their ends.
+    """Yield the lines of a text file, plain or gzip, with their ends; a byte order mark is none of the text.
 
     Raises:
         PromptEmbedderError: file missing, gzip damaged, not UTF-8.
     """
     opened = gzip.open if path.suffix == ".gz" else open
+    read = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            yield from lines
+        # Lines end where they end on standard input: a lone carriage return is part of a text.
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+            for line in lines:
+                read += 1
+                yield line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PromptEmbedderError(f"{path} is a damaged gzip file: {error}") from None
     except UnicodeDecodeError as error:
-        raise PromptEmbedderError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        # Read ahead in blocks, so which line it is in is not known.
+        raise PromptEmbedderError(f"{path} is not UTF-8 text: {error.reason} after line {read}") from None
     except OSError as error:
         raise PromptEmbedderError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from promptembedder.data import TrainingData
-from promptembedder.model import encode
+from promptembedder.model import encode, soft_prompt_module
 
 
 class SimilarityDistillation(nn.Module):
@@ -49,9 +49,12 @@ class SimilarityDistillation(nn.Module):
         return torch.log_softmax(similarity_BB.masked_fill(itself_BB, -1e4), dim=-1)
 
 
-def distillation_rows(teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str]) -> TrainingData:
-    """Texts with the old model's embeddings of them, one dataset per instruction."""
-    embedded_INE = encode(teacher, texts, list(instructions), show_progress_bar=True)
+def distillation_rows(
+    teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str], max_text_tokens: int | None = None
+) -> TrainingData:
+    """Texts with the old model's embeddings of them, one dataset per instruction; cut as the student will cut them."""
+    with soft_prompt_module(teacher).cutting_texts(max_text_tokens):
+        embedded_INE = encode(teacher, texts, list(instructions), show_progress_bar=True)
     datasets = {
         f"task_{n + 1}": Dataset.from_dict({"anchor": texts, "label": embedded_NE.tolist()})
         for n, embedded_NE in enumerate(embedded_INE)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -39,16 +40,18 @@ def read_texts(
         PromptEmbedderError: file missing or damaged, a text empty or no string, an id used twice.
     """
     seen: set[str] = set()
-    for n, (where, identity, text) in enumerate(_rows(source, kind or _kind_of(source), text_field, id_field)):
+    kind = kind or _kind_of(source)
+    for n, (where, identity, text) in enumerate(_rows(source, kind, text_field, id_field)):
         if not isinstance(text, str) or not text.strip():
             found = "empty" if isinstance(text, str) else f"{type(text).__name__}, expected a string"
             raise PromptEmbedderError(f"{where}: text is {found}")
         if not is_unicode(text):
             raise PromptEmbedderError(f"{where}: text is not valid UTF-8")
         name = str(n if identity is None else identity)
-        if name in seen:
-            raise PromptEmbedderError(f"{where}: id {name!r} is used twice")
-        seen.add(name)
+        if kind != "lines":  # whose numbers differ
+            if name in seen:
+                raise PromptEmbedderError(f"{where}: id {name!r} is used twice")
+            seen.add(name)
         yield name, text
 
 
@@ -159,9 +162,14 @@ class _ParquetWriter:
 
 
 def _kind_of(source: str) -> TextFormat:
-    if source.endswith(".parquet"):
+    name = source.lower().removesuffix(".gz")
+    if name.endswith(".parquet"):
         return "parquet"
-    return "jsonl" if source.endswith((".jsonl", ".jsonl.gz")) else "lines"
+    if name.endswith((".csv", ".tsv", ".json")):
+        raise PromptEmbedderError(
+            f"input {source}: its ending says neither text lines nor JSONL nor Parquet; convert it, or name its format"
+        )
+    return "jsonl" if name.endswith((".jsonl", ".ndjson")) else "lines"
 
 
 def _rows(source: str, kind: TextFormat, text_field: str, id_field: str) -> Iterator[tuple[str, Any, Any]]:
@@ -194,10 +202,15 @@ def _lines(source: str) -> Iterator[str]:
     if source != "-":
         yield from read_lines(Path(source))
         return
+    read = 0
     try:
-        yield from sys.stdin
+        if isinstance(sys.stdin, TextIOWrapper):  # whatever the locale says
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict", newline="\n")
+        for line in sys.stdin:
+            read += 1
+            yield line
     except UnicodeDecodeError as error:
-        raise PromptEmbedderError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise PromptEmbedderError(f"standard input is not UTF-8 text: {error.reason} after line {read}") from None
 
 
 def _parquet_rows(source: str, text_field: str, id_field: str) -> Iterator[tuple[str, Any, Any]]:

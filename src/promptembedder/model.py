@@ -23,10 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from promptembedder import base_models, shipped
+from promptembedder.base_models import LocatedModel
 from promptembedder.building import build_module
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.module import SoftPromptTransformer
+from promptembedder.module import SoftPromptTransformer, check_text
 from promptembedder.prompter import load_trained_state, trained_state
 from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
 from promptembedder.saved_names import (
@@ -39,7 +40,14 @@ from promptembedder.saved_names import (
 )
 
 
-def load(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> SentenceTransformer:
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    prompter: str | None = None,
+    backbone: str | None = None,
+) -> SentenceTransformer:
     """Open a saved model with its path alone; no remote code, no pickle.
 
     Args:
@@ -47,6 +55,9 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
             the package, such as `smollm2-135m`.
         device: where it runs; unset: the accelerator, if there is one.
         dtype: `bfloat16` or `float32` to run the LLMs in another precision than saved.
+        prompter: where the Prompting LLM is now, if it is no longer where it was: a folder, GGUF file or hub id. Its
+            weights must be the same. Where one LLM is both, `backbone` is enough.
+        backbone: where the Embedding LLM is now, likewise.
 
     Raises:
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
@@ -60,7 +71,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: str | None = Non
         raise PromptEmbedderError(f"{folder / 'modules.json'} lists no modules")
     for entry in entries:
         if entry["type"].startswith("promptembedder."):
-            modules.append(load_module(folder / entry["path"], device=device, dtype=dtype))
+            place = folder / entry["path"]
+            modules.append(load_module(place, device=device, dtype=dtype, prompter=prompter, backbone=backbone))
         else:
             modules.append(_library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"]))
     return SentenceTransformer(
@@ -113,8 +125,9 @@ def save(
     """
     target = Path(path)
     refuse_foreign(target)
+    target = target.resolve() if target.is_symlink() else target
     lender = None if share_prompter is None else lender_of(model, share_prompter, target)
-    scratch = None
+    scratch = former = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -124,11 +137,18 @@ def save(
             _share_prompter(scratch, lender, target.resolve())
         _open_to_readers(scratch)  # as `atomic` leaves single files
         if target.exists():
-            shutil.rmtree(target)
+            former = scratch.with_name(f"{scratch.name}-former")
+            target.rename(former)
         scratch.rename(target)
-    except OSError as error:
-        raise PromptEmbedderError(f"cannot write a model to {target}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
+        reason = getattr(error, "strerror", None) or error
+        raise PromptEmbedderError(f"cannot write a model to {target}: {reason}") from error
     finally:
+        if former is not None and former.exists():
+            if target.exists():
+                shutil.rmtree(former, ignore_errors=True)
+            else:
+                former.rename(target)
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -212,15 +232,19 @@ def encode(
         with a `truncate_dim`: the first numbers of such vectors.
 
     Raises:
-        PromptEmbedderError: a text is empty or no string.
+        PromptEmbedderError: a text is empty or no string, said before any is read; one string in place of several.
     """
     module = soft_prompt_module(model)
+    if isinstance(texts, str) or batch_size < 1:
+        raise PromptEmbedderError("encode takes a list of texts, and batches of at least one")
+    for n, text in enumerate(texts):
+        check_text(text, n)
     one = instructions is None or isinstance(instructions, str)
     several = [instructions or ""] if instructions is None or isinstance(instructions, str) else list(instructions)
     several = [instruction or module.settings.default_instruction for instruction in several]
     width = model.get_embedding_dimension() or module.get_embedding_dimension()
     result = np.zeros((len(several), len(texts), width), dtype=np.float32)
-    by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]) if isinstance(texts[n], str) else 0)
+    by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
     starts = range(0, len(texts), batch_size)
     model.eval()
     for start in tqdm(starts, desc="Batches", disable=not show_progress_bar):
@@ -249,7 +273,14 @@ def _encode_batch(
     return embeddings
 
 
-def load_module(folder: Path, *, device: str | None = None, dtype: str | None = None) -> SoftPromptTransformer:
+def load_module(
+    folder: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    prompter: str | None = None,
+    backbone: str | None = None,
+) -> SoftPromptTransformer:
     """Open the `SoftPromptTransformer` saved in a folder; errors as in `load`."""
     saved = read_settings(folder)
     config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
@@ -260,8 +291,10 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
         config = replace(config, dtype=dtype)  # type: ignore[arg-type]
     with _opening(folder):
         weight_PD = _stored_alignment(folder)["weight"].float()
-        prompter_at = base_models.locate(expected.prompter, expected.prompter_revision)
-        backbone_at = base_models.locate(expected.backbone, expected.backbone_revision)
+        if expected.prompter == expected.backbone:
+            prompter, backbone = prompter or backbone, backbone or prompter
+        prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter")
+        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone")
         module = build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
         _restore_module(module, folder)
     for role in ("prompter", "backbone"):
@@ -273,6 +306,17 @@ def load_module(folder: Path, *, device: str | None = None, dtype: str | None = 
                 f"model was trained with ({want[:12]}){_remedy(getattr(expected, role))}"
             )
     return module
+
+
+def _at(name: str, revision: str | None, instead: str | None, role: str) -> LocatedModel:
+    """An LLM where it was, or where it is now."""
+    if instead is not None:
+        return base_models.locate(instead)
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise PromptEmbedderError(
+            f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
+        )
+    return base_models.locate(name, revision)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,20 @@ class SoftPromptLeaves:
                 torch.autograd.backward(graph, leaf.grad)
 
 
+def check_text(text: Any, n: int) -> None:
+    """Refuse what is no text to embed; `n`: its place, to be said.
+
+    Raises:
+        PromptEmbedderError: it is empty or no string.
+    """
+    if not isinstance(text, str):
+        raise PromptEmbedderError(f"text {n} is {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise PromptEmbedderError(f"text {n} is empty, expected at least one word")
+    if not is_unicode(text):
+        raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")
+
+
 class SoftPromptTransformer(InputModule):
     """Text and instruction to a sentence embedding, through a soft prompt that another LLM writes.
 
@@ -103,6 +117,9 @@ class SoftPromptTransformer(InputModule):
         tokenizer: the backbone's.
         config: the model's settings.
         base_models: identity of the two LLMs.
+
+    Raises:
+        PromptEmbedderError: the settings allow longer texts than the backbone reads.
     """
 
     save_in_root = True
@@ -125,6 +142,7 @@ class SoftPromptTransformer(InputModule):
         self.tokenizer = tokenizer
         self.settings = config
         self.base_models = base_models
+        backbone.check_room(config.max_text_tokens)
         self.leaves: SoftPromptLeaves | None = None
         self.training_text_tokens: int | None = None
         self._remembered: OrderedDict[str, Tensor] = OrderedDict()
@@ -173,13 +191,17 @@ class SoftPromptTransformer(InputModule):
             features["request_ids"], features["request_mask"] = ids_BS[:, None], mask_BS[:, None]
         return features
 
+    @contextmanager
+    def cutting_texts(self, limit: int | None) -> Iterator[None]:
+        """While inside, texts are cut at so many tokens, if that is fewer than the model reads."""
+        before, self.training_text_tokens = self.training_text_tokens, limit
+        try:
+            yield
+        finally:
+            self.training_text_tokens = before
+
     def _text_ids(self, text: Any, n: int) -> list[int]:
-        if not isinstance(text, str):
-            raise PromptEmbedderError(f"text {n} is {type(text).__name__}, expected a string")
-        if not text.strip():
-            raise PromptEmbedderError(f"text {n} is empty, expected at least one word")
-        if not is_unicode(text):
-            raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")
+        check_text(text, n)
         limit = min(self.settings.max_text_tokens, self.training_text_tokens or self.settings.max_text_tokens)
         ids = self._plain_ids(text)
         if len(ids) > limit and not self._said_truncated:
@@ -213,6 +235,7 @@ class SoftPromptTransformer(InputModule):
         if "request_ids" in features:
             tokens_NKP = self.prompter(features["request_ids"][:, 0], features["request_mask"][:, 0]).tokens_NKP
             embedding_BE = embed(self.alignment(tokens_NKP), self.instruction_ids(instruction))
+            embedding_BE = embedding_BE.to(self.alignment.weight.dtype)
         else:
             (embedding_BE,) = self.embeddings(embed, [instruction])
         if self.leaves is not None and torch.is_grad_enabled():
@@ -238,7 +261,7 @@ class SoftPromptTransformer(InputModule):
                 if default_BE is None:
                     default_BE = embed(self.soft_prompt(default), self.instruction_ids(default))
                 embedding_BE = weight * embedding_BE - (weight - 1) * default_BE
-            yield embedding_BE
+            yield embedding_BE.to(self.alignment.weight.dtype)  # as a linear head is, also after `model.half()`
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
         """What the prompter writes for an instruction alone: tokens (1, K, P) and logits (1, K, V)."""
@@ -292,6 +315,7 @@ class SoftPromptTransformer(InputModule):
         words = f"{instruction}\n" if self.settings.layout == "prefix" else None
         if words is None and template is not None:
             words = template.replace("{instruction}", instruction)
+        # The end stays: there the template goes on to the soft prompt.
         ids = [] if words is None else self._plain_ids(words)[-self.settings.max_instruction_tokens :]
         return torch.tensor(self._opening_ids + ids, dtype=torch.long, device=self.alignment.weight.device)
 
@@ -314,6 +338,7 @@ class SoftPromptTransformer(InputModule):
     def max_seq_length(self, tokens: int) -> None:
         if not isinstance(tokens, int) or tokens < 1:
             raise PromptEmbedderError(f"max_seq_length must be a positive number of tokens, found {tokens!r}")
+        self.backbone.check_room(tokens)
         self.settings = replace(self.settings, max_text_tokens=tokens)
 
     @property

@@ -6,8 +6,10 @@ Shapes: N requests, S request tokens, K soft tokens, P prompter width, V vocabul
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,8 @@ from promptembedder.base_models import input_embeddings
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import CACHE_ARGUMENT
 
-# The name that peft reads, so that the prompter opens with `PeftModel.from_pretrained` too.
+logger = logging.getLogger(__name__)
+
 # Some chat templates print today's date (Llama 3.2); soft prompts of one instruction must not change overnight. The day
 # is the one that Llama's template falls back to.
 _SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
@@ -161,6 +164,7 @@ class Prompter(nn.Module):
     def _request_ids(self, request: str) -> list[int]:
         cut = self.tokenizer(request, add_special_tokens=False)["input_ids"]
         if len(cut) > self.max_request_tokens:
+            _say_cut(len(cut), self.max_request_tokens)
             request = self.tokenizer.decode(cut[: self.max_request_tokens])
         if not self.tokenizer.chat_template:
             return list(self.tokenizer(request + "\n")["input_ids"])
@@ -173,6 +177,11 @@ class Prompter(nn.Module):
             chat_template=_SAME_EVERY_DAY + template if "strftime_now" in template else template,
         )
         return list(encoded["input_ids"])
+
+
+@cache
+def _say_cut(tokens: int, limit: int) -> None:
+    logger.warning("an instruction of %d tokens is read up to %d", tokens, limit)
 
 
 def trained_state(prompter: Prompter) -> dict[str, Tensor]:

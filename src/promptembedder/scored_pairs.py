@@ -12,21 +12,26 @@ from promptembedder.data import read_scored_pairs
 from promptembedder.model import soft_prompt_module
 
 
+def spread(count: int, at_most: int | None) -> list[int]:
+    """Positions of at most so many of `count` pairs, evenly spread."""
+    picked = count if at_most is None else min(at_most, count)
+    return [n * count // picked for n in range(picked)]
+
+
 def pair_evaluator(
     config: EvaluationConfig, root: str | None, part: Literal["dev", "test"]
 ) -> EmbeddingSimilarityEvaluator | None:
     """The library's evaluator of the dev or test pairs, told to embed both sentences under the instruction.
 
-    None where the settings name no file for the part. Of dev the first `dev_pairs` pairs count, evenly spread.
+    None where the settings name no file for the part. Of dev `dev_pairs` pairs count, evenly spread.
     """
     path, at_most = (config.dev, config.dev_pairs) if part == "dev" else (config.test, None)
     if path is None:
         return None
     first, second, scores = read_scored_pairs(path, root)
-    if at_most is not None and at_most < len(scores):
-        picked = [n * len(scores) // at_most for n in range(at_most)]
-        first, second = [first[n] for n in picked], [second[n] for n in picked]
-        scores = [scores[n] for n in picked]
+    picked = spread(len(scores), at_most)
+    first, second = [first[n] for n in picked], [second[n] for n in picked]
+    scores = [scores[n] for n in picked]
     evaluator = EmbeddingSimilarityEvaluator(
         first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=part, write_csv=False
     )
@@ -34,12 +39,8 @@ def pair_evaluator(
 
     def embed_whole(model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
         # Whole also while a run cuts its rows shorter, so that scores on the way compare with those before and after.
-        module = soft_prompt_module(model)
-        limit, module.training_text_tokens = module.training_text_tokens, None
-        try:
+        with soft_prompt_module(model).cutting_texts(None):
             return embed(model, sentences, prompt=config.instruction, **options)
-        finally:
-            module.training_text_tokens = limit
 
     evaluator.embed_inputs = embed_whole
     return evaluator

@@ -126,7 +126,9 @@ def unpacked(rows: Iterable[Sequence[Tensor]], mask_BL: Tensor, empty: DynamicCa
         longest = max(part.shape[2] for part in parts)
         whole_GBHLd = torch.zeros(G, len(parts), H, longest, d, dtype=dtype, device=mask_BL.device)
         for n, part_GHLd in enumerate(parts):
-            whole_GBHLd[:, n, :, longest - part_GHLd.shape[2] :].copy_(part_GHLd, non_blocking=True)
+            whole_GBHLd[:, n, :, longest - part_GHLd.shape[2] :].copy_(
+                part_GHLd, non_blocking=mask_BL.device.type == "cuda"
+            )
         for n, layer in enumerate(layers):
             layer.lazy_initialization(whole_GBHLd[2 * n], whole_GBHLd[2 * n + 1])
             layer.keys, layer.values = whole_GBHLd[2 * n], whole_GBHLd[2 * n + 1]

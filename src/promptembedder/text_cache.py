@@ -73,7 +73,9 @@ class TextStateCache(ABC):
             return None
         self.hits += 1
         # Moved before they are decoded: int8 is a quarter of the way's traffic.
-        return _decoded({name: tensor.to(device, non_blocking=True) for name, tensor in found.items()})
+        # Only CUDA waits for a copy before the memory under it is used again.
+        apart = device.type == "cuda"
+        return _decoded({name: tensor.to(device, non_blocking=apart) for name, tensor in found.items()})
 
     def put(self, key: str, row: Sequence[Tensor]) -> list[Tensor]:
         """Keep the states of a text and return them as `get` will, in the cache's precision."""
@@ -112,8 +114,8 @@ class _InMemory(TextStateCache):
 
     def _write(self, key: str, tensors: dict[str, Tensor]) -> None:
         kept = {
-            # Pinned memory lets the way back to an accelerator overlap with its work.
-            name: tensor if tensor.device.type == "cpu" else tensor.cpu().pin_memory()
+            # Pinned memory lets the way back to CUDA overlap with its work; other devices do not know it.
+            name: tensor.cpu().pin_memory() if tensor.device.type == "cuda" else tensor.cpu()
             for name, tensor in tensors.items()
         }
         if _resident(kept) <= self._held.maxsize:

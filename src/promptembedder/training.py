@@ -180,13 +180,23 @@ def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: Tra
     """Train to the end; wall seconds, evaluations included."""
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step >= trainer.args.max_steps:
-            # All steps are done and only the end is missing; the library would take one step more.
+        if _stopped_early(trainer, state) or state.global_step >= trainer.args.max_steps:
+            # All steps are done and only the end is missing; the library would go on.
             trainer.state = state
             clock.on_train_begin(trainer.args, state, trainer.control)
             trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
             return 0.0
     return float(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
+
+
+def _stopped_early(trainer: SentenceTransformerTrainer, state: TrainerState) -> bool:
+    """Whether a run's patience was at its end at a checkpoint; else it goes on from what is left of it."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            spent = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, callback.state())["attributes"]
+            callback.early_stopping_patience_counter = spent["early_stopping_patience_counter"]
+            return bool(callback.early_stopping_patience_counter >= callback.early_stopping_patience)
+    return False
 
 
 def _save(

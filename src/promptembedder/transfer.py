@@ -51,7 +51,6 @@ from promptembedder.transfer_result import Stage, TransferResult, write_report
 
 logger = logging.getLogger(__name__)
 
-# So that their soft tokens stay fewer than the prompter is wide.
 _MOST_INSTRUCTIONS = 40
 
 
@@ -105,7 +104,7 @@ def transfer(
         starts, fitting = _starts(old, new, config, _instructions(old, config, rows), bool(rows or texts))
         starts = _ranked(moved, starts, dev)
         _set_weight(new, starts[0].weight_PD)
-        stages = [Stage("closed_form", starts[0].dev, fitting, 0)]
+        stages = [Stage("random" if starts[0].name == "random" else "closed_form", starts[0].dev, fitting, 0)]
         stages += _train_stages(model, moved, config, rows, texts, stages[0], resume)
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
@@ -191,9 +190,8 @@ def _train_stages(
     stages = [start]
     if texts:
         begin = time.perf_counter()
-        taught = distillation_rows(
-            model, texts, config.text_instructions or _instructions(soft_prompt_module(model), config)
-        )
+        instructions = config.text_instructions or _instructions(soft_prompt_module(model), config)
+        taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
         stages.append(_trained("alignment_unlabelled", moved, run, output, stages, resume, taught, loss, teacher))
@@ -351,7 +349,10 @@ def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: Trai
     named = [*config.text_instructions, config.evaluation.instruction if scored else None]
     named += [old.settings.default_instruction, old.settings.document_instruction]
     named += [] if rows is None else rows.instructions
-    return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
+    # Their soft tokens must stay far fewer than the prompter is wide, or no room is left for other instructions.
+    P, K = old.alignment.weight.shape[0], old.settings.num_soft_tokens
+    most = max(1, min(_MOST_INSTRUCTIONS, P // (2 * K)))
+    return list(dict.fromkeys(text for text in named if text))[:most]
 
 
 def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:

@@ -142,8 +142,12 @@ def local_tasks(
     ]
 
 
-def hub_tasks(names: Sequence[str]) -> list[AbsTask]:
+def hub_tasks(names: Sequence[str], instructions: Mapping[str, str] | None = None) -> list[AbsTask]:
     """Tasks of mteb's own by name, or a benchmark's (`MTEB(eng, v2)`); their rows come from the hub.
+
+    Args:
+        names: of tasks and benchmarks.
+        instructions: by task name, in place of mteb's own.
 
     Raises:
         PromptEmbedderError: mteb knows no such task or benchmark; the nearest are named.
@@ -159,6 +163,9 @@ def hub_tasks(names: Sequence[str]) -> list[AbsTask]:
             raise PromptEmbedderError(
                 f"mteb knows no task {name!r}" + (f"; nearest: {', '.join(near)}" if near else "")
             ) from None
+    for task in tasks:
+        if (given := (instructions or {}).get(task.metadata.name)) is not None:
+            task.metadata = task.metadata.model_copy(update={"prompt": given})
     return tasks
 
 
@@ -195,6 +202,8 @@ NUMBER: _Check = (
     lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
     "a number",
 )
+WHOLE: _Check = (lambda value: NUMBER[0](value) and value == int(value), "a whole number")
+YES_OR_NO: _Check = (lambda value: NUMBER[0](value) and value in (0, 1), "0 or 1")
 LABEL: _Check = (lambda value: isinstance(value, str | int), "a text or a whole number")
 NAME: _Check = (lambda value: isinstance(value, str | int), "a text or a whole number")
 TEXTS: _Check = (lambda value: _is_list(value, str), "a list of texts")
@@ -245,7 +254,7 @@ def _scored_pairs(path: Path, at_most: int | None) -> Any:
 
 
 def _labelled_pairs(path: Path, at_most: int | None) -> Any:
-    rows = _rows(path, {"sentence1": TEXT, "sentence2": TEXT, "label": NUMBER}, at_most)
+    rows = _rows(path, {"sentence1": TEXT, "sentence2": TEXT, "label": YES_OR_NO}, at_most)
     return DatasetDict(
         {_SPLIT: _columns([{**row, "labels": row["label"]} for row in rows], ("sentence1", "sentence2", "labels"))}
     )
@@ -293,11 +302,13 @@ def _reranked(path: Path, at_most: int | None) -> Any:
 
 
 def _searched(path: Path, at_most: int | None) -> Any:
-    queries = _rows(path / "queries", {"_id": NAME, "text": TEXT})
-    corpus = _rows(path / "corpus", {"_id": NAME, "text": TEXT})
+    queries = _named(path / "queries")
+    corpus = _named(path / "corpus")
     relevant: dict[str, dict[str, int]] = {}
-    for row in _rows(path / "qrels", {"query-id": NAME, "corpus-id": NAME, "score": NUMBER}):
-        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
+    for row in _rows(path / "qrels", {"query-id": NAME, "corpus-id": NAME, "score": WHOLE}):
+        judged_of, name = relevant.setdefault(str(row["query-id"]), {}), str(row["corpus-id"])
+        if judged_of.setdefault(name, int(row["score"])) != row["score"]:
+            raise PromptEmbedderError(f"{path / 'qrels'}.jsonl.gz judges {name!r} for {row['query-id']!r} in two ways")
     queries = [row for row in queries if str(row["_id"]) in relevant]
     texts, asked = ({str(row["_id"]) for row in rows} for rows in (corpus, queries))
     for query, judgements in relevant.items():
@@ -316,6 +327,17 @@ def _searched(path: Path, at_most: int | None) -> Any:
         relevant,
         None,
     )
+
+
+def _named(path: Path) -> list[dict[str, Any]]:
+    """Texts of a retrieval task, each with an id of its own."""
+    rows = _rows(path, {"_id": NAME, "text": TEXT})
+    seen: set[str] = set()
+    for row in rows:
+        if str(row["_id"]) in seen:
+            raise PromptEmbedderError(f"{path}.jsonl.gz: id {row['_id']!r} is used twice")
+        seen.add(str(row["_id"]))
+    return rows
 
 
 def _retrieval_data(
