@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from transfer import ratios  # of benchmarks/
+from transfer import ratios, smoothed  # of benchmarks/
 
 
 def curve(every, seconds_per_example=1.0, rate=0.05):
@@ -28,6 +28,16 @@ def test_ratios_are_of_where_the_curves_cross():
     # 95 % of 80 is 76: theirs after 160 examples and 640 s, ours after 80 and 83 s.
     assert (found["examples_ratio_95"], found["time_ratio_95"]) == (2.0, round(640 / 83, 1))
     assert not found["without_examples"]
+
+
+def test_no_single_score_decides_a_smoothed_ratio():
+    steady = [(n, float(n), 50.0 + n) for n in range(0, 31, 10)]
+    lucky = [(n, float(n), 90.0 if n == 10 else 50.0 + n) for n in range(0, 31, 10)]
+    assert smoothed(steady) == [(0, 0.0, 55.0), (10, 10.0, 60.0), (20, 20.0, 70.0), (30, 30.0, 75.0)]
+    found = ratios(lucky, steady)
+    assert found["examples_ratio"] == 4  # to 80, by the one score: a straight line has it after 7.5 examples
+    # Smoothed: 70, 70, 80, 75; to 75.
+    assert (found["examples_ratio_smoothed"], found["time_ratio_smoothed"]) == (2, 2)
 
 
 def test_what_is_never_reached_has_no_ratio():
