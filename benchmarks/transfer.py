@@ -16,8 +16,8 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   it leaves, over those alignment-only takes to the same score; `..._95` likewise to 95 % of it. Unset where
   alignment-only does not get there, and no ratio of examples where the closed form is there before any
   (`without_examples`). Both are scored every `--every` steps, with a straight line between; dev is in nobody's time.
-  `..._smoothed`: the same to the best of LoRA's scores when every score of both is the mean of three neighbours, so that
-  no single one decides. `without_labels`: whether `unlabelled` gets to that score, which takes no labelled row at all.
+  `..._smoothed`: the same where every score of both is the mean of three neighbours, so that no single one decides.
+  `without_labels`: whether `unlabelled` gets to that score, which takes no labelled row at all.
 - LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone, unless `--lora-rate` says
   it.
 
