@@ -16,6 +16,7 @@ Every run is kept in `--output` and not done again; `--only NAME...` does some. 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import statistics
@@ -391,6 +392,7 @@ def main() -> None:
             if place.is_file() or arguments.only is None or name in arguments.only:
                 say(f"{name}, seed {seed}")
                 found.setdefault(name, []).append(kept(place, partial(run, name, seed, arguments)))
+                gc.collect()  # a trainer and its model refer to each other, a gigabyte a run
                 say(json.dumps(found[name][-1]))
     print(table(found))
     if arguments.report:
