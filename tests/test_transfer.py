@@ -31,7 +31,7 @@ from promptembedder.distillation import SimilarityDistillation, distillation_row
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
 from promptembedder.training_facts import read_facts
-from promptembedder.transfer import _instructions, on_backbone, transfer
+from promptembedder.transfer import on_backbone, transfer
 
 
 @pytest.fixture
@@ -354,10 +354,14 @@ def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):
     assert not np.allclose(rows["label"][0], model.encode([longest], prompt=INSTRUCTION)[0], atol=1e-3)
 
 
-def test_the_corrected_instructions_leave_room_for_others(tiny_model, config):
-    module = tiny_model("llama", num_soft_tokens=4)[0]  # of width 32
-    kept = _instructions(module, config(text_instructions=tuple("abcdefgh")))
-    assert kept == ["a", "b", "c", "d"]
+def test_the_corrected_instructions_leave_room_for_others(tiny_model, tiny_lm, monkeypatch):
+    old = tiny_model("llama", num_soft_tokens=4)  # of width 32
+    new = on_backbone(old, base_models.locate(str(tiny_lm("qwen2", 48, 5))))
+    asked = []
+    made = type(old[0]).soft_tokens
+    monkeypatch.setattr(type(old[0]), "soft_tokens", lambda self, i: asked.append(i) or made(self, i))
+    closed_forms(old[0], new[0], list("abcdefgh"))
+    assert asked == ["a", "b", "c", "d"]
 
 
 def test_distillation_loss_equals_a_naive_sum():

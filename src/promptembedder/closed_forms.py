@@ -82,7 +82,8 @@ def closed_forms(
     Args:
         old: the trained module.
         new: the module on the new backbone.
-        instructions: those whose soft tokens count most.
+        instructions: those whose soft tokens count most, the first ones most of all: soft tokens of the others are not
+            looked at where they would come to more than half of the prompter's width.
         only: names wanted; empty: all.
 
     Raises:
@@ -104,7 +105,9 @@ def closed_forms(
             f"starts {', '.join(only)} need {_FEWEST_SHARED} words that old and new backbone share, and there are "
             f"{len(old_to_new[0])}; valid: {', '.join(name for name in NAMES if name not in THROUGH_OLD)}"
         )
-    tokens_MP, mixtures_MV = _soft_tokens(old, instructions)
+    # Soft tokens far fewer than the prompter is wide: where W is bent for each, no room would be left for others.
+    most = max(1, old.alignment.weight.shape[0] // (2 * old.settings.num_soft_tokens))
+    tokens_MP, mixtures_MV = _soft_tokens(old, instructions[:most])
     if (held := float(mixtures_MV[:, to_new.ids_S].sum(-1).mean())) < _LITTLE_SHARED:
         logger.warning("of what the prompter writes %.0f %% are words that the new backbone has, too", 100 * held)
     trained_PF = old.alignment.weight.detach().float().cpu()

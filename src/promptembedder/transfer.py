@@ -349,10 +349,7 @@ def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: Trai
     named = [*config.text_instructions, config.evaluation.instruction if scored else None]
     named += [old.settings.default_instruction, old.settings.document_instruction]
     named += [] if rows is None else rows.instructions
-    # Their soft tokens must stay far fewer than the prompter is wide, or no room is left for other instructions.
-    P, K = old.alignment.weight.shape[0], old.settings.num_soft_tokens
-    most = max(1, min(_MOST_INSTRUCTIONS, P // (2 * K)))
-    return list(dict.fromkeys(text for text in named if text))[:most]
+    return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
 
 
 def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
