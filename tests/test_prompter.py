@@ -169,3 +169,10 @@ def test_gradient_reaches_every_soft_token(tiny_model):
         shares.append(grad.norm())
     assert min(shares) > 0
     assert len({round(float(s), 6) for s in shares}) == 4
+
+
+def test_an_instruction_that_is_cut_is_said(tiny_model, caplog):
+    prompter = tiny_model(max_instruction_tokens=8)[0].prompter
+    for _ in range(2):
+        prompter.tokenize(["one two three four five six seven eight nine ten eleven twelve"])
+    assert len([record for record in caplog.records if "is read up to 8" in record.message]) == 1
