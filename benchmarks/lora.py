@@ -31,7 +31,7 @@ from promptembedder.scored_pairs import spread
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 # To choose from, by dev after a few steps.
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
 # Room beside the text: of every instruction's tokens none is cut.

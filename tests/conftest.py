@@ -14,9 +14,11 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -258,6 +260,25 @@ def assert_same_model(one: SentenceTransformer, other: SentenceTransformer) -> N
     assert weights.keys() == others.keys()
     different = [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
     assert not different
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one model of ours and one of somebody else's; what is fetched is noted."""
+    place, asked = tmp_path / "hub", []
+
+    def one_file(hub_id, name):
+        if not (place / hub_id / name).is_file():
+            raise LocalEntryNotFoundError(f"{hub_id} has no {name}")
+
+    def snapshot(hub_id, revision=None, allow_patterns=None):
+        asked.append((hub_id, allow_patterns))
+        return str(place / hub_id)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", one_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (place / "else" / "theirs").mkdir(parents=True)
+    return place, asked
 
 
 def assert_same_embeddings(one: np.ndarray, other: np.ndarray) -> None:

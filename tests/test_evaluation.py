@@ -364,6 +364,16 @@ def test_facts_of_the_training_are_kept_beside_the_results(data, tmp_path, tiny_
     assert column.kinds == {"Similar": "STS", "Groups": "Clustering"}
 
 
+def test_a_model_of_ours_from_the_hub_keeps_its_id(tiny_model, hub):
+    place, _ = hub
+    save(tiny_model(), place / "me" / "mine")
+    encoder = evaluation.open_model("me/mine", device="cpu")
+    assert encoder.mteb_model_meta.name == "me/mine"
+    assert (
+        encoder.mteb_model_meta.revision == evaluation.open_model(str(place / "me" / "mine")).mteb_model_meta.revision
+    )
+
+
 @pytest.mark.parametrize(("baseline", "place"), [("mean", None), ("last", -1), ("prompt_eol", -1)])
 def test_baselines_read_texts_as_they_are(tiny_lm, baseline, place):
     """The library would put texts into the chat template, after which the last token is not the cue's."""

@@ -10,12 +10,14 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sentence_transformers.base import model as library_model
 
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
@@ -105,6 +107,46 @@ def test_long_text_is_cut_and_said_once(tiny_model, caplog):
     again = model.encode([long + " thirteen"])
     assert np.allclose(first, again, atol=1e-6)
     assert len([r for r in caplog.records if "is read up to max_text_tokens = 6" in r.message]) == 1
+
+
+def test_a_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch, tmp_path):
+    place, asked = hub
+    model = tiny_model()
+    promptembedder.save(model, place / "me" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert_same_embeddings(promptembedder.load("me/mine", device="cpu").encode(TEXTS), model.encode(TEXTS))
+    assert describe("me/mine") == describe(place / "me" / "mine")
+    assert asked
+    assert all(hub_id == "me/mine" and not {"*", "*.py", "*.bin"} & set(patterns) for hub_id, patterns in asked)
+    # A folder of that name goes first.
+    asked.clear()
+    promptembedder.save(model, tmp_path / "me" / "mine")
+    promptembedder.load("me/mine", device="cpu")
+    assert not asked
+
+
+def test_a_pushed_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch):
+    """The library's own `push_to_hub`, its network calls replaced."""
+    place, _ = hub
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id),
+        upload_folder=lambda repo_id, folder_path, **_: SimpleNamespace(
+            commit_url=shutil.copytree(folder_path, place / repo_id)
+        ),
+    )
+    monkeypatch.setattr(library_model, "HfApi", lambda token: api)
+    monkeypatch.setattr(library_model, "load_file_path", lambda *a, **k: None)
+    model = tiny_model()
+    model.push_to_hub("me/mine")
+    assert_same_embeddings(promptembedder.load("me/mine", device="cpu").encode(TEXTS), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("name", ["else/theirs", "me/nothing"])
+def test_a_hub_id_without_a_model_of_ours_is_refused(hub, name):
+    _, asked = hub
+    with pytest.raises(PromptEmbedderError, match=f"no model at {name}: no such folder, and the hub has none of ours"):
+        promptembedder.load(name)
+    assert not asked
 
 
 def test_the_text_limit_may_be_set(tiny_model, tmp_path):

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
 
+from promptembedder import hub
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import CACHE_ARGUMENT
 
@@ -304,17 +305,10 @@ def _installed_parts(carried: CarriedModel) -> list[Path] | None:
 
 
 def _from_hub(hub_id: str, revision: str | None, hint: str | None) -> tuple[Path, str | None]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
-    try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        advice = f"install it with: {hint}" if hint else "check the id, your network and HF_TOKEN"
-        raise PromptEmbedderError(f"base model {hub_id} could not be fetched from the hub; {advice}") from error
-    commit = folder.name if len(folder.name) == 40 else None
-    return folder, commit
+    return hub.fetched(
+        hub_id, patterns, revision, what="base model", advice=f"install it with: {hint}" if hint else None
+    )
 
 
 def _converted(key: str, sha256: str, parts: list[Path]) -> Path:

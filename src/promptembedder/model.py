@@ -22,14 +22,14 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor
 from tqdm import tqdm
 
-from promptembedder import base_models, shipped
+from promptembedder import base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.building import build_module
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer, check_text
 from promptembedder.prompter import load_trained_state, trained_state
-from promptembedder.saved import prompter_owner, prompter_weights, read_json, read_settings, sha256
+from promptembedder.saved import folder_of, prompter_owner, prompter_weights, read_json, read_settings, sha256
 from promptembedder.saved_names import (
     ALIGNMENT_FILE,
     CONFIG_FILE,
@@ -51,8 +51,8 @@ def load(
     """Open a saved model with its path alone; no remote code, no pickle.
 
     Args:
-        path: folder written by `save` or `SentenceTransformer.save_pretrained`, or the name of a model that comes with
-            the package, such as `smollm2-135m`.
+        path: folder written by `save` or `SentenceTransformer.save_pretrained`; the name of a model that comes with
+            the package, such as `smollm2-135m`; the hub id of one that `model.push_to_hub` put there.
         device: where it runs; unset: the accelerator, if there is one.
         dtype: `bfloat16` or `float32` to run the LLMs in another precision than saved.
         prompter: where the Prompting LLM is now, if it is no longer where it was: a folder, GGUF file or hub id. Its
@@ -63,7 +63,7 @@ def load(
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
             LLM is not the one the model was trained with.
     """
-    folder = shipped.folder_of(path)
+    folder = folder_of(path)
     saved = read_json(folder / "config_sentence_transformers.json")
     modules: list[torch.nn.Module] = []
     entries = read_json(folder / "modules.json")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from promptembedder import shipped
+from promptembedder import hub, shipped
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.saved_names import (
@@ -19,6 +19,30 @@ from promptembedder.saved_names import (
     SHARED_PROMPTER,
     BaseModels,
 )
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of a saved model, given as that, as the name of one of the package, or as a hub id.
+
+    Raises:
+        PromptEmbedderError: it has to come from the hub, and does not.
+    """
+    folder = shipped.folder_of(model)
+    if not may_be_hub_id(model):
+        return folder
+    fetched = hub.saved_model(str(model))
+    if fetched is None:
+        raise PromptEmbedderError(
+            f"no model at {model}: no such folder, and the hub has none of ours by that id; check the id, your network "
+            f"and HF_TOKEN{shipped.hint()}"
+        )
+    return fetched
+
+
+def may_be_hub_id(model: str | Path) -> bool:
+    """Whether a model's name is one that the hub could know: `owner/name`, and no folder here."""
+    folder = shipped.folder_of(model)
+    return not folder.exists() and not folder.is_absolute() and str(model).count("/") == 1 and str(model)[0] not in ".~"
 
 
 def prompter_owner(path: str | Path) -> Path:
@@ -66,7 +90,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         PromptEmbedderError: not a saved model, or a file is missing.
     """
-    folder = shipped.folder_of(path)
+    folder = folder_of(path)
     saved = read_settings(folder)
     where = str(folder / CONFIG_FILE)
     settings = asdict(parse(ModelConfig, saved["model"], where=where))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from promptembedder import alignment, atomic, base_models, shipped, widened, workers
+from promptembedder import alignment, atomic, base_models, widened, workers
 from promptembedder.building import build
 from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
@@ -28,7 +28,7 @@ from promptembedder.losses import check_losses, make_losses
 from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.run_folder import checkpoint_of, make_folder
-from promptembedder.saved import read_settings
+from promptembedder.saved import folder_of, read_settings
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import TextStateCache, open_text_cache
 from promptembedder.training_facts import Curve, dev_curve, write_facts
@@ -96,7 +96,7 @@ def train(
             interrupted run in the way; output not writable.
     """
     if start is not None:
-        config = _started(config, shipped.folder_of(start))
+        config = _started(config, folder_of(start))
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
     _check(config, structure)

@@ -17,12 +17,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from promptembedder import base_models, shipped
+from promptembedder import base_models, hub, shipped
 from promptembedder.baselines import PROMPT_EOL
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.tasks import LOCAL
 from promptembedder.model import load, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
+from promptembedder.saved import may_be_hub_id
 from promptembedder.saved_names import CONFIG_FILE
 from promptembedder.training_facts import read_facts
 
@@ -181,6 +182,9 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
             instructed="{instruction}" in template,
         )
     folder = shipped.folder_of(model)
+    fetched = hub.saved_model(model) if may_be_hub_id(model) else None
+    if fetched is not None:
+        return InstructedEncoder(load(fetched, device=device), model, _content(fetched), training=read_facts(fetched))
     if (folder / CONFIG_FILE).is_file():
         opened = load(folder, device=device)
         # `train` saves every model as `<run>/model`: the run's name tells more.
@@ -190,7 +194,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         return InstructedEncoder(opened, name, revision, training=read_facts(folder))
     if model in base_models.CARRIED_MODELS:
         raise PromptEmbedderError(f"{model} is an untrained LLM; add --baseline, one of {', '.join(BASELINES)}")
-    if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
+    if not folder.exists() and not may_be_hub_id(model):
         raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name{shipped.hint()}")
     try:
         with base_models.quiet_transformers():
