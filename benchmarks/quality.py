@@ -224,6 +224,10 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     figures["seeds"] = {base: len(names) for base, names in seeds.items() if base in TRAINED}
     rates = [arguments.output / "rates" / f"{column}.json" for column in TRAINED]
     figures["learning_rates"] = {file.stem: json.loads(file.read_text())["rate"] for file in rates if file.is_file()}
+    of_lora = {
+        name: column.training.get("learning_rate") for name, column in comparison.columns.items() if column.training
+    }
+    figures["learning_rates"] |= {name: rate for name, rate in of_lora.items() if rate is not None}
     if arguments.report:
         to = "lora-" + str(arguments.seeds[0])
         shown = evaluation.Comparison(

@@ -32,7 +32,7 @@ import lora
 from kept_results import command
 from promptembedder import ModelConfig, atomic, base_models, build
 from promptembedder.config import Precision
-from promptembedder.module import SoftPromptLeaves
+from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
 from promptembedder.text_cache import open_text_cache
 
 INSTRUCTION = "Retrieve sentences that mean the same as the given sentence."
@@ -80,6 +80,14 @@ def reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def frame_ids(module: SoftPromptTransformer) -> tuple[list[int], list[int]]:
+    """What stands before and after every text in ours: the template's tokens."""
+    between = module.preprocess(["x"])["input_ids"][0].tolist()
+    text = module.tokenizer("x", add_special_tokens=False)["input_ids"]
+    start = next(n for n in range(len(between)) if between[n : n + len(text)] == text)
+    return between[:start], between[start + len(text) :]
+
+
 def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[str, float]:
     """One variant in this process: seconds of each step, bytes of the weights and at the peak."""
     torch.manual_seed(0)
@@ -107,15 +115,18 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     loss = losses.MultipleNegativesRankingLoss(model, scale=20.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    head = model.tokenizer(INSTRUCTION)["input_ids"] if variant.startswith("lora") else []
+    peer = variant.startswith("lora")
+    # What stands around a text: the instruction in words, or the text template.
+    head, tail = (model.tokenizer(INSTRUCTION)["input_ids"], []) if peer else frame_ids(model[0])
     vocabulary = min(len(model.tokenizer), 40_000)
     generator = torch.Generator().manual_seed(1)
 
     def column() -> dict[str, Any]:
         ids = torch.randint(260 if vocabulary > 300 else 1, vocabulary, (arguments.batch, length), generator=generator)
-        ids = torch.cat([torch.tensor([head]).expand(arguments.batch, -1).long(), ids], dim=1).to(device)
+        before, after = (torch.tensor([part]).expand(arguments.batch, -1).long() for part in (head, tail))
+        ids = torch.cat([before, ids, after], dim=1).to(device)
         features: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return features if head else {**features, "instruction": INSTRUCTION}
+        return features if peer else {**features, "instruction": INSTRUCTION}
 
     def step(columns: list[dict[str, Any]]) -> float:
         start = time.perf_counter()

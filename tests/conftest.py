@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,7 +275,14 @@ def hub(tmp_path, monkeypatch):
 
     def snapshot(hub_id, revision=None, allow_patterns=None):
         asked.append((hub_id, allow_patterns))
-        return str(place / hub_id)
+        fetched = tmp_path / "fetched" / hub_id
+        shutil.rmtree(fetched, ignore_errors=True)
+        for file in (place / hub_id).rglob("*"):
+            name = str(file.relative_to(place / hub_id))
+            if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, fetched / name)
+        return str(fetched)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", one_file)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)

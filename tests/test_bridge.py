@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from conftest import TEXTS
@@ -79,6 +80,16 @@ def test_bad_input(embedded, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PromptEmbedderError, match="cannot be written"):
         Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "file" / "b.safetensors")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("promptembedder.bridge.save_file", full)
+    with pytest.raises(PromptEmbedderError, match=r"b.safetensors cannot be written: No space left"):
+        Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "b.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_commands(tiny_model, tiny_lm, tmp_path, command):

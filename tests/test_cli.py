@@ -194,7 +194,7 @@ def test_encode_keeps_the_order_over_several_chunks(
         ([], {}),
         (["--instruction", INSTRUCTION], {"prompt": INSTRUCTION}),
         (["--document"], {"prompt": "A document."}),
-        (["--truncate-dim", "5"], {"truncate_dim": 5}),
+        (["--truncate-dim", "5"], {"truncate_dim": 5, "normalize_embeddings": True}),
         (["--truncate-dim", "999"], {}),
         (["--precision", "ubinary"], {"precision": "ubinary"}),
         (["--precision", "ubinary", "--truncate-dim", "12"], {"precision": "ubinary", "truncate_dim": 12}),
@@ -294,10 +294,12 @@ def test_encode_with_a_model_saved_truncated(
     save(shorter, tmp_path / "shorter")
     output = tmp_path / "vectors.npy"
     assert command("encode", tmp_path / "shorter", texts, "-o", output).code == 0
-    np.testing.assert_allclose(np.load(output), shorter.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(np.load(output), axis=1), 1, atol=1e-5)
+    expected = shorter.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
     for wider in (20, 999):  # as many as the model was saved with
         assert command("encode", tmp_path / "shorter", texts, "-o", output, "--truncate-dim", wider).code == 0
-        np.testing.assert_allclose(np.load(output), shorter.encode(TEXTS), atol=1e-5)
+        np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
 
 
 # -- explain and info -------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ def test_an_empty_file_is_all_defaults(read: Callable[..., RunConfig]) -> None:
         ("model.text_template={text} # one", "model", "text_template", "{text} # one"),
         ("model.default_instruction=Topic: which one?", "model", "default_instruction", "Topic: which one?"),
         ("model.default_instruction=Say which # it has", "model", "default_instruction", "Say which # it has"),
+        ("training.output=2024-02-30", "training", "output", "2024-02-30"),
         ("data.files=[{path: a.jsonl, weight: 2}]", "data", "files", (DataFile(path="a.jsonl", weight=2.0),)),
     ],
 )
@@ -94,6 +95,16 @@ def test_overrides_replace_only_what_they_name_and_the_last_one_wins(read: Calla
     config = read(text, "training.max_steps=1", "training.max_steps=2", "training.warm_start.steps=4")
     assert config.training == TrainingConfig(max_steps=2, batch_size=5, warm_start=WarmStartConfig(steps=4, cue="word"))
     assert config.data.files == (DataFile(path="a"),)
+
+
+def test_a_whole_section_may_be_given(read: Callable[..., RunConfig]) -> None:
+    assert read("", "data={files: [{path: rows.jsonl}]}").data.files == (DataFile(path="rows.jsonl"),)
+
+
+def test_a_root_for_a_section_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: rows.jsonl")
+    with pytest.raises(PromptEmbedderError, match=r"data = 'rows.jsonl'"):
+        load_run(tmp_path / "run.yaml", root=str(tmp_path))
 
 
 BAD_SETTINGS = {
@@ -125,6 +136,7 @@ BAD_SETTINGS = {
     "batch of 1": ("training: {batch_size: 1}", ["training.batch_size = 1:", "greater than or equal to 2"]),
     "warmup of all": ("training: {warmup: 1}", ["training.warmup = 1:", "less than 1"]),
     "empty string": ("evaluation: {dev: ''}", ["evaluation.dev = '':", "at least 1 character"]),
+    "no date": ("training: {output: 2024-02-30}", ["is not YAML: day"]),
     "a date": ("training: {output: 2024-01-01}", ["training.output", "2024", "valid string"]),
     "two at once": ("training: {loss: mse, batch_size: 0}", ["training.batch_size = 0:", "and 1 more"]),
 }

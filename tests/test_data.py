@@ -330,6 +330,25 @@ def test_unknown_ending(tmp_path: Path, name: str) -> None:
     assert "expected .jsonl, .jsonl.gz, .parquet or hub:NAME" in message
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), ConnectionError("gone")])
+def test_a_dataset_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("promptembedder.data.load_dataset", failing)
+    message = refusal(load, DataFile(path="hub:owner/name"))
+    assert message == f"dataset 'owner/name' could not be fetched from the hub: {error}"
+
+
+def test_rows_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [{**GOOD, "query": "one"}, {**GOOD, "query": "two"}]
+    monkeypatch.setattr("promptembedder.data.load_dataset", lambda name, split: given if split == "train" else [])
+    rows = list(read_rows(DataFile(path="hub:owner/name"), None))
+    assert [row.query for row in rows] == ["one", "two"]
+    given[1] = {**GOOD, "query": ""}
+    assert refusal(load, DataFile(path="hub:owner/name")).startswith("hub:owner/name, row 2: field 'query'")
+
+
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     assert "data.files is empty" in refusal(load)
     empty = tmp_path / "empty.jsonl"

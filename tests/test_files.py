@@ -139,6 +139,12 @@ def test_bad_record_is_told_by_file_and_line(tmp_path: Path, stdin: Any, records
     assert refusal("-", "jsonl").startswith(f"standard input, {told}")
 
 
+def test_ids_that_are_of_no_use_may_repeat(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(jsonl({"id": "a", "text": "x"}, {"id": "a", "text": "y"}))
+    assert [text for _, text in read_texts(str(path), None, ids=False)] == ["x", "y"]
+
+
 def test_empty_line(tmp_path: Path, stdin: Any) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("x\n\ny\n")

@@ -129,6 +129,33 @@ def test_training_with_both_kinds(run_config, tmp_path, monkeypatch, matryoshka)
     assert moved["0.alignment.weight"] > 10 * max(size for name, size in moved.items() if "prompter" in name) > 0
 
 
+def test_prefixes_are_trained_besides_the_whole_embedding(tiny_model):
+    model = tiny_model()
+    columns = [model.preprocess(texts, prompt=INSTRUCTION) for texts in (TEXTS[:3], TEXTS[1:4])]
+    nested = make_loss(model, TrainingConfig(matryoshka_dims=(8, 16), temperature=0.05))
+    found = float(nested(columns, None).detach())
+    naive = 0.0
+    anchors, positives = (torch.tensor(model.encode(texts, prompt=INSTRUCTION)) for texts in (TEXTS[:3], TEXTS[1:4]))
+    for width in (8, 16, 32):
+        cosines = torch.cosine_similarity(anchors[:, None, :width], positives[None, :, :width], dim=-1)
+        naive += float(torch.nn.functional.cross_entropy(20 * cosines, torch.arange(3)))
+    assert found == pytest.approx(naive, rel=1e-3)
+
+
+def test_masking_takes_one_hard_negative(run_config, tmp_path):
+    rows = [
+        {"query": text, "pos": [f"{text} {n}"], "neg": TEXTS[:2], "instruction": INSTRUCTION}
+        for n, text in enumerate(TEXTS)
+    ]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = run_config(mask_false_negatives=True, max_steps=1)
+    data = replace(config.data, files=(DataFile(path="two.jsonl"),), max_negatives=2)
+    with pytest.raises(PromptEmbedderError, match=r"takes one hard negative a row: set data.max_negatives=1, or"):
+        train(replace(config, data=data))
+    assert not (tmp_path / "run").exists()
+    train(replace(config, data=data, training=replace(config.training, loss="cached_infonce")))
+
+
 def test_not_beside_the_cached_loss(run_config, tmp_path):
     config = run_config(loss="cached_infonce")
     config = replace(config, data=DataConfig(contrast_rows=60, contrast_in_batch_negatives=False))

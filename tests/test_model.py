@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base import model as library_model
 
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, shipped
+from promptembedder import PromptEmbedderError, base_models, shipped
 from promptembedder.explain import explain
 from promptembedder.saved import describe
 
@@ -75,6 +76,14 @@ def test_empty_list_keeps_the_width(tiny_model):
     assert promptembedder.encode(model, [], [INSTRUCTION, "x"]).shape == (2, 0, 32)
 
 
+def test_without_an_instruction_the_models_default_prompt_counts(tiny_model):
+    model = tiny_model(default_instruction="Find answers.")
+    assert np.allclose(promptembedder.encode(model, TEXTS), model.encode(TEXTS, prompt="Find answers."), atol=1e-5)
+    model.prompts["mine"], model.default_prompt_name = INSTRUCTION, "mine"
+    assert np.allclose(promptembedder.encode(model, TEXTS), model.encode(TEXTS), atol=1e-5)
+    assert np.allclose(promptembedder.encode(model, TEXTS), model.encode(TEXTS, prompt=INSTRUCTION), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [([""], "text 0 is empty"), ([" \n"], "text 0 is empty"), ([3], "text 0 is int, expected a string")],
@@ -118,6 +127,9 @@ def test_a_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch, tmp_path):
     assert describe("me/mine") == describe(place / "me" / "mine")
     assert asked
     assert all(hub_id == "me/mine" and not {"*", "*.py", "*.bin"} & set(patterns) for hub_id, patterns in asked)
+    # As the library opens a model's modules.
+    opened = SentenceTransformer(modules=[type(model[0]).load("me/mine"), *list(model)[1:]], device="cpu")
+    assert_same_embeddings(opened.encode(TEXTS), model.encode(TEXTS))
     # A folder of that name goes first.
     asked.clear()
     promptembedder.save(model, tmp_path / "me" / "mine")
@@ -139,6 +151,24 @@ def test_a_pushed_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch):
     model = tiny_model()
     model.push_to_hub("me/mine")
     assert_same_embeddings(promptembedder.load("me/mine", device="cpu").encode(TEXTS), model.encode(TEXTS))
+
+
+def test_what_the_hubs_client_raises_is_one_line(tiny_model, hub, monkeypatch):
+    """It need not be an error of the operating system, nor the hub's own."""
+    place, _ = hub
+    promptembedder.save(tiny_model(), place / "me" / "mine")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("proxy")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(PromptEmbedderError, match=r"model me/mine could not be fetched from the hub .RuntimeError."):
+        promptembedder.load("me/mine")
+    with pytest.raises(PromptEmbedderError, match=r"base model me/lm could not be fetched from the hub .RuntimeError."):
+        base_models.locate("me/lm")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
+    with pytest.raises(PromptEmbedderError, match="no model at me/mine"):
+        promptembedder.load("me/mine")
 
 
 @pytest.mark.parametrize("name", ["else/theirs", "me/nothing"])
@@ -364,6 +394,10 @@ def test_a_model_stored_in_half_precision_opens(tiny_model, tmp_path):
     opened = promptembedder.load(tmp_path / "saved", device="cpu")
     assert {p.dtype for p in opened.parameters() if p.requires_grad} == {torch.float32}
     assert np.allclose(opened.encode(TEXTS, prompt=INSTRUCTION), expected, atol=1e-2)
+
+
+def test_a_model_comes_with_the_package():
+    assert "smollm2-135m" in shipped.names()
 
 
 @pytest.mark.parametrize("name", shipped.names())

@@ -17,7 +17,7 @@ import promptembedder
 from conftest import CUE, INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError, alignment, build
 from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
-from promptembedder.config import TrainingConfig, WarmStartConfig
+from promptembedder.config import TrainingConfig, WarmStartConfig, load_run
 from promptembedder.explain import explain
 from promptembedder.losses import make_loss
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
@@ -80,7 +80,9 @@ def test_training_lowers_the_loss(run_config):
     before = loss()
     history = train(config, model=model).history
     assert loss() < 0.9 * before
-    assert all(line["grad_norm"] > 0 for line in history if "grad_norm" in line)
+    norms = [line["grad_norm"] for line in history if "grad_norm" in line]
+    assert len(norms) == 25
+    assert min(norms) > 0
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("prefix", "float32"), ("suffix", "float32"), ("suffix", "bfloat16")])
@@ -307,16 +309,22 @@ def test_matryoshka_wider_than_the_embedding(tiny_model):
 
 @pytest.mark.parametrize("kind", ["infonce", "cached_infonce"])
 def test_masked_false_negatives_do_not_count(tiny_model, kind):
-    """Negatives that the model finds closer than the positive: the loss is as without them."""
+    """Those that the model finds closer to the anchor than its positive; beside a naive loss over the others."""
     model = tiny_model()
-    anchors, positives = TEXTS[:2], TEXTS[2:4]
-    pairs = [model.preprocess(texts, prompt=INSTRUCTION) for texts in (anchors, positives)]
-    false_negatives = model.preprocess(anchors, prompt=INSTRUCTION)
-    masked = make_loss(model, TrainingConfig(mask_false_negatives=True, loss=kind))
-    plain = make_loss(model, TrainingConfig(loss=kind))
+    columns = (TEXTS[:3], TEXTS[2:5], [TEXTS[0], TEXTS[4], TEXTS[1]])
+    features = [model.preprocess(texts, prompt=INSTRUCTION) for texts in columns]
+    masked = make_loss(model, TrainingConfig(mask_false_negatives=True, loss=kind, temperature=0.1))
+    anchors, positives, negatives = (torch.tensor(model.encode(texts, prompt=INSTRUCTION)) for texts in columns)
+    naive, left_out = [], 0
+    for n, anchor in enumerate(anchors):
+        own = float(anchor @ positives[n])
+        others = [*(anchor @ p for i, p in enumerate(positives) if i != n), *(anchor @ text for text in negatives)]
+        kept = [float(cosine) for cosine in others if float(cosine) <= own]
+        left_out += len(others) - len(kept)
+        naive.append(-math.log(math.exp(own / 0.1) / sum(math.exp(c / 0.1) for c in (own, *kept))))
+    assert 0 < left_out < 15
     with torch.no_grad():
-        own = masked([*pairs, false_negatives], None)
-        assert own < 0.5 * plain([*pairs, false_negatives], None)
+        assert float(masked(features, None)) == pytest.approx(sum(naive) / 3, rel=1e-3)
 
 
 def test_warm_start_writes_the_cue(tiny_model):
@@ -439,6 +447,46 @@ def test_a_run_again_in_the_folder_of_a_finished_one(run_config):
     assert {folder.name for folder in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     train(run_config(max_steps=2, save_every_steps=1, evaluation={"dev": None}))
     assert {folder.name for folder in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_what_is_no_checkpoint_of_ours_stays(run_config, tmp_path):
+    (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-notes.txt").write_text("mine")
+    train(run_config(max_steps=1))
+    assert (tmp_path / "run" / "checkpoint-best").is_dir()
+    assert (tmp_path / "run" / "checkpoint-notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"batch_size": 8}, "training.batch_size"),
+        ({"seed": 5, "temperature": 0.1}, "training.seed, training.temperature"),
+    ],
+)
+def test_a_run_goes_on_with_the_settings_it_began_with(run_config, changed, named):
+    train(run_config(max_steps=2, save_every_steps=1))
+    with pytest.raises(PromptEmbedderError, match=f"run began with another {named} .see begun.yaml.; give the settin"):
+        train(run_config(max_steps=2, save_every_steps=1, **changed), resume=True)
+    moved = run_config(max_steps=3, save_every_steps=1, logging_steps=2)
+    assert train(moved, resume=True).steps == 3
+    config = run_config(max_steps=3, save_every_steps=1)
+    with pytest.raises(PromptEmbedderError, match=r"began with another data.max_negatives"):
+        train(replace(config, data=replace(config.data, max_negatives=0)), resume=True)
+
+
+def test_documents_have_the_instruction_of_the_model_that_is_trained(run_config, tiny_model):
+    model = tiny_model(document_instruction="Be found.")
+    config = run_config(max_steps=1)
+    files = tuple(replace(file, asymmetric=True) for file in config.data.files)
+    config = replace(config, data=replace(config.data, files=files))
+    asked = []
+    whole = model[0].soft_prompt
+    model[0].soft_prompt = lambda instruction, *a, **k: asked.append(instruction) or whole(instruction, *a, **k)
+    folder = train(config, model=model).folder
+    assert "Be found." in asked
+    assert config.model.document_instruction not in asked
+    assert load_run(folder / "config.yaml").model == model[0].settings
 
 
 def test_an_interrupted_run_is_not_overwritten(run_config):

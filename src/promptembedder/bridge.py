@@ -82,8 +82,9 @@ class Bridge:
             with atomic.replacing(path) as scratch:
                 arrays = {"weight": self.weight_DF} | ({} if self.probe_D is None else {"probe": self.probe_D})
                 save_file(arrays, scratch, metadata={"facts": json.dumps(self.facts)})
-        except OSError as error:
-            raise PromptEmbedderError(f"bridge {path} cannot be written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
+            reason = getattr(error, "strerror", None) or error
+            raise PromptEmbedderError(f"bridge {path} cannot be written: {reason}") from error
 
 
 def load(path: Path) -> Bridge:

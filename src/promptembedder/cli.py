@@ -148,6 +148,8 @@ def encode(
             embedder.max_seq_length = max_text_tokens
         if instruction_guidance is not None:
             soft_prompt_module(embedder).instruction_guidance = instruction_guidance
+        if over is None and (truncate_dim or embedder.truncate_dim):
+            options["normalize_embeddings"] = True  # a part of a vector of length 1 is shorter
         if over is not None:
             over.check(embedder.encode([PROBE], show_progress_bar=False, **options)[0])
         for chunk in _progress(itertools.chain(first, chunks), total):
@@ -282,7 +284,7 @@ def bridge(
         raise PromptEmbedderError("--instruction must be a sentence")
     for place in (old, new):
         describe(place)  # a model that is not there is said before the other one reads every text
-    lines = list(dict.fromkeys(text for _, text in read_texts(texts, None)))
+    lines = list(dict.fromkeys(text for _, text in read_texts(texts, None, ids=False)))
     if len(lines) < FEWEST_TEXTS:
         raise PromptEmbedderError(f"a bridge needs at least {FEWEST_TEXTS} different texts, {texts} has {len(lines)}")
     if output.is_dir():

@@ -371,14 +371,14 @@ def load_run(path: Path, overrides: Sequence[str] = (), root: str | None = None)
         ) from None
     try:
         settings = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second: a date that is none
         raise PromptEmbedderError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise PromptEmbedderError(f"config {path} must be a mapping of sections, found {type(settings).__name__}")
     # A section with nothing in it is a section of defaults.
     settings = {name: {} if value is None else value for name, value in settings.items()}
     settings = _overridden(settings, overrides)
-    if root is not None:
+    if root is not None and isinstance(settings.get("data", {}), dict):
         settings["data"] = {**settings.get("data", {}), "root": root}
     return parse(RunConfig, settings, where=str(path))
 
@@ -408,9 +408,9 @@ def _value(text: str) -> Any:
     """What the command line gives, read as YAML; a sentence stays one where YAML sees a mapping or a comment in it."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text
-    if isinstance(value, dict) and (not text.lstrip().startswith("{") or set(value.values()) == {None}):
+    if isinstance(value, dict) and (not text.lstrip().startswith("{") or all(v is None for v in value.values())):
         return text  # "Topic: which?", "{text}"
     return text if isinstance(value, str) and " #" in text and " #" not in value else value
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetNotFoundError
 
 from promptembedder.config import DataConfig, DataFile
 from promptembedder.contrast import MadeUpRow, contrast_rows
@@ -279,8 +278,9 @@ def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
             raise PromptEmbedderError(f"data file {path!r} names no dataset, expected hub:owner/name")
         try:
             table = load_dataset(name, split="train")
-        except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
-            raise PromptEmbedderError(f"dataset {name!r} could not be fetched from the hub: {error}") from error
+        except Exception as error:  # of the library, of its HTTP client, of whatever reads the files
+            reason = " ".join(str(error).split())[:300]
+            raise PromptEmbedderError(f"dataset {name!r} could not be fetched from the hub: {reason}") from error
         yield from ((f"{path}, row {n + 1}", row) for n, row in enumerate(table))
         return
     file = data_path(path, root)

@@ -26,7 +26,7 @@ TextFormat = Literal["lines", "jsonl", "parquet"]
 
 
 def read_texts(
-    source: str, kind: TextFormat | None, text_field: str = "text", id_field: str = "id"
+    source: str, kind: TextFormat | None, text_field: str = "text", id_field: str = "id", *, ids: bool = True
 ) -> Iterator[tuple[str, str]]:
     """Yield (id, text) from text lines, JSONL or Parquet, one at a time.
 
@@ -35,6 +35,7 @@ def read_texts(
         kind: format; unset: by the file's ending, lines otherwise.
         text_field: field of the text in JSONL and Parquet.
         id_field: field of the id; rows without it get their number, from 0.
+        ids: whether ids are of use, and have to differ.
 
     Raises:
         PromptEmbedderError: file missing or damaged, a text empty or no string, an id used twice.
@@ -48,7 +49,7 @@ def read_texts(
         if not is_unicode(text):
             raise PromptEmbedderError(f"{where}: text is not valid UTF-8")
         name = str(n if identity is None else identity)
-        if kind != "lines":  # whose numbers differ
+        if ids and kind != "lines":  # whose numbers differ
             if name in seen:
                 raise PromptEmbedderError(f"{where}: id {name!r} is used twice")
             seen.add(name)

@@ -52,7 +52,18 @@ class OpposedLoss(nn.Module):
 
 
 def check_losses(config: TrainingConfig, data: TrainingData) -> None:
-    """Refuse a cached loss where rows do without in-batch negatives, before a model is opened."""
+    """Refuse what a loss cannot do with these rows, before a model is opened.
+
+    Raises:
+        PromptEmbedderError: a cached loss where rows do without in-batch negatives; several hard negatives a row where
+            false negatives are masked without a cache.
+    """
+    several = any("negative_2" in rows.column_names for rows in data.datasets.values())
+    if several and config.mask_false_negatives and config.loss == "infonce":
+        raise PromptEmbedderError(
+            "training.mask_false_negatives takes one hard negative a row: set data.max_negatives=1, or "
+            "training.loss=cached_infonce"
+        )
     if data.own_negatives and config.loss == "cached_infonce":
         raise PromptEmbedderError(
             "training.loss cached_infonce is for large batches of in-batch negatives; take infonce, or leave "
@@ -121,7 +132,7 @@ def _matryoshka(model: SentenceTransformer, loss: nn.Module, config: TrainingCon
         raise PromptEmbedderError(
             f"training.matryoshka_dims holds {max(config.matryoshka_dims)}, the embedding has {width} dimensions"
         )
-    nested: nn.Module = losses.MatryoshkaLoss(
-        model, loss, matryoshka_dims=sorted({*config.matryoshka_dims}, reverse=True)
-    )
+    # The whole embedding too: the library trains the widths it is given and nothing beyond.
+    widths = {*config.matryoshka_dims} | ({width} if width is not None else set())
+    nested: nn.Module = losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted(widths, reverse=True))
     return nested

@@ -241,7 +241,9 @@ def encode(
         check_text(text, n)
     one = instructions is None or isinstance(instructions, str)
     several = [instructions or ""] if instructions is None or isinstance(instructions, str) else list(instructions)
-    several = [instruction or module.settings.default_instruction for instruction in several]
+    # As the library's `encode` without a prompt.
+    default = model.prompts.get(model.default_prompt_name or "") or module.settings.default_instruction
+    several = [instruction or default for instruction in several]
     width = model.get_embedding_dimension() or module.get_embedding_dimension()
     result = np.zeros((len(several), len(texts), width), dtype=np.float32)
     by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
@@ -379,7 +381,7 @@ Prompting LLM `{bases.prompter}`, frozen Embedding LLM `{bases.backbone}`, layou
 ```python
 import promptembedder
 
-model = promptembedder.load("path/of/this/folder")
+model = promptembedder.load("path/of/this/folder")  # or its id on the hub
 embeddings = model.encode(["a text"], prompt={json.dumps(settings.default_instruction, ensure_ascii=False)})
 ```
 """

@@ -375,7 +375,8 @@ class SoftPromptTransformer(InputModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> SoftPromptTransformer:
-        """Open a saved module from its folder; see `promptembedder.load` for whole models."""
+        """Open a saved module from its folder or hub id; see `promptembedder.load` for whole models."""
         from promptembedder.model import load_module
+        from promptembedder.saved import folder_of
 
-        return load_module(Path(model_name_or_path) / subfolder)
+        return load_module(folder_of(model_name_or_path) / subfolder)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from promptembedder import workers
-from promptembedder.config import ModelConfig
+from promptembedder import atomic, workers
+from promptembedder.config import ModelConfig, RunConfig, dump_yaml, load_run
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.saved import read_settings
 from promptembedder.saved_names import CONFIG_FILE
+
+_BEGUN = "begun.yaml"
+# What an interrupted run may go on with.
+_MAY_CHANGE = {
+    *("root", "output", "max_steps", "save_every_steps", "keep_checkpoints", "logging_steps", "early_stop_patience"),
+    *("mini_batch_size", "soft_prompt_leaf", "text_state_cache", "text_state_folder", "text_state_precision"),
+}
+# As the library names them; what a user calls `checkpoint-best` is the user's.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def make_folder(output: Path, *, fresh: bool) -> None:
@@ -31,7 +42,8 @@ def make_folder(output: Path, *, fresh: bool) -> None:
         probe.unlink(missing_ok=True)  # another worker may have been faster
         if fresh and workers.number() == 0:
             for checkpoint in output.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+                if _CHECKPOINT.fullmatch(checkpoint.name) and checkpoint.is_dir():
+                    shutil.rmtree(checkpoint)
     except OSError as error:
         raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error
 
@@ -52,6 +64,36 @@ def checkpoint_of(output: Path, resume: bool, structure: ModelConfig) -> str | N
     if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
         raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
     return found
+
+
+def note_settings(output: Path, config: RunConfig, *, resumed: bool) -> None:
+    """Write down what a run begins with, or refuse to go on with other rows or other steps.
+
+    The library would skip as many batches of another order, on another schedule, and say nothing.
+
+    Raises:
+        PromptEmbedderError: a resumed run began with other settings; the file cannot be read.
+    """
+    file = output / _BEGUN
+    if not resumed:
+        if workers.number() == 0:
+            atomic.write_text(file, dump_yaml(config))
+    elif file.is_file():
+        began, now = _that_matter(load_run(file)), _that_matter(config)
+        if differing := sorted(name for name in now if began[name] != now[name]):
+            raise PromptEmbedderError(
+                f"{output} began with another {', '.join(differing)} (see {file.name}); give the settings it had"
+            )
+
+
+def _that_matter(config: RunConfig) -> dict[str, Any]:
+    """Settings of which an interrupted run's steps depend, by name."""
+    return {
+        f"{section}.{name}": value
+        for section, given in (("data", config.data), ("training", config.training))
+        for name, value in asdict(given).items()
+        if name not in _MAY_CHANGE
+    }
 
 
 def last_checkpoint(output: Path) -> str | None:

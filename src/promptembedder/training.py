@@ -27,7 +27,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.losses import check_losses, make_losses
 from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
-from promptembedder.run_folder import checkpoint_of, make_folder
+from promptembedder.run_folder import checkpoint_of, make_folder, note_settings
 from promptembedder.saved import folder_of, read_settings
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import TextStateCache, open_text_cache
@@ -99,6 +99,7 @@ def train(
         config = _started(config, folder_of(start))
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
+    config = replace(config, model=structure)
     _check(config, structure)
     checkpoint = checkpoint_of(output, resume, structure)
     if data is None:
@@ -108,8 +109,12 @@ def train(
     most_rows = largest(data)
     if most_rows < settings.batch_size:
         logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most_rows)
-    workers.check(settings.batch_size, {name: len(rows) for name, rows in data.datasets.items()})
+    workers.check(
+        settings.batch_size,
+        {f"{name} ({data.prompts.get(name, {}).get('anchor', '')})": len(rows) for name, rows in data.datasets.items()},
+    )
     make_folder(output, fresh=checkpoint is None)
+    note_settings(output, config, resumed=checkpoint is not None)
     if model is None and start is not None:
         model = load(start, device=workers.device())
     elif model is None:

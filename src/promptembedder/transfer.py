@@ -363,7 +363,7 @@ def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
 def _read_texts(config: TransferConfig) -> list[str]:
     texts: list[str] = []
     for source in config.texts:
-        texts += [text for _, text in read_texts(str(data_path(source, config.data.root)), None)]
+        texts += [text for _, text in read_texts(str(data_path(source, config.data.root)), None, ids=False)]
     texts = list(dict.fromkeys(texts))
     if config.texts and len(texts) < config.training.batch_size:
         raise PromptEmbedderError(
