@@ -112,7 +112,7 @@ def tiny_config(architecture: str, vocab: int, width: int = 32) -> PreTrainedCon
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": width // 4,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.12,
         "bos_token_id": 1,
         "eos_token_id": 0,
@@ -269,11 +269,13 @@ def hub(tmp_path, monkeypatch):
     """A hub with one model of ours and one of somebody else's; what is fetched is noted."""
     place, asked = tmp_path / "hub", []
 
-    def one_file(hub_id, name):
+    def one_file(hub_id, name, revision=None):
+        hub_id = hub_id if revision is None else f"{hub_id}@{revision}"
         if not (place / hub_id / name).is_file():
             raise LocalEntryNotFoundError(f"{hub_id} has no {name}")
 
-    def snapshot(hub_id, revision=None, allow_patterns=None):
+    def snapshot(hub_id, revision=None, allow_patterns=None, ignore_patterns=()):
+        hub_id = hub_id if revision is None else f"{hub_id}@{revision}"
         asked.append((hub_id, allow_patterns))
         fetched = tmp_path / "fetched" / hub_id
         shutil.rmtree(fetched, ignore_errors=True)

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     FalconH1Config,
+    Gemma3nConfig,
     Gemma3nTextConfig,
     Gemma3TextConfig,
     MambaConfig,
@@ -53,6 +54,7 @@ def test_hub_id_without_network():
         (Gemma3TextConfig(use_bidirectional_attention=True), "not a causal decoder"),
         (Gemma3nTextConfig(), "its layers read token ids"),
         (FalconH1Config(), r"its layers are not all attention \(hybrid\)"),
+        (Gemma3nConfig(), "its layers read token ids"),
         (Qwen3NextConfig(), r"its layers are not all attention \(linear_attention\)"),
     ],
 )

@@ -129,6 +129,7 @@ BAD_SETTINGS = {
     "infinity": ("training: {temperature: .inf}", ["training.temperature = inf:", "finite number"]),
     "layout": ("model: {layout: infix}", ["model.layout = 'infix':", "'prefix' or 'suffix'"]),
     "no text": ("model: {text_template: 'a word'}", ["text_template", "'a word'", "{text} exactly once"]),
+    "no line break": ("model: {text_template: '{text}\\nThe'}", ["text_template", "double quotes in YAML"]),
     "text twice": ("model: {text_template: '{text} {text}'}", ["text_template", "'{text} {text}'", "exactly once"]),
     "unreadable size": ("training: {text_state_cache: lots}", ["training.text_state_cache = 'lots':", "byte string"]),
     "unit unknown": ("training: {text_state_cache: 8 apples}", ["text_state_cache = '8 apples':", "byte unit"]),

@@ -29,7 +29,8 @@ def small_corpus(monkeypatch):
 def test_demo_writes_all_it_promises(small_corpus, tiny_lm, tmp_path):
     text = demo.run_demo(tmp_path / "demo", steps=2, llm=str(tiny_lm()))
     made = {p.name for p in (tmp_path / "demo").iterdir()}
-    assert made == {"data", "model", "training", "results.json", "report.md", "picture.png", "sample.txt"}
+    files = {"results.json", "report.md", "picture.png", "sample.txt"}
+    assert made == {".promptembedder-demo", "data", "model", "training", *files}
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert set(results) == {"ndcg_at_10", "v_measure", "seconds", "peak_memory_gib"}
     for figure in ("ndcg_at_10", "v_measure"):
@@ -46,6 +47,18 @@ def test_demo_writes_all_it_promises(small_corpus, tiny_lm, tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"holds 'notes.txt', which no demo wrote"):
         demo.run_demo(tmp_path / "demo", steps=1, llm=str(tiny_lm()))
     assert (tmp_path / "demo" / "results.json").is_file()
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(small_corpus, tiny_lm, tmp_path):
+    """Also where its folders have the names that the demo's have, or where the LLM is not there."""
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "data" / "years.txt").write_text("of work")
+    with pytest.raises(PromptEmbedderError, match=r"holds 'data', which no demo wrote"):
+        demo.run_demo(tmp_path / "mine", steps=1, llm=str(tiny_lm()))
+    (tmp_path / "mine" / ".promptembedder-demo").touch()
+    with pytest.raises(PromptEmbedderError, match=r"base model .* not found"):
+        demo.run_demo(tmp_path / "mine", steps=1, llm=str(tmp_path / "nowhere"))
+    assert (tmp_path / "mine" / "data" / "years.txt").read_text() == "of work"
 
 
 def test_the_model_that_comes_along_is_shown_too(small_corpus, tiny_model, tmp_path, monkeypatch):

@@ -54,6 +54,9 @@ def test_defaults_for_queries_and_documents(tiny_model):
     assert np.array_equal(model.encode(TEXTS), model.encode(TEXTS, prompt="Find answers."))
     assert np.array_equal(model.encode_query(TEXTS), model.encode(TEXTS, prompt="Find answers."))
     assert np.array_equal(model.encode_document(TEXTS), model.encode(TEXTS, prompt="Be found."))
+    # Programs that wrap the library know prompts by these two names.
+    assert np.array_equal(model.encode(TEXTS, prompt_name="document"), model.encode(TEXTS, prompt="Be found."))
+    assert np.array_equal(model.encode(TEXTS, prompt_name="query"), model.encode(TEXTS, prompt="Find answers."))
     given = model.encode_document(TEXTS, prompt=INSTRUCTION)
     assert np.array_equal(given, model.encode(TEXTS, prompt=INSTRUCTION))
 
@@ -107,6 +110,8 @@ def test_a_bad_text_is_told_by_its_place_before_any_is_read(tiny_model, monkeypa
 def test_unknown_argument_is_refused(tiny_model):
     with pytest.raises(ValueError, match="instructon"):
         tiny_model().encode(TEXTS, instructon="misspelt")
+    with pytest.raises(PromptEmbedderError, match=r"processing_kwargs are not taken; model.max_seq_length"):
+        tiny_model().encode(TEXTS, processing_kwargs={"text": {"max_length": 3}})
 
 
 def test_long_text_is_cut_and_said_once(tiny_model, caplog):
@@ -135,6 +140,20 @@ def test_a_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch, tmp_path):
     promptembedder.save(model, tmp_path / "me" / "mine")
     promptembedder.load("me/mine", device="cpu")
     assert not asked
+
+
+def test_a_revision_of_a_model_on_the_hub(tiny_model, hub):
+    place, asked = hub
+    old, new = tiny_model(), tiny_model()
+    with torch.no_grad():
+        new[0].alignment.weight.mul_(-1)
+    promptembedder.save(new, place / "me" / "mine")
+    promptembedder.save(old, place / "me" / "mine@v1")
+    for revision, model in ((None, new), ("v1", old)):
+        opened = promptembedder.load("me/mine", device="cpu", revision=revision)
+        assert_same_embeddings(opened.encode(TEXTS), model.encode(TEXTS))
+    assert {hub_id for hub_id, _ in asked} == {"me/mine", "me/mine@v1"}
+    assert not np.allclose(old.encode(TEXTS), new.encode(TEXTS), atol=1e-3)
 
 
 def test_a_pushed_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch):
@@ -190,10 +209,22 @@ def test_the_text_limit_may_be_set(tiny_model, tmp_path):
     assert promptembedder.load(tmp_path / "short", device="cpu").max_seq_length == 4
     with pytest.raises(PromptEmbedderError, match="must be a positive number of tokens, found 0"):
         model.max_seq_length = 0
-    with pytest.raises(PromptEmbedderError, match=r"texts of 513 tokens are too long.* reads 512"):
-        model.max_seq_length = 513
-    with pytest.raises(PromptEmbedderError, match="texts of 513 tokens are too long"):
-        tiny_model(max_text_tokens=513)
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "prefix", "max_instruction_tokens": 20}])
+def test_no_more_is_read_than_the_llm_has_positions_for(tiny_model, options):
+    """Of 1,024, all that stands beside a text counts: counted here in what the backbone is given."""
+    model = tiny_model(num_soft_tokens=3, **options)
+    (text,) = model[0].preprocess(["x"])["input_ids"]
+    instruction = 20 if options else 0
+    opening = len(model[0].instruction_ids("")) - len(model[0].tokenizer("\n", add_special_tokens=False)["input_ids"])
+    room = 1024 - (len(text) - 1) - 3 - instruction - (opening if options else 0)
+    model.max_seq_length = room
+    with pytest.raises(PromptEmbedderError, match=rf"texts of {room + 1} tokens, with \d+ beside them, .* reads 1024"):
+        model.max_seq_length = room + 1
+    tiny_model(num_soft_tokens=3, max_text_tokens=room, **options)
+    with pytest.raises(PromptEmbedderError, match=rf"texts of {room + 1} tokens"):
+        tiny_model(num_soft_tokens=3, max_text_tokens=room + 1, **options)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import promptembedder
 from conftest import CUE, INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError, alignment, build
 from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
+from promptembedder.callbacks import SoftPromptLeafCallback
 from promptembedder.config import TrainingConfig, WarmStartConfig, load_run
 from promptembedder.explain import explain
 from promptembedder.losses import make_loss
@@ -502,6 +504,14 @@ def test_a_checkpoint_of_another_model_is_refused(run_config):
     train(run_config())
     with pytest.raises(PromptEmbedderError, match="made with another text_template; give the settings it had"):
         train(run_config(model={"text_template": "Another: {text}"}), resume=True)
+
+
+def test_fp16_is_refused(tiny_model):
+    """The trainer scales the gradients that it has; those of soft prompts come later."""
+    callback = SoftPromptLeafCallback(tiny_model()[0], max_grad_norm=1.0)
+    with pytest.raises(PromptEmbedderError, match="train in bf16"):
+        callback.on_train_begin(SimpleNamespace(fp16=True), None, None)
+    callback.on_train_begin(SimpleNamespace(fp16=False), None, None)
 
 
 def test_nothing_to_resume(run_config):

@@ -113,16 +113,21 @@ class Backbone(nn.Module):
         """D, which is also E."""
         return int(self.lm.config.get_text_config(decoder=True).hidden_size)
 
-    def check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int, beside: int) -> None:
         """Refuse texts longer than the LLM has positions for.
+
+        Args:
+            tokens: of the longest text.
+            beside: what else is read with it: template, instruction, soft prompt.
 
         Raises:
             PromptEmbedderError: it has fewer.
         """
         positions = getattr(self.lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if positions is not None and tokens > positions:
+        if positions is not None and tokens + beside > positions:
             raise PromptEmbedderError(
-                f"texts of {tokens} tokens are too long for the backbone, which reads {positions}"
+                f"texts of {tokens} tokens, with {beside} beside them, are too long for the backbone, which reads "
+                f"{positions}"
             )
 
     def embedder(self, ids_BT: Tensor, mask_BT: Tensor) -> Embedder:

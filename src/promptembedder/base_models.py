@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
+from sentence_transformers.util import get_device_name
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import GgufConfig
@@ -187,7 +188,8 @@ def load_config(located: LocatedModel) -> Any:
     missing = [n for n in ("inputs_embeds", "position_ids", CACHE_ARGUMENT) if n not in taken]
     if missing:
         raise PromptEmbedderError(f"base model {where} is not supported: its forward takes no {', '.join(missing)}")
-    if kinds := _other_than_attention(config):
+    # An LLM that also sees or hears keeps its layers' kinds one level below.
+    if kinds := _other_than_attention(config) or _other_than_attention(config.get_text_config(decoder=True)):
         raise PromptEmbedderError(
             f"base model {where} is not supported: {kinds}; llama, qwen, gemma 3, mistral styles work"
         )
@@ -266,7 +268,8 @@ def resolve_dtype(setting: str, device: torch.device | str | None = None) -> tor
     """
     if setting != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
-    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    # Without a device sentence-transformers takes the accelerator that there is.
+    kind = torch.device(device if device is not None else get_device_name()).type
     if kind == "cuda":  # older ones emulate it, as some CPUs do
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if kind != "cpu":

@@ -192,10 +192,17 @@ def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:
 
 def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:
     """A `SentenceTransformer` of a module and what the settings put after it."""
-    # Prompts stay empty: the module holds the instructions to fall back on, for queries and for documents.
     modules: list[torch.nn.Module] = [module]
     if module.settings.linear_head:
         width = module.get_embedding_dimension()
         head = Dense(width, width, bias=False, activation_function=None, init_weight=torch.eye(width))
         modules.append(head)
-    return SentenceTransformer(modules=[*modules, Normalize()], device=device, similarity_fn_name="cosine")
+    prompts = default_prompts(module.settings)
+    return SentenceTransformer(
+        modules=[*modules, Normalize()], device=device, prompts=prompts, similarity_fn_name="cosine"
+    )
+
+
+def default_prompts(settings: ModelConfig) -> dict[str, str]:
+    """What `prompt_name` stands for; the library's own are empty, which would be the queries' for documents, too."""
+    return {"query": settings.default_instruction, "document": settings.document_instruction}

@@ -45,8 +45,10 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         self._exchanged: dict[str, int] = {}
         self.grad_norm = 0.0
 
-    def on_train_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any = None, *others: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Start sharing soft prompts."""
+        if getattr(args, "fp16", False):
+            raise PromptEmbedderError("fp16 scales gradients before SoftPromptLeafCallback makes them: train in bf16")
         self._module.leaves = SoftPromptLeaves()
         ours = {id(parameter) for parameter in self._module.parameters()}
         self._trained = [p for p in (model or self._module).parameters() if p.requires_grad]

@@ -61,8 +61,9 @@ class ModelConfig:
         deep_soft_prompt_rank: of these alignments, which are then products of two thin matrices; unset: whole.
         linear_head: a trained square matrix after pooling, started as the identity.
         instruction_guidance: above 1, embeddings are moved away from what they are under `default_instruction`, so that
-            what the instruction asks for counts more (`SoftPromptTransformer.guided`). Costs K more tokens a text in
-            layout `suffix`, a second pass over the text in `prefix`.
+            what the instruction asks for counts more (`SoftPromptTransformer.embeddings`); documents under
+            `document_instruction` are not. Costs K more tokens a text in layout `suffix`, a second pass over the text
+            in `prefix`.
         max_text_tokens: longer texts are cut.
         max_instruction_tokens: longer instructions (and texts the prompter reads) are cut.
         text_template: what the backbone reads as text; `{text}` stands for it.
@@ -101,6 +102,9 @@ class ModelConfig:
     document_instruction: str = "Represent the document so that a search finds it."
 
     def __post_init__(self) -> None:
+        for name in ("text_template", "instruction_template"):
+            if "\\n" in (getattr(self, name) or ""):
+                raise ValueError(f"{name} holds a backslash and an n; a line break needs double quotes in YAML")
         if self.text_template.count("{text}") != 1:
             raise ValueError("text_template must hold {text} exactly once")
         if self.instruction_template is not None:

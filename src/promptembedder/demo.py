@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from promptembedder import atomic, baselines, shipped
+from promptembedder import atomic, base_models, baselines, shipped
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, ModelConfig, RunConfig, TrainingConfig
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.explain import explain
@@ -38,6 +38,8 @@ _TEST_PER_TOPIC = 50
 _SEED = 13
 _FIGURES = {"ndcg_at_10": "nDCG@10, headline to article", "v_measure": "V-measure, topics"}
 _SHIPPED = "smollm2-135m"
+# Tells a demo's folder from one whose folders merely have the same names.
+_MARK = ".promptembedder-demo"
 _METHODS = {
     "mean_pooling": "untrained, mean of last hidden states",
     "hard_cue": "untrained, PromptEOL cue",
@@ -72,6 +74,7 @@ def run_demo(output: Path, *, steps: int = 20, llm: str = "smollm2-135m-instruct
     started = time.monotonic()
     _check_plotting()
     train_articles, test_articles = split(read_articles())
+    base_models.locate(llm)  # before anything is removed
     _clear(output)
     config = _config(output, steps, llm)
     _write_rows(output / "data", train_articles)
@@ -286,14 +289,16 @@ def _next_steps(output: Path) -> str:
 
 def _clear(output: Path) -> None:
     """Make the folder and remove what an earlier demo left; refuse a folder that is somebody else's."""
-    ours = {"data", "training", "model", "results.json", "report.md", "picture.png", "sample.txt"}
+    ours = {_MARK, "data", "training", "model", "results.json", "report.md", "picture.png", "sample.txt"}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        foreign = sorted(p.name for p in output.iterdir() if p.name not in ours)
+        found = sorted(p.name for p in output.iterdir())
+        foreign = [name for name in found if name not in ours] or (found if _MARK not in found else [])
         if foreign:
             raise PromptEmbedderError(f"{output} holds {foreign[0]!r}, which no demo wrote; choose another folder")
         for left in output.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (output / _MARK).touch()
     except OSError as error:
         raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error
 
@@ -302,9 +307,7 @@ def _check_plotting() -> None:
     try:
         importlib.metadata.version("matplotlib")
     except importlib.metadata.PackageNotFoundError:
-        raise PromptEmbedderError(
-            "the demo draws a picture; install it with: pip install promptembedder[demo]"
-        ) from None
+        raise PromptEmbedderError("the demo draws a picture; install it with: pip install '.[demo]'") from None
 
 
 def _peak_memory_gib() -> float:

@@ -29,7 +29,10 @@ def fetched(
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        folder = Path(
+            # Some repositories hold the same weights a second time, in their maker's layout.
+            snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"])
+        )
     except Exception as error:  # what its HTTP client raises, which is another one from version to version
         advice = advice or "check the id, your network and HF_TOKEN"
         why = type(error).__name__
@@ -37,8 +40,12 @@ def fetched(
     return folder, folder.name if len(folder.name) == 40 else None
 
 
-def saved_model(hub_id: str) -> Path | None:
+def saved_model(hub_id: str, revision: str | None = None) -> Path | None:
     """A saved model's folder, fetched from the hub: settings and safetensors, no code and no pickle.
+
+    Args:
+        hub_id: `owner/name`.
+        revision: branch, tag or commit; unset: the main branch.
 
     Returns:
         None where there is no such model, or it is not one of ours.
@@ -49,7 +56,7 @@ def saved_model(hub_id: str) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(hub_id, CONFIG_FILE)
+        hf_hub_download(hub_id, CONFIG_FILE, revision=revision)
     except Exception:  # as above; whatever it is, there is no model to open
         return None
-    return fetched(hub_id, ["*.json", "*.safetensors", "*.md"])[0]
+    return fetched(hub_id, ["*.json", "*.safetensors", "*.md"], revision)[0]

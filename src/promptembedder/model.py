@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from promptembedder import base_models
 from promptembedder.base_models import LocatedModel
-from promptembedder.building import build_module
+from promptembedder.building import build_module, default_prompts
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer, check_text
@@ -47,6 +47,7 @@ def load(
     dtype: str | None = None,
     prompter: str | None = None,
     backbone: str | None = None,
+    revision: str | None = None,
 ) -> SentenceTransformer:
     """Open a saved model with its path alone; no remote code, no pickle.
 
@@ -58,12 +59,13 @@ def load(
         prompter: where the Prompting LLM is now, if it is no longer where it was: a folder, GGUF file or hub id. Its
             weights must be the same. Where one LLM is both, `backbone` is enough.
         backbone: where the Embedding LLM is now, likewise.
+        revision: branch, tag or commit of a model from the hub; unset: its main branch.
 
     Raises:
         PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
             LLM is not the one the model was trained with.
     """
-    folder = folder_of(path)
+    folder = folder_of(path, revision)
     saved = read_json(folder / "config_sentence_transformers.json")
     modules: list[torch.nn.Module] = []
     entries = read_json(folder / "modules.json")
@@ -75,10 +77,11 @@ def load(
             modules.append(load_module(place, device=device, dtype=dtype, prompter=prompter, backbone=backbone))
         else:
             modules.append(_library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"]))
+    named = {name: prompt for name, prompt in (saved.get("prompts") or {}).items() if prompt}
     return SentenceTransformer(
         modules=modules,
         device=device,
-        prompts=saved.get("prompts"),
+        prompts={**default_prompts(soft_prompt_module(modules).settings), **named},
         default_prompt_name=saved.get("default_prompt_name"),
         similarity_fn_name=saved.get("similarity_fn_name"),
         truncate_dim=saved.get("truncate_dim"),
@@ -198,8 +201,8 @@ def refuse_foreign(target: Path) -> None:
         raise PromptEmbedderError(f"{target} exists and is not a saved model; choose another folder")
 
 
-def soft_prompt_module(model: SentenceTransformer) -> SoftPromptTransformer:
-    """The `SoftPromptTransformer` inside a model.
+def soft_prompt_module(model: SentenceTransformer | Sequence[torch.nn.Module]) -> SoftPromptTransformer:
+    """The `SoftPromptTransformer` inside a model, or at the head of its modules.
 
     Raises:
         PromptEmbedderError: the model has none.

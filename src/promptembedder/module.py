@@ -36,7 +36,7 @@ from promptembedder.saved_names import (
     PROMPTER_WEIGHTS,
     BaseModels,
 )
-from promptembedder.text import is_unicode
+from promptembedder.text import is_unicode, opening_ids, plain_ids
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,6 @@ class SoftPromptTransformer(InputModule):
         self.tokenizer = tokenizer
         self.settings = config
         self.base_models = base_models
-        backbone.check_room(config.max_text_tokens)
         self.leaves: SoftPromptLeaves | None = None
         self.training_text_tokens: int | None = None
         self._remembered: OrderedDict[str, Tensor] = OrderedDict()
@@ -150,10 +149,11 @@ class SoftPromptTransformer(InputModule):
         self._said_truncated = False
         head, tail = config.text_template.split("{text}")
         # What opens a sequence goes before the first words: in layout `prefix` these are the instruction's.
-        opening = self._without_closing(tokenizer("")["input_ids"])
+        opening = opening_ids(tokenizer)
         self._opening_ids = opening if config.layout == "prefix" else []
-        self._head_ids = [*([] if config.layout == "prefix" else opening), *self._plain_ids(head)]
-        self._tail_ids = self._plain_ids(tail)
+        self._head_ids = [*([] if config.layout == "prefix" else opening), *plain_ids(self.tokenizer, head)]
+        self._tail_ids = plain_ids(self.tokenizer, tail)
+        backbone.check_room(config.max_text_tokens, self._beside_texts)
 
     # -- texts and instructions to features ---------------------------------------------------------------------
 
@@ -176,7 +176,8 @@ class SoftPromptTransformer(InputModule):
         Raises:
             PromptEmbedderError: a text that is empty or no string, an unknown argument.
         """
-        unknown.pop("processing_kwargs", None)
+        if unknown.pop("processing_kwargs", None):
+            raise PromptEmbedderError("processing_kwargs are not taken; model.max_seq_length sets how much is read")
         if unknown:
             raise PromptEmbedderError(f"unknown arguments {sorted(unknown)}; valid: prompt, task")
         default = self.settings.document_instruction if task == "document" else self.settings.default_instruction
@@ -203,7 +204,7 @@ class SoftPromptTransformer(InputModule):
     def _text_ids(self, text: Any, n: int) -> list[int]:
         check_text(text, n)
         limit = min(self.settings.max_text_tokens, self.training_text_tokens or self.settings.max_text_tokens)
-        ids = self._plain_ids(text)
+        ids = plain_ids(self.tokenizer, text)
         if len(ids) > limit and not self._said_truncated:
             self._said_truncated = True
             logger.warning("a text of %d tokens is read up to max_text_tokens = %d (said once)", len(ids), limit)
@@ -218,13 +219,13 @@ class SoftPromptTransformer(InputModule):
             mask_BT[n, : len(row)] = 1
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
-    def _plain_ids(self, words: str) -> list[int]:
-        return list(self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _without_closing(self, ids: Sequence[int]) -> list[int]:
-        """Opening special tokens stay; a closing one would end the text before the soft prompt begins."""
-        ids = list(ids)
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id else ids
+    @property
+    def _beside_texts(self) -> int:
+        """Tokens that the backbone reads beside a text's, at most."""
+        words = self.settings.layout == "prefix" or self.settings.instruction_template is not None
+        instruction = self.settings.max_instruction_tokens if words else 0
+        around = len(self._opening_ids) + len(self._head_ids) + len(self._tail_ids)
+        return around + instruction + self.settings.num_soft_tokens
 
     # -- features to embeddings ---------------------------------------------------------------------------------
 
@@ -247,17 +248,20 @@ class SoftPromptTransformer(InputModule):
 
         With `instruction_guidance` w above 1: w e(instruction) - (w - 1) e(default instruction). This is
         classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, whose w is ours less 1) with the default
-        instruction in the place of no condition. Under the default instruction itself nothing changes.
+        instruction in the place of no condition. Under the default instruction itself, and under that of documents,
+        nothing changes.
 
         Args:
             embed: of the backbone, holds the texts.
             instructions: in words.
         """
         default, weight = self.settings.default_instruction, self.settings.instruction_guidance
+        # Documents are looked for under any instruction: they stay where queries are.
+        unguided = (default, self.settings.document_instruction)
         default_BE: Tensor | None = None
         for instruction in instructions:
             embedding_BE = embed(self.soft_prompt(instruction), self.instruction_ids(instruction))
-            if weight > 1 and instruction != default:
+            if weight > 1 and instruction not in unguided:
                 if default_BE is None:
                     default_BE = embed(self.soft_prompt(default), self.instruction_ids(default))
                 embedding_BE = weight * embedding_BE - (weight - 1) * default_BE
@@ -316,7 +320,7 @@ class SoftPromptTransformer(InputModule):
         if words is None and template is not None:
             words = template.replace("{instruction}", instruction)
         # The end stays: there the template goes on to the soft prompt.
-        ids = [] if words is None else self._plain_ids(words)[-self.settings.max_instruction_tokens :]
+        ids = [] if words is None else plain_ids(self.tokenizer, words)[-self.settings.max_instruction_tokens :]
         return torch.tensor(self._opening_ids + ids, dtype=torch.long, device=self.alignment.weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -338,7 +342,7 @@ class SoftPromptTransformer(InputModule):
     def max_seq_length(self, tokens: int) -> None:
         if not isinstance(tokens, int) or tokens < 1:
             raise PromptEmbedderError(f"max_seq_length must be a positive number of tokens, found {tokens!r}")
-        self.backbone.check_room(tokens)
+        self.backbone.check_room(tokens, self._beside_texts)
         self.settings = replace(self.settings, max_text_tokens=tokens)
 
     @property
@@ -374,9 +378,11 @@ class SoftPromptTransformer(InputModule):
         (folder / CONFIG_FILE).write_text(json.dumps(self.get_config_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> SoftPromptTransformer:
+    def load(
+        cls, model_name_or_path: str, subfolder: str = "", revision: str | None = None, **kwargs: Any
+    ) -> SoftPromptTransformer:
         """Open a saved module from its folder or hub id; see `promptembedder.load` for whole models."""
         from promptembedder.model import load_module
         from promptembedder.saved import folder_of
 
-        return load_module(folder_of(model_name_or_path) / subfolder)
+        return load_module(folder_of(model_name_or_path, revision) / subfolder)

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from promptembedder.base_models import input_embeddings
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import CACHE_ARGUMENT
+from promptembedder.text import opening_ids, plain_ids
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class Prompter(nn.Module):
             _say_cut(len(cut), self.max_request_tokens)
             request = self.tokenizer.decode(cut[: self.max_request_tokens])
         if not self.tokenizer.chat_template:
-            return list(self.tokenizer(request + "\n")["input_ids"])
+            return opening_ids(self.tokenizer) + plain_ids(self.tokenizer, request + "\n")
         template = self.tokenizer.get_chat_template()
         encoded = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": request}],

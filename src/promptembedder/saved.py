@@ -21,8 +21,12 @@ from promptembedder.saved_names import (
 )
 
 
-def folder_of(model: str | Path) -> Path:
+def folder_of(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a saved model, given as that, as the name of one of the package, or as a hub id.
+
+    Args:
+        model: which.
+        revision: of a hub id: branch, tag or commit.
 
     Raises:
         PromptEmbedderError: it has to come from the hub, and does not.
@@ -30,7 +34,7 @@ def folder_of(model: str | Path) -> Path:
     folder = shipped.folder_of(model)
     if not may_be_hub_id(model):
         return folder
-    fetched = hub.saved_model(str(model))
+    fetched = hub.saved_model(str(model), revision)
     if fetched is None:
         raise PromptEmbedderError(
             f"no model at {model}: no such folder, and the hub has none of ours by that id; check the id, your network "

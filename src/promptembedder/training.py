@@ -100,7 +100,7 @@ def train(
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
     config = replace(config, model=structure)
-    _check(config, structure)
+    check_run(config, structure)
     checkpoint = checkpoint_of(output, resume, structure)
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
@@ -268,8 +268,12 @@ def largest(data: TrainingData) -> int:
     return most
 
 
-def _check(config: RunConfig, model: ModelConfig) -> None:
-    """Refuse settings that contradict each other, before anything is read or made."""
+def check_run(config: RunConfig, model: ModelConfig) -> None:
+    """Refuse settings that contradict each other, before anything is read or made.
+
+    Raises:
+        PromptEmbedderError: they do.
+    """
     settings = config.training
     if not (settings.train_prompter or settings.train_alignment):
         raise PromptEmbedderError("nothing to train: training.train_prompter and training.train_alignment are both off")

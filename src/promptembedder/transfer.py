@@ -32,13 +32,14 @@ from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.files import read_texts
+from promptembedder.losses import check_losses
 from promptembedder.model import save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.run_folder import last_checkpoint, make_folder
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import largest, train
+from promptembedder.training import check_run, largest, train
 from promptembedder.training_facts import seconds_of, write_facts
 from promptembedder.transfer_checks import (
     TRAINED_STAGES,
@@ -79,10 +80,13 @@ def transfer(
     old = soft_prompt_module(model)
     output = Path(config.training.output)
     check_settings(model, config, share_prompter, resume)
+    check_run(RunConfig(training=config.training, evaluation=config.evaluation), old.settings)
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
     rows = _read_rows(config, old.settings)
+    if rows is not None:
+        check_losses(config.training, rows)
     make_folder(output, fresh=False)
     for stage in TRAINED_STAGES:
         if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there

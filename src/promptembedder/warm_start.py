@@ -22,6 +22,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
 from promptembedder.states import CACHE_ARGUMENT
+from promptembedder.text import continuing_ids
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +123,14 @@ def _examples(
 
 
 def _is_token(prompter: Prompter, word: str) -> bool:
-    return len(prompter.tokenizer(" " + word, add_special_tokens=False)["input_ids"]) == 1
+    return len(continuing_ids(prompter.tokenizer, " " + word)) == 1
 
 
 def _cue_ids(prompter: Prompter, cue: str, aspect: str) -> Tensor:
     """The cue's last K tokens, (K,)."""
     K = prompter.num_soft_tokens
     words = " " + cue.replace("{aspect}", aspect).strip()
-    ids = prompter.tokenizer(words, add_special_tokens=False)["input_ids"]
+    ids = continuing_ids(prompter.tokenizer, words)
     if len(ids) < K:
         raise PromptEmbedderError(f"warm_start.cue has {len(ids)} tokens for {K} soft tokens; give a longer one")
     return torch.tensor(ids[-K:])
