@@ -12,6 +12,7 @@ from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, baselines, build
 from promptembedder import backbone as backbone_module
 from promptembedder.backbone import pad_side
+from promptembedder.states import merged
 
 CASES = list(itertools.product(ARCHITECTURES, ["prefix", "suffix"], ["last", "mean"]))
 
@@ -103,6 +104,20 @@ def test_chunks_equal_whole_gradients_too(tiny_model, monkeypatch, architecture,
         found.append((embeddings.detach(), module.alignment.weight.grad.clone()))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_states_of_a_batch_are_held_once(tiny_model, monkeypatch, architecture):
+    module = tiny_model(architecture)[0]
+    features = module.preprocess(TEXTS)
+    monkeypatch.setattr(backbone_module, "_CHUNK_TOKENS_CPU", 20)
+    ids, mask = pad_side(features["input_ids"], features["attention_mask"], "left")
+    with torch.no_grad():
+        parts = list(module.backbone._read_chunks(ids, mask))
+        whole = merged(parts)
+    assert len(parts) > 1
+    assert all(len(layer.keys) == len(layer.values) == len(TEXTS) for layer in whole.cache.layers)
+    assert all(layer.keys.numel() == layer.values.numel() == 0 for _, part in parts for layer in part.cache.layers)
 
 
 def test_suffix_states_serve_several_soft_prompts(tiny_model):

@@ -400,7 +400,10 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         ({"backbone": "nowhere"}, "base model 'nowhere' not found"),
         ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
-        ({"training": {"early_stop_patience": 2}, "evaluation": {"dev": None}}, "early_stop_patience needs evaluation.dev"),
+        (
+            {"training": {"early_stop_patience": 2}, "evaluation": {"dev": None}},
+            "early_stop_patience needs evaluation.dev",
+        ),
         ({"training": {"text_state_folder": "kept"}}, "text_state_folder needs training.text_state_cache"),
         ({"dtype": "bfloat16"}, "the model's prompter runs in float32"),
         ({"rows": True, "training": {"matryoshka_dims": (99,)}}, "the embedding has 48 dimensions"),

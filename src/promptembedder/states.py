@@ -70,7 +70,8 @@ def merged(parts: Sequence[tuple[Tensor, States]]) -> States:
     """Put the states of chunks back into one batch.
 
     Args:
-        parts: row numbers and states of each chunk, shortest texts first.
+        parts: row numbers and states of each chunk, shortest texts first. They are emptied on the way, so that the
+            memory never holds a long batch twice.
 
     Returns:
         One batch, rows in order, aligned on the right.
@@ -91,6 +92,7 @@ def merged(parts: Sequence[tuple[Tensor, States]]) -> States:
             for rows, part in parts:
                 tensor = getattr(part.cache.layers[n], name)
                 whole[rows, :, whole.shape[2] - tensor.shape[2] :] = tensor
+                setattr(part.cache.layers[n], name, tensor.new_empty(0))
             setattr(layer, name, whole)
     return States(cache, mask_BL)
 
