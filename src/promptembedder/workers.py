@@ -8,6 +8,7 @@ Shapes: N instructions of the step, I instructions known, K soft tokens, D backb
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -131,6 +132,7 @@ def stopping_together() -> Iterator[None]:
     if count() == 1:
         yield
         return
+    atexit.register(_leave)
     with _last_words(f"worker {number()} stops: the launcher ended the run, as it does when a worker died; {_GO_ON}"):
         try:
             yield
@@ -141,6 +143,12 @@ def stopping_together() -> Iterator[None]:
                     f"worker {number()} stops: another worker died or cannot be reached ({why}); {_GO_ON}"
                 ) from error
             raise
+
+
+def _leave() -> None:
+    """End this worker's threads of the process group: left to themselves they may abort the process while it exits."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
