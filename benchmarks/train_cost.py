@@ -33,6 +33,7 @@ from kept_results import command
 from promptembedder import ModelConfig, atomic, base_models, build
 from promptembedder.config import Precision
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
+from promptembedder.text import plain_ids
 from promptembedder.text_cache import open_text_cache
 
 INSTRUCTION = "Retrieve sentences that mean the same as the given sentence."
@@ -83,7 +84,7 @@ def reset_peak(device: str) -> None:
 def frame_ids(module: SoftPromptTransformer) -> tuple[list[int], list[int]]:
     """What stands before and after every text in ours: the template's tokens."""
     between = module.preprocess(["x"])["input_ids"][0].tolist()
-    text = module.tokenizer("x", add_special_tokens=False)["input_ids"]
+    text = plain_ids(module.tokenizer, "x")
     start = next(n for n in range(len(between)) if between[n : n + len(text)] == text)
     return between[:start], between[start + len(text) :]
 

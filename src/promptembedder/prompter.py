@@ -163,7 +163,7 @@ class Prompter(nn.Module):
         return name.startswith("lm.") and (not hasattr(self.lm, "peft_config") or "lora_" in name)
 
     def _request_ids(self, request: str) -> list[int]:
-        cut = self.tokenizer(request, add_special_tokens=False)["input_ids"]
+        cut = plain_ids(self.tokenizer, request)
         if len(cut) > self.max_request_tokens:
             _say_cut(len(cut), self.max_request_tokens)
             request = self.tokenizer.decode(cut[: self.max_request_tokens])

@@ -100,7 +100,7 @@ def train(
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
     config = replace(config, model=structure)
-    check_run(config, structure)
+    check_run(config)
     checkpoint = checkpoint_of(output, resume, structure)
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
@@ -268,22 +268,22 @@ def largest(data: TrainingData) -> int:
     return most
 
 
-def check_run(config: RunConfig, model: ModelConfig) -> None:
+def check_run(config: RunConfig) -> None:
     """Refuse settings that contradict each other, before anything is read or made.
 
     Raises:
         PromptEmbedderError: they do.
     """
-    settings = config.training
+    settings, layout = config.training, config.model.layout
     if not (settings.train_prompter or settings.train_alignment):
         raise PromptEmbedderError("nothing to train: training.train_prompter and training.train_alignment are both off")
     if settings.early_stop_patience is not None and config.evaluation.dev is None:
         raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
     if settings.softmax_temperature_start is not None and not settings.train_prompter:
         raise PromptEmbedderError("training.softmax_temperature_start needs training.train_prompter")
-    if settings.text_state_cache is not None and model.layout != "suffix":
+    if settings.text_state_cache is not None and layout != "suffix":
         raise PromptEmbedderError(
-            f"training.text_state_cache needs model.layout 'suffix', found {model.layout!r}: there a text's states "
+            f"training.text_state_cache needs model.layout 'suffix', found {layout!r}: there a text's states "
             "depend on the soft prompt"
         )
     if settings.text_state_folder is not None and settings.text_state_cache is None:

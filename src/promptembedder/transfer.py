@@ -80,7 +80,7 @@ def transfer(
     old = soft_prompt_module(model)
     output = Path(config.training.output)
     check_settings(model, config, share_prompter, resume)
-    check_run(RunConfig(training=config.training, evaluation=config.evaluation), old.settings)
+    check_run(RunConfig(model=old.settings, training=config.training, evaluation=config.evaluation))
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
