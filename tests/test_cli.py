@@ -32,7 +32,7 @@ WIDTH = 32
 
 @pytest.fixture(scope="module")
 def model(tiny_settings: Callable[..., ModelConfig]) -> SentenceTransformer:
-    return build(tiny_settings("llama", document_instruction="A document."), device="cpu")
+    return build(tiny_settings("llama", document_instruction="A document.", linear_head=True), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +275,10 @@ def test_encode_lets_the_instruction_count_more(
     path.write_text("one two three\nfour five\n")
     more = ("--instruction-guidance", 2)
     assert command("encode", saved, path, "-o", output, "-i", SECOND, *more).code == 0
-    asked, default = (model.encode(["one two three", "four five"], prompt=prompt) for prompt in (SECOND, None))
-    towards = np.sign((np.load(output) * asked).sum(-1) - (np.load(output) * default).sum(-1))
-    assert (towards == 1).all()
-    assert not np.allclose(np.load(output), asked, atol=1e-3)
+    guided, texts = load(saved, device="cpu"), ["one two three", "four five"]
+    guided[0].instruction_guidance = 2.0
+    np.testing.assert_allclose(np.load(output), guided.encode(texts, prompt=SECOND), atol=1e-5)
+    assert not np.allclose(np.load(output), model.encode(texts, prompt=SECOND), atol=1e-3)
     for wrong in (0.5, "nan"):
         assert command("encode", saved, path, "-o", output, "--instruction-guidance", wrong).code == 2
     refused = command("encode", saved, path, "-o", output, "--bridge", tmp_path / "bridge.safetensors", *more)
@@ -372,7 +372,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["promptembedder.json: layout = 'infix'", "'prefix' or 'suffix'"],
     ),
     "unknown module": (lambda m: _edit(m / "modules.json", 1, "type", "os.system"), ["os.system", "known library"]),
-    "no modules": (lambda m: (m / "modules.json").write_text("[]"), ["modules.json lists no modules"]),
+    "no modules": (
+        lambda m: (m / "modules.json").write_text("[]"),
+        ["modules.json must begin with a module of promptembedder"],
+    ),
+    "no module's class": (lambda m: _edit(m / "modules.json", 0, {"path": ""}), ["must list modules with 'type' and"]),
+    "no head": (lambda m: shutil.rmtree(m / "1_Dense"), ["is damaged"]),
+    "no head's weights": (
+        lambda m: (m / "1_Dense" / "model.safetensors").unlink(),
+        ["is damaged", "model.safetensors"],
+    ),
+    "damaged head": (lambda m: _cut(m / "1_Dense" / "model.safetensors"), ["is damaged: SafetensorError"]),
+    "library's settings a list": (
+        lambda m: (m / "config_sentence_transformers.json").write_text("[]"),
+        ["config_sentence_transformers.json must hold an object"],
+    ),
+    "unknown prompt name": (
+        lambda m: _edit(m / "config_sentence_transformers.json", "default_prompt_name", "nobody"),
+        ["is damaged: ValueError", "nobody"],
+    ),
     "narrow alignment": (
         lambda m: save_file({"weight": torch.eye(16)}, m / "alignment.safetensors"),
         ["alignment is (16, 16)", "(32, 32)"],

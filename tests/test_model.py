@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from sentence_transformers.base import model as library_model
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError, base_models, shipped
+from promptembedder import module as module_file
 from promptembedder.explain import explain
 from promptembedder.saved import describe
 
@@ -57,6 +59,9 @@ def test_defaults_for_queries_and_documents(tiny_model):
     # Programs that wrap the library know prompts by these two names.
     assert np.array_equal(model.encode(TEXTS, prompt_name="document"), model.encode(TEXTS, prompt="Be found."))
     assert np.array_equal(model.encode(TEXTS, prompt_name="query"), model.encode(TEXTS, prompt="Find answers."))
+    # So they do in a plain SentenceTransformer of the saved modules, even where no prompts were saved.
+    plain = SentenceTransformer(modules=list(model), prompts={"query": "", "document": ""}, device="cpu")
+    assert np.array_equal(plain.encode(TEXTS, prompt_name="document"), model.encode_document(TEXTS))
     given = model.encode_document(TEXTS, prompt=INSTRUCTION)
     assert np.array_equal(given, model.encode(TEXTS, prompt=INSTRUCTION))
 
@@ -140,6 +145,14 @@ def test_a_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch, tmp_path):
     promptembedder.save(model, tmp_path / "me" / "mine")
     promptembedder.load("me/mine", device="cpu")
     assert not asked
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(PromptEmbedderError, match="no model at runs/mistyped; models by name: smollm2-135m"):
+        promptembedder.load("runs/mistyped")
 
 
 def test_a_revision_of_a_model_on_the_hub(tiny_model, hub):
@@ -335,6 +348,21 @@ def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatc
     assert not copy.deepcopy(module)._remembered
 
 
+@pytest.mark.parametrize(("room", "calls"), [(2, 3), (1, 4), (0.9, 5)])
+def test_soft_prompts_are_remembered_as_long_as_there_is_room(tiny_model, monkeypatch, room, calls):
+    model = tiny_model(deep_soft_prompt=True)
+    original = type(model[0]).soft_tokens
+    with torch.no_grad():
+        size = model[0].soft_prompt(INSTRUCTION).nbytes
+    monkeypatch.setattr(module_file, "_REMEMBERED_BYTES", int(room * size))
+    module, made = copy.deepcopy(model[0]), []
+    monkeypatch.setattr(type(module), "soft_tokens", lambda self, text: made.append(text) or original(self, text))
+    with torch.no_grad():
+        for instruction in ("One.", "One.", "Two.", "One.", "Three."):
+            module.soft_prompt(instruction)
+    assert len(made) == calls
+
+
 def test_save_refuses_a_folder_that_is_no_model_and_replaces_one_that_is(tiny_model, tmp_path):
     model = tiny_model()
     (tmp_path / "mine").mkdir()
@@ -520,9 +548,9 @@ def test_describe_reads_files_only(saved, monkeypatch):
 def test_explain_reads_the_mixture(tiny_model):
     model = tiny_model(num_soft_tokens=3)
     readings = explain(model, INSTRUCTION, top=4)
-    logits = model[0].soft_tokens(INSTRUCTION).logits_NKV[0]
+    weights = model[0].soft_tokens(INSTRUCTION).weights_NKV[0]
     assert len(readings) == 3
-    for reading, row in zip(readings, logits.softmax(-1).tolist(), strict=True):
+    for reading, row in zip(readings, weights.tolist(), strict=True):
         assert [w for _, w in reading.words] == pytest.approx(sorted(row, reverse=True)[:4])
         assert reading.entropy == pytest.approx(-sum(p * math.log(p) for p in row if p > 0), rel=1e-4)
     with pytest.raises(PromptEmbedderError, match="instruction is empty"):

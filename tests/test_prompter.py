@@ -83,8 +83,8 @@ def test_different_instructions_give_different_soft_tokens(tiny_model):
 
 def test_low_temperature_gives_single_embeddings(tiny_model):
     module = tiny_model(softmax_temperature=1e-6)[0]
-    tokens, logits = module.prompter(*module.prompter.tokenize([INSTRUCTION]))
-    expected = module.prompter.lm.get_input_embeddings()(logits[0].argmax(-1))
+    tokens, weights = module.prompter(*module.prompter.tokenize([INSTRUCTION]))
+    expected = module.prompter.lm.get_input_embeddings()(weights[0].argmax(-1))
     assert torch.allclose(tokens[0], expected, atol=1e-5)
 
 

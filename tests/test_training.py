@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import shutil
@@ -16,10 +17,10 @@ import torch
 
 import promptembedder
 from conftest import CUE, INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, alignment, build
+from promptembedder import PromptEmbedderError, alignment, build, load
 from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
 from promptembedder.callbacks import SoftPromptLeafCallback
-from promptembedder.config import TrainingConfig, WarmStartConfig, load_run
+from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, WarmStartConfig, load_run
 from promptembedder.explain import explain
 from promptembedder.losses import make_loss
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
@@ -149,8 +150,88 @@ def test_what_a_saved_model_keeps_of_its_own_is_said(run_config, caplog):
     caplog.clear()
     train(run_config("second", max_steps=1), start=start)
     assert "section model is not taken" not in caplog.text
-    train(run_config("third", max_steps=1, model={"default_instruction": "Another."}), start=start)
-    assert f"{start} keeps its own default_instruction; the run's section model is not taken" in caplog.text
+    train(run_config("third", max_steps=1, model={"num_soft_tokens": 3}), start=start)
+    assert f"{start} keeps its own num_soft_tokens; the run's section model is not taken" in caplog.text
+
+
+def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
+    start = train(run_config("first", max_steps=1)).folder
+    anew = {
+        "default_instruction": "Another.",
+        "document_instruction": "To be found.",
+        "max_text_tokens": 3,
+        "instruction_guidance": 1.5,
+    }
+    trained = train(run_config("second", max_steps=1, model=anew), start=start)
+    assert "section model is not taken" not in caplog.text
+    saved = load(trained.folder, device="cpu")
+    for model in (trained.model, saved):
+        assert {name: getattr(model[0].settings, name) for name in anew} == anew
+        assert model.prompts == {"query": "Another.", "document": "To be found."}
+        assert model.max_seq_length == 3
+    assert saved[0].settings.num_soft_tokens == load(start, device="cpu")[0].settings.num_soft_tokens
+    with pytest.raises(PromptEmbedderError, match=r"texts of 5000 tokens.* too long for the backbone"):
+        train(run_config("third", max_steps=1, model={"max_text_tokens": 5000}), start=start)
+
+
+def test_a_model_that_is_given_is_taken_as_it_is(run_config, tiny_model, tmp_path):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    config = run_config(max_steps=1, prompter_learning_rate=1e-9, alignment_learning_rate=1e-9, warm_steps=3)
+    train(config, model=model)
+    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in model.named_parameters())
+    with pytest.raises(PromptEmbedderError, match="start and model are both given"):
+        train(run_config("both"), model=model, start=tmp_path)
+
+
+def few_classes(folder, own_negatives):
+    """Rows of two classes, each with the other one as its negative."""
+    labels = ("That is praise.", "That is blame.")
+    rows = [
+        {"query": f"{TEXTS[n % 5]} {n}", "pos": [labels[n % 2]], "neg": [labels[1 - n % 2]], "instruction": SECOND}
+        for n in range(24)
+    ]
+    (folder / "classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(root=str(folder), files=(DataFile(path="classes.jsonl", in_batch_negatives=not own_negatives),))
+
+
+@pytest.mark.parametrize("own_negatives", [True, False])
+def test_batches_of_rows_that_share_texts(run_config, tmp_path, monkeypatch, caplog, own_negatives):
+    """Whole where rows have only their own negatives; else a text stands in a batch once, which is said."""
+    config = replace(run_config(max_steps=3, batch_size=8), data=few_classes(tmp_path, own_negatives))
+    sizes = []
+    made = SoftPromptTransformer.forward
+    monkeypatch.setattr(
+        SoftPromptTransformer,
+        "forward",
+        lambda self, features: sizes.append(len(features["input_ids"])) or made(self, features),
+    )
+    train(replace(config, evaluation=EvaluationConfig()))
+    assert set(sizes) == ({8, 16} if own_negatives else {1, 2})  # anchors, documents
+    said = "batches hold about 1 rows, because 'That is praise.' stands in 24 of 24 and a batch holds a text once"
+    assert (said in caplog.text) != own_negatives
+
+
+def test_a_finished_run_whose_folder_has_moved(run_config, tmp_path):
+    config = run_config("here", max_steps=2, evaluation={"dev": "pairs.jsonl", "every_steps": 1})
+    whole = train(config)
+    shutil.rmtree(whole.folder)
+    (tmp_path / "here").rename(tmp_path / "there")
+    resumed = train(run_config("there", max_steps=2, evaluation={"dev": "pairs.jsonl", "every_steps": 1}), resume=True)
+    assert resumed.scores == whole.scores
+    assert_same_model(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("name", ["dev", "dev_pairs", "instruction"])
+def test_a_resumed_run_has_the_dev_scores_it_began_with(run_config, tmp_path, name):
+    before = {"dev": "pairs.jsonl", "every_steps": 1}
+    whole = train(run_config(max_steps=2, evaluation=before))
+    shutil.rmtree(whole.folder)
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "others.jsonl")
+    other = {"dev": "others.jsonl", "dev_pairs": 7, "instruction": SECOND}[name]
+    with pytest.raises(PromptEmbedderError, match=f"began with another evaluation.{name} "):
+        train(run_config(max_steps=3, evaluation={**before, name: other}), resume=True)
+    train(run_config(max_steps=3, evaluation={**before, "test": None, "every_steps": 3}), resume=True)
 
 
 def test_batches_smaller_than_asked_for_are_said(run_config, caplog):
@@ -301,7 +382,8 @@ def test_conditioned_on_text_trains(run_config):
     for layout in ("prefix", "suffix"):
         model = {"condition_on": "instruction_and_text", "layout": layout}
         result = train(run_config(layout, model=model, max_steps=2, loss="cached_infonce", mini_batch_size=2))
-        assert result.steps == 2
+        opened = [value for name, value in result.model.named_parameters() if "lora_B" in name]
+        assert any(value.any() for value in opened)  # they start at zero
 
 
 def test_matryoshka_wider_than_the_embedding(tiny_model):
@@ -409,7 +491,7 @@ def test_warm_start_without_aspects_where_the_vocabulary_splits_them(tiny_model,
     warm_start(module, {INSTRUCTION: "topic"}, WarmStartConfig(steps=150, learning_rate=1e-2), seed=0)
     assert "one cue for all instructions" in caplog.text
     with torch.no_grad():
-        written = module.prompter.tokenizer.decode(module.soft_tokens(INSTRUCTION).logits_NKV[0].argmax(-1))
+        written = module.prompter.tokenizer.decode(module.soft_tokens(INSTRUCTION).weights_NKV[0].argmax(-1))
     assert ' meaning in one word:"'.endswith(written)
 
 

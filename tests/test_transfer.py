@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -167,7 +168,7 @@ def test_what_the_new_backbone_has_no_words_for_goes_through_the_map(tiny_model,
     (start,) = closed_forms(model[0], new, [INSTRUCTION], only=["mixture"])
     with torch.no_grad():
         written = model[0].soft_tokens(INSTRUCTION)
-    weights = torch.softmax(written.logits_NKV[0], -1)[:, kept[0]].double()
+    weights = written.weights_NKV[0][:, kept[0]].double()
     mine, its = words_of(model[0].prompter.lm)[kept[0]], words_of(new.backbone.lm)[kept[1]]
     gram = mine.T @ mine
     mapped = torch.linalg.solve(gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram)), mine.T @ its)
@@ -314,6 +315,35 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch,
         transfer(model, settings("fresh"), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": ("other.txt",)}, "texts"),
+        ({"text_instructions": ("Another.",)}, "text_instructions"),
+        ({"distillation_temperature": 0.1}, "distillation_temperature"),
+        ({"training": {"max_steps": 6, "alignment_learning_rate": 0.1}}, "training.alignment_learning_rate"),
+        ({}, "old_model"),
+    ],
+)
+def test_a_resumed_transfer_is_the_one_that_began(tiny_model, config, tmp_path, changes, message):
+    for name in ("texts.txt", "other.txt"):
+        (tmp_path / name).write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    model = tiny_model("llama")
+    shutil.rmtree(transfer(model, config(texts=("texts.txt",))).folder)
+    if message == "old_model":
+        with torch.no_grad():
+            model[0].alignment.weight.mul_(2)
+    settings = config(**{"texts": ("texts.txt",), "training": {"max_steps": 6}, **changes})
+    with pytest.raises(PromptEmbedderError, match=f"began with another {re.escape(message)} "):
+        transfer(model, settings, resume=True)
+    if message == "old_model":
+        with torch.no_grad():
+            model[0].alignment.weight.div_(2)
+        resumed = transfer(model, settings, resume=True)
+        assert resumed.stages[-1].steps == 6
+        assert yaml.safe_load((resumed.folder / "config.yaml").read_text())["training"]["max_steps"] == 6
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_old_model_stays_as_it_was(tiny_model, config, monkeypatch, fails):
     model = tiny_model("llama")
@@ -409,6 +439,8 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         ({"rows": True, "training": {"matryoshka_dims": (99,)}}, "the embedding has 48 dimensions"),
         ({"backbone_layers": 3}, "backbone_layers = 3, but"),
         ({"starts": ("guess",)}, "unknown start 'guess'; valid: least_squares, ridge"),
+        ({"training": {"train_prompter": False}}, "a transfer trains the alignment alone"),
+        ({"training": {"train_alignment": False}}, "a transfer trains the alignment alone"),
     ],
 )
 def test_bad_input_is_said_before_the_backbone_is_opened(tiny_model, config, tmp_path, monkeypatch, changes, message):

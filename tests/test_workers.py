@@ -82,8 +82,9 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
     assert (tmp_path / "two" / "run" / "model" / "alignment.safetensors").is_file()
 
 
-def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path):
-    config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path, leaf):
+    config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2, soft_prompt_leaf=leaf)
     # Ten, twenty or sixty in twos: batches that are not full are left out with several workers only.
     made_up = {"contrast_rows": 1680, "contrast_in_batch_negatives": False}
     config = replace(config, data=DataConfig(root=str(tmp_path), **made_up))

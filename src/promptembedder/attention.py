@@ -64,7 +64,7 @@ def attend(
         **kwargs: what else `transformers` hands over.
 
     Returns:
-        (B, K, H x R, d).
+        (B, K, H x R, d), and None in the place of weights.
     """
     if earlier is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]

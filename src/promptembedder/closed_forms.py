@@ -100,7 +100,9 @@ def closed_forms(
         old_to_new = alignment.shared_vocabulary(old.tokenizer, new.tokenizer)
         if len(old_to_new[0]) >= _FEWEST_SHARED:
             from_old = _SharedWords.of(old.backbone.lm, new.backbone.lm, old_to_new)
-    if from_old is None and not (wanted := [name for name in wanted if name not in THROUGH_OLD]):
+    if from_old is None:
+        wanted = [name for name in wanted if name not in THROUGH_OLD]
+    if not wanted:
         raise PromptEmbedderError(
             f"starts {', '.join(only)} need {_FEWEST_SHARED} words that old and new backbone share, and there are "
             f"{len(old_to_new[0])}; valid: {', '.join(name for name in NAMES if name not in THROUGH_OLD)}"
@@ -222,7 +224,7 @@ def _soft_tokens(module: SoftPromptTransformer, instructions: Sequence[str]) -> 
     for instruction in instructions:
         written = module.soft_tokens(instruction)
         tokens.append(written.tokens_NKP[0].float().cpu())
-        mixtures.append(torch.softmax(written.logits_NKV[0].float().cpu() / module.prompter.temperature, dim=-1))
+        mixtures.append(written.weights_NKV[0].float().cpu())
     return torch.cat(tokens), torch.cat(mixtures)
 
 

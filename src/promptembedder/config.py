@@ -112,6 +112,8 @@ class ModelConfig:
                 raise ValueError(f"instruction_template needs layout 'suffix', found {self.layout!r}")
             if self.instruction_template.count("{instruction}") != 1:
                 raise ValueError("instruction_template must hold {instruction} exactly once")
+        if self.text_pass == "int8" and self.layout != "suffix":
+            raise ValueError(f"text_pass 'int8' needs layout 'suffix', found {self.layout!r}")
         if self.deep_soft_prompt and self.layout != "suffix":
             raise ValueError(f"deep_soft_prompt needs layout 'suffix', found {self.layout!r}")
         if len(set(self.readout_layers)) < len(self.readout_layers):
@@ -367,6 +369,20 @@ def load_run(path: Path, overrides: Sequence[str] = (), root: str | None = None)
     Raises:
         PromptEmbedderError: file missing or not YAML, unknown or invalid setting.
     """
+    # A section with nothing in it is a section of defaults.
+    settings = {name: {} if value is None else value for name, value in read_yaml(path).items()}
+    settings = _overridden(settings, overrides)
+    if root is not None and isinstance(settings.get("data", {}), dict):
+        settings["data"] = {**settings.get("data", {}), "root": root}
+    return parse(RunConfig, settings, where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of sections, nothing checked but that.
+
+    Raises:
+        PromptEmbedderError: file missing or not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -379,12 +395,7 @@ def load_run(path: Path, overrides: Sequence[str] = (), root: str | None = None)
         raise PromptEmbedderError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise PromptEmbedderError(f"config {path} must be a mapping of sections, found {type(settings).__name__}")
-    # A section with nothing in it is a section of defaults.
-    settings = {name: {} if value is None else value for name, value in settings.items()}
-    settings = _overridden(settings, overrides)
-    if root is not None and isinstance(settings.get("data", {}), dict):
-        settings["data"] = {**settings.get("data", {}), "root": root}
-    return parse(RunConfig, settings, where=str(path))
+    return settings
 
 
 def dump_yaml(config: Any) -> str:

@@ -42,8 +42,7 @@ def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[
     if module.settings.condition_on != "instruction":
         raise PromptEmbedderError(f"soft prompts of this model depend on {module.settings.condition_on}")
     with torch.inference_mode():
-        logits_KV = module.soft_tokens(instruction).logits_NKV[0]
-        weights_KV = torch.softmax(logits_KV / module.settings.softmax_temperature, dim=-1)
+        weights_KV = module.soft_tokens(instruction).weights_NKV[0]
         if not 1 <= top <= weights_KV.shape[-1]:
             raise PromptEmbedderError(f"top = {top}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
         entropy_K = torch.special.entr(weights_KV).sum(-1)

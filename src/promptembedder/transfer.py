@@ -23,11 +23,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from promptembedder import alignment, base_models
+from promptembedder import alignment, atomic, base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.building import assemble, pair
 from promptembedder.closed_forms import Start, closed_forms
-from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig
+from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig, dump_yaml
 from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
@@ -35,8 +35,8 @@ from promptembedder.files import read_texts
 from promptembedder.losses import check_losses
 from promptembedder.model import save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
-from promptembedder.prompter import Prompter
-from promptembedder.run_folder import last_checkpoint, make_folder
+from promptembedder.prompter import Prompter, trained_state
+from promptembedder.run_folder import last_checkpoint, make_folder, note_settings
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import check_run, largest, train
@@ -88,6 +88,9 @@ def transfer(
     if rows is not None:
         check_losses(config.training, rows)
     make_folder(output, fresh=False)
+    # A model that has learnt since would teach other similarities, or have W aligned with another prompter's words.
+    learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
+    note_settings(output, config, resumed=resume, old_model=base_models.digest(learnt))
     for stage in TRAINED_STAGES:
         if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
             make_folder(output / stage, fresh=not resume)
@@ -120,6 +123,7 @@ def transfer(
     if test is not None:
         scores["test"] = 100 * test(moved)["test_spearman_cosine"]
     save(moved, output / "model", share_prompter=share_prompter)
+    atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
     _note(moved, stages, output / "model", with_prompter=config.unfrozen_steps > 0)
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)

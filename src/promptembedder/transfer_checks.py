@@ -59,6 +59,9 @@ def check_settings(
         lender_of(model, share_prompter, target)
     if config.training.softmax_temperature_start is not None:
         raise PromptEmbedderError("training.softmax_temperature_start is for training the prompter, not for a transfer")
+    for name in ("train_prompter", "train_alignment"):
+        if not getattr(config.training, name):
+            raise PromptEmbedderError(f"training.{name} is for training; a transfer trains the alignment alone")
     if config.unfrozen_steps and not config.data.has_rows:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
     output = Path(config.training.output)

@@ -20,7 +20,7 @@ class Stage:
     The time that scoring the closed forms and following dev takes is in none of these figures.
 
     Attributes:
-        name: `closed_form`, `alignment_unlabelled`, `alignment_labelled` or `unfrozen`.
+        name: `closed_form` (`random` where there is none), `alignment_unlabelled`, `alignment_labelled` or `unfrozen`.
         dev: Spearman x 100 after it, where dev pairs are given.
         seconds: wall time of its fit, or of its optimizer steps and, without labels, of the old model's reading.
         examples: rows or texts it was trained on, repetitions counted.
@@ -46,7 +46,7 @@ class TransferResult:
         model: on the new backbone.
         folder: where it was saved.
         stages: in their order.
-        starts: the closed-form alignments tried, best first.
+        starts: the closed-form alignments tried, best first; without any, the random one.
         scores: `dev` and `test` at the end, Spearman x 100, where the files are given.
     """
 

@@ -40,12 +40,6 @@ class EvaluationResult:
         """Mean over tasks."""
         return statistics.mean(self.scores.values())
 
-    @property
-    def mean_by_kind(self) -> dict[str, float]:
-        """Mean over the tasks of each kind."""
-        kinds = sorted(set(self.kinds.values()))
-        return {kind: statistics.mean(s for n, s in self.scores.items() if self.kinds[n] == kind) for kind in kinds}
-
 
 def evaluate(
     encoder: InstructedEncoder, tasks: Sequence[AbsTask], output: Path, *, batch_size: int = 32
@@ -89,6 +83,9 @@ def evaluate(
             raise PromptEmbedderError(
                 f"rows of {', '.join(kinds)} cannot be read: {' '.join(str(error).split())[:200]}"
             ) from error
+    if failed := [error.task_name for error in done.exceptions or []]:
+        # Such as rows that only who is logged in may read; of these mteb raises nothing.
+        raise PromptEmbedderError(f"{', '.join(failed)}: mteb has no result; are its rows open to you (HF_TOKEN)?")
     (folder / STARTED).replace(folder / FACTS)
     scores = {result.task_name: 100 * result.get_score() for result in done.task_results}
     for name, score in scores.items():
