@@ -26,7 +26,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -287,8 +286,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
                 files.append(DataFile(path=str(place)))
             config = replace(config, data=replace(config.data, files=tuple(files)))
         families = [family for family in FAMILIES if name == REQUESTS_TOO or "request" not in family.things]
-        with mock.patch("promptembedder.data.contrast_rows", partial(contrast_rows, families=families)):
-            data = load_training_data(config.data, config.model.document_instruction, seed)
+        data = load_training_data(config.data, config.model.document_instruction, seed, families=families)
         model, warm_seconds = started(config, data, arguments)
         training = replace(config.training, warm_start=replace(config.training.warm_start, steps=0))
         result = train(replace(config, training=training), model=model, data=data)

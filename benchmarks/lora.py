@@ -28,6 +28,7 @@ from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
 from promptembedder.losses import make_losses
 from promptembedder.scored_pairs import spread
+from promptembedder.training import shared_arguments
 from promptembedder.training_facts import Curve, dev_curve, read_facts, seconds_of, write_facts
 
 # To choose from, by dev after a few steps. 4e-3 is ahead after 15 of them and three points behind after 200
@@ -220,28 +221,17 @@ def _arguments(
     settings = config.training
     cpu = not torch.cuda.is_available()
     arguments = SentenceTransformerTrainingArguments(
+        **shared_arguments(settings),
         output_dir=str(checkpoints),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_share,
-        lr_scheduler_type=settings.schedule,
         max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.logging_steps,
         eval_strategy="steps" if follow else "no",
         eval_steps=config.evaluation.every_steps if follow else None,
         save_strategy="steps" if save else "no",
         save_steps=config.evaluation.every_steps if follow else 25,
         save_total_limit=1,
         prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
-        batch_sampler="no_duplicates",
-        multi_dataset_batch_sampler="proportional",
         use_cpu=cpu,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to=[],
     )
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

@@ -118,6 +118,24 @@ def test_scores_equal_those_computed_by_hand(data, tmp_path, encoder):
     assert scores["Find"] == pytest.approx(100 * np.mean(gains), abs=0.1)
 
 
+def test_scores_of_orders_and_summaries_equal_those_computed_by_hand(data, tmp_path, encoder):
+    scores = evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Order", "Short"]), tmp_path / "results").scores
+    model = encoder.model
+    # Each query's one right document among four: average precision is one over its rank.
+    ranks = []
+    for n in range(6):
+        (close,) = model.encode([MANY[n]]) @ model.encode_document(MANY[n + 1 : n + 5]).T
+        ranks.append(1 + int((close > close[0]).sum()))
+    assert scores["Order"] == pytest.approx(100 * np.mean([1 / rank for rank in ranks]), abs=0.1)
+    assert len(set(ranks)) > 1
+    # A summary is as good as it is close to the nearest human one.
+    found = []
+    for n in range(5):
+        close = model.encode(MANY[n + 2 : n + 6]) @ model.encode(MANY[n : n + 2]).T
+        found.append(spearmanr(close.max(-1), [1, 3, 2, 5])[0])
+    assert scores["Short"] == pytest.approx(100 * np.mean(found), abs=0.1)
+
+
 def test_triplets_need_the_instruction(data, tmp_path):
     """Blind to the instruction: exactly half, and no pair right in both orders."""
 

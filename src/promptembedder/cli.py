@@ -198,18 +198,19 @@ def transfer(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Move a trained model to another backbone: a new alignment matrix, the same prompter."""
-    from promptembedder import workers
     from promptembedder.config import TransferConfig, parse_settings
     from promptembedder.model import load
     from promptembedder.transfer import transfer as move
+    from promptembedder.transfer_checks import check_alone
 
+    check_alone()
     if not backbone:
         raise PromptEmbedderError("give the new backbone: --backbone NAME")
     settings: dict[str, Any] = {"backbone": backbone, "texts": texts or [], "training": {"output": str(output)}}
     settings["data"] = {"files": [{"path": path} for path in train or []]} | ({"root": str(data)} if data else {})
     settings["evaluation"] = {"dev": dev} if dev else {}
     config = parse_settings(TransferConfig, settings, overrides or [], where="transfer")
-    old = load(model, device=workers.device(), dtype=None if config.dtype == "auto" else config.dtype)
+    old = load(model, dtype=None if config.dtype == "auto" else config.dtype)
     result = move(old, config, share_prompter=model if share_prompter else None, resume=resume)
     for stage in result.stages:
         score = "" if stage.dev is None else f"dev {stage.dev:6.2f}  "

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 
 from promptembedder.config import DataConfig, DataFile
-from promptembedder.contrast import MadeUpRow, contrast_rows
+from promptembedder.contrast import FAMILIES, Family, MadeUpRow, contrast_rows
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
 
@@ -60,13 +60,16 @@ class TrainingData:
         return sorted({text for columns in self.prompts.values() for text in columns.values()})
 
 
-def load_training_data(config: DataConfig, document_instruction: str, seed: int) -> TrainingData:
+def load_training_data(
+    config: DataConfig, document_instruction: str, seed: int, *, families: Sequence[Family] = FAMILIES
+) -> TrainingData:
     """Read all sources and make one dataset per instruction, so that batches never mix instructions.
 
     Args:
         config: the sources.
         document_instruction: for `pos` and `neg` of asymmetric sources.
-        seed: draws the rows kept by a weight that is no whole number.
+        seed: draws the rows kept by a weight that is no whole number, and the made-up ones.
+        families: of the made-up rows.
 
     Raises:
         PromptEmbedderError: no sources; a file missing, damaged or with a bad row: names file, line and field.
@@ -86,7 +89,7 @@ def load_training_data(config: DataConfig, document_instruction: str, seed: int)
             side = document_instruction if source.asymmetric else row.instruction
             tables.add(row, side, source.aspect, config.max_negatives, own_negatives=not source.in_batch_negatives)
     own = not config.contrast_in_batch_negatives
-    for pair in contrast_rows(config.contrast_rows, seed):
+    for pair in contrast_rows(config.contrast_rows, seed, families):
         # A copy of the one negative would count as one candidate more where a row's own are all that there are.
         tables.add_opposed(pair, 1 if own else max(config.max_negatives, 1), own_negatives=own)
     if not tables.columns:

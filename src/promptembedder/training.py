@@ -403,6 +403,24 @@ def _trainer(
     return trainer
 
 
+def shared_arguments(settings: TrainingConfig) -> dict[str, Any]:
+    """What a run of another method has to share, to be compared: steps, batches, schedule, samplers, seeds."""
+    return {
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation,
+        "weight_decay": settings.weight_decay,
+        "warmup_steps": settings.warmup_share,
+        "lr_scheduler_type": settings.schedule,
+        "logging_steps": settings.logging_steps,
+        "batch_sampler": "no_duplicates",
+        "multi_dataset_batch_sampler": "proportional",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "report_to": [],  # TensorBoard is among the callbacks
+    }
+
+
 def _arguments(
     config: RunConfig, data: TrainingData, module: SoftPromptTransformer, *, scored: bool
 ) -> SentenceTransformerTrainingArguments:
@@ -411,17 +429,11 @@ def _arguments(
     every = config.evaluation.every_steps
     several = workers.count() > 1
     arguments = SentenceTransformerTrainingArguments(
+        **shared_arguments(settings),
         output_dir=str(Path(settings.output)),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.prompter_learning_rate,
         learning_rate_mapping=_learning_rates(module, settings),
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_share,
-        lr_scheduler_type=settings.schedule,
         max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
-        logging_steps=settings.logging_steps,
         eval_strategy="steps" if scored else "no",
         eval_steps=every if scored else None,
         save_strategy="steps",
@@ -431,17 +443,12 @@ def _arguments(
         metric_for_best_model=_DEV_METRIC if scored else None,
         greater_is_better=True if scored else None,
         prompts=data.prompts,
-        batch_sampler="no_duplicates",
-        multi_dataset_batch_sampler="proportional",
         # Workers cut every batch among them, so that it keeps to one instruction; a short one cannot be cut.
         dataloader_drop_last=several,
         accelerator_config={"split_batches": several},
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
         use_cpu=module.alignment.weight.device.type == "cpu",
-        seed=settings.seed,
-        data_seed=settings.seed,
-        report_to=[],  # TensorBoard is among the callbacks
     )
     # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
     arguments._n_gpu = min(1, arguments.n_gpu)

@@ -27,12 +27,17 @@ logger = logging.getLogger(__name__)
 TRAINED_STAGES = ("alignment_unlabelled", "alignment_labelled", "unfrozen")
 
 
+def check_alone() -> None:
+    """Refuse several workers."""
+    if workers.count() > 1:
+        raise PromptEmbedderError("a transfer runs in one process; start it without torchrun")
+
+
 def check_settings(
     model: SentenceTransformer, config: TransferConfig, share_prompter: str | Path | None, resume: bool
 ) -> None:
     """Refuse settings that contradict each other, before anything is read or made."""
-    if workers.count() > 1:
-        raise PromptEmbedderError("a transfer runs in one process; start it without torchrun")
+    check_alone()
     check_names(config.starts)
     target = Path(config.training.output) / "model"
     refuse_foreign(target)
