@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--new", required=True, help="the model that reads the queries")
     parser.add_argument("--tasks", nargs="+", default=["Cranfield"], help="retrieval tasks of the data folder")
     arguments = parsed(parser)
-    given = json.loads((arguments.data / "instructions.json").read_text(encoding="utf-8"))
+    given = evaluation.read_instructions(arguments.data / "instructions.json")
     old, new = promptembedder.load(arguments.old), promptembedder.load(arguments.new)
     figures: dict[str, Any] = {}
     for task in evaluation.local_tasks(arguments.data, arguments.tasks, instructions=given):

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", help="unset: the quick suite")
     arguments = parsed(parser)
     data = arguments.data
-    given = json.loads((data / "instructions.json").read_text())
+    given = evaluation.read_instructions(data / "instructions.json")
     revision = evaluation.open_model(arguments.model).mteb_model_meta.revision
     for text_pass in ("same", "int8"):
         model = promptembedder.load(arguments.model)

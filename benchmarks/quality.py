@@ -171,7 +171,7 @@ def folder_of(name: str, of: str, arguments: argparse.Namespace) -> Path:
 
 
 def evaluate(name: str, encoder: Any, arguments: argparse.Namespace) -> None:
-    given = json.loads((arguments.data / "instructions.json").read_text())
+    given = evaluation.read_instructions(arguments.data / "instructions.json")
     others = None
     if arguments.suite == "others":
         every = [task.metadata.name for task in evaluation.local_tasks(arguments.data)]

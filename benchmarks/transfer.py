@@ -210,7 +210,7 @@ def quick(arguments: argparse.Namespace, backbone: str, part: str) -> dict[str, 
         model = promptembedder.load(folder)
         encoder = evaluation.InstructedEncoder(model, name, REVISION, training=read_facts(folder))
         states = kept_states(arguments, backbone, model)
-    given = json.loads((arguments.data / "instructions.json").read_text(encoding="utf-8"))
+    given = evaluation.read_instructions(arguments.data / "instructions.json")
     tasks = evaluation.local_tasks(arguments.data, instructions=given, quick=True)
     with states:
         result = evaluation.evaluate(encoder, tasks, arguments.output / "quick", batch_size=64)

@@ -14,7 +14,6 @@ deep; L tokens of the segment at hand.
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import warnings
@@ -30,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 from promptembedder import attention, widened
 from promptembedder.attention import StatesApart
 from promptembedder.config import Layout, Readout
+from promptembedder.copies import sharing_copy, tensors
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.states import CACHE_ARGUMENT, States, merged, packed, shallow_copy, unpacked
 from promptembedder.text_cache import TextStateCache
@@ -378,9 +378,9 @@ def pad_side(ids_BT: Tensor, mask_BT: Tensor, side: Literal["left", "right"]) ->
 
 def _int8_copy(lm: nn.Module) -> nn.Module:
     """The LLM with its linear layers in dynamic int8, the rest in float32, shared with the original where it is too."""
-    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()] if t.dtype == torch.float32}
+    whole = sharing_copy(lm, (tensor for tensor in tensors(lm) if tensor.dtype == torch.float32)).float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the eager quantisation API is announced to move to another package
         return torch.ao.quantization.quantize_dynamic(  # type: ignore[no-any-return, no-untyped-call]
-            copy.deepcopy(lm, shared).float(), {nn.Linear}, dtype=torch.qint8, inplace=True
+            whole, {nn.Linear}, dtype=torch.qint8, inplace=True
         )

@@ -5,7 +5,6 @@ Shapes: V vocabulary, P prompter width, D backbone width.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -21,6 +20,7 @@ from promptembedder.alignment import Alignment
 from promptembedder.backbone import Backbone
 from promptembedder.base_models import LocatedModel
 from promptembedder.config import ModelConfig
+from promptembedder.copies import sharing_copy, tensors
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter
@@ -72,7 +72,10 @@ def build_module(
         # Trained weights are kept in float32: bfloat16 swallows small updates.
         prompter_lm = base_models.load_causal_lm(prompter_at, torch.float32)
     else:
-        prompter_lm = _sharing_copy(backbone_lm) if same else base_models.load_causal_lm(prompter_at, dtype)
+        # LoRA may go into the one tree and leaves the other untouched.
+        prompter_lm = (
+            sharing_copy(backbone_lm, tensors(backbone_lm)) if same else base_models.load_causal_lm(prompter_at, dtype)
+        )
     tokenizer = base_models.load_tokenizer(backbone_at)
     prompter_tokenizer = tokenizer if same else base_models.load_tokenizer(prompter_at)
     backbone_fingerprint = base_models.fingerprint(backbone_lm)
@@ -182,12 +185,6 @@ def _alignment_start(
     # Least squares shrinks words, the more so the worse the prompter's embeddings predict the backbone's.
     fitted_PD = alignments.least_squares(alignments.moments(words_SP, words_SD))
     return alignments.matched_norm(fitted_PD, words_SP, words_SD)
-
-
-def _sharing_copy(lm: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same weight tensors: LoRA may go into one and leave the other untouched."""
-    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()]}
-    return copy.deepcopy(lm, shared)
 
 
 def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:

@@ -152,13 +152,14 @@ def evaluate(
     if data is None:
         if suite is not None:
             raise PromptEmbedderError("--suite is for tasks of a folder: give --data FOLDER, or leave it out")
-        given = {} if instructions is None else _instructions(instructions, required=True)
+        given = {} if instructions is None else evaluation.read_instructions(instructions)
         tasks = evaluation.hub_tasks(task or [], given)
         if instructions is not None:
             _say_unknown(instructions, set(given) - {found.metadata.name for found in tasks})
     else:
         suite = suite or "quick"
-        given = _instructions(instructions or data / "instructions.json", required=instructions is not None)
+        own = data / "instructions.json"
+        given = evaluation.read_instructions(instructions or own) if instructions or own.is_file() else {}
         if instructions is not None:
             _say_unknown(instructions, set(given) - {t.metadata.name for t in evaluation.local_tasks(data)})
         tasks = evaluation.local_tasks(data, task, instructions=given, quick=suite == "quick")
@@ -331,19 +332,6 @@ def _evaluation() -> Any:
             f"this command needs mteb, and {missing} cannot be imported; install the extra: pip install '.[evaluate]'"
         ) from error
     return evaluation
-
-
-def _instructions(path: Path, required: bool) -> dict[str, str]:
-    from promptembedder.data import parse_json, read_lines
-
-    if not path.is_file():
-        if required:
-            raise PromptEmbedderError(f"no instructions at {path}")
-        return {}
-    found = parse_json("".join(read_lines(path)), str(path))
-    if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
-        raise PromptEmbedderError(f"{path} must map task names to instructions")
-    return found
 
 
 def _say_unknown(path: Path, names: set[str]) -> None:

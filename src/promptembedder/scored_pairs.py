@@ -18,6 +18,19 @@ def spread(count: int, at_most: int | None) -> list[int]:
     return [n * count // picked for n in range(picked)]
 
 
+class _UnderInstruction(EmbeddingSimilarityEvaluator):  # type: ignore[misc]
+    """Embeds both sentences under one instruction.
+
+    Whole also while a run cuts its rows shorter, so that scores on the way compare with those before and after.
+    """
+
+    instruction: str
+
+    def embed_inputs(self, model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
+        with soft_prompt_module(model).cutting_texts(None):
+            return super().embed_inputs(model, sentences, prompt=self.instruction, **options)
+
+
 def pair_evaluator(
     config: EvaluationConfig, root: str | None, part: Literal["dev", "test"]
 ) -> EmbeddingSimilarityEvaluator | None:
@@ -32,15 +45,8 @@ def pair_evaluator(
     picked = spread(len(scores), at_most)
     first, second = [first[n] for n in picked], [second[n] for n in picked]
     scores = [scores[n] for n in picked]
-    evaluator = EmbeddingSimilarityEvaluator(
+    evaluator = _UnderInstruction(
         first, second, scores, batch_size=config.batch_size, main_similarity="cosine", name=part, write_csv=False
     )
-    embed = evaluator.embed_inputs
-
-    def embed_whole(model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
-        # Whole also while a run cuts its rows shorter, so that scores on the way compare with those before and after.
-        with soft_prompt_module(model).cutting_texts(None):
-            return embed(model, sentences, prompt=config.instruction, **options)
-
-    evaluator.embed_inputs = embed_whole
+    evaluator.instruction = config.instruction
     return evaluator

@@ -9,7 +9,6 @@ Shapes: P prompter width, D width of the new backbone.
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
 import time
@@ -28,6 +27,7 @@ from promptembedder.base_models import LocatedModel
 from promptembedder.building import assemble, pair
 from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig, dump_yaml
+from promptembedder.copies import sharing_copy
 from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.errors import PromptEmbedderError
@@ -319,10 +319,8 @@ def _trainable(model: SentenceTransformer) -> list[nn.Parameter]:
 
 def _own_copy(module: SoftPromptTransformer) -> Prompter:
     """The prompter with trained weights of its own; frozen ones are shared."""
-    shared: dict[int, Any] = {
-        id(p): p for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name)
-    }
-    return copy.deepcopy(module.prompter, shared)
+    frozen = (p for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name))
+    return sharing_copy(module.prompter, frozen)
 
 
 def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[Start]:

@@ -9,7 +9,6 @@ Shapes: L any leading dimensions, I inputs, O outputs of a linear layer.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from promptembedder.base_models import cpu_has_bfloat16
+from promptembedder.copies import sharing_copy, tensors
 
 
 class _WidenedProduct(torch.autograd.Function):
@@ -72,8 +72,7 @@ def widened(lm: nn.Module) -> nn.Module:
 
     Feed it float32 embeddings; everything between its layers then is float32 too.
     """
-    shared: dict[int, Any] = {id(t): t for t in [*lm.parameters(), *lm.buffers()]}
-    view = copy.deepcopy(lm, shared)
+    view = sharing_copy(lm, tensors(lm))
     for module in list(view.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:

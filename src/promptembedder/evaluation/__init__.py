@@ -3,7 +3,7 @@
 from promptembedder.evaluation.compare import Column, Comparison, compare, markdown, read_columns, write_report
 from promptembedder.evaluation.encoder import BASELINES, InstructedEncoder, open_model, plain_reader
 from promptembedder.evaluation.run import EvaluationResult, evaluate
-from promptembedder.evaluation.tasks import QUICK, hub_tasks, local_tasks
+from promptembedder.evaluation.tasks import QUICK, hub_tasks, local_tasks, read_instructions
 
 __all__ = [
     "BASELINES",
@@ -20,5 +20,6 @@ __all__ = [
     "open_model",
     "plain_reader",
     "read_columns",
+    "read_instructions",
     "write_report",
 ]

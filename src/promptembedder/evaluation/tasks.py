@@ -29,7 +29,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
-from promptembedder.data import read_jsonl
+from promptembedder.data import parse_json, read_jsonl, read_lines
 from promptembedder.errors import PromptEmbedderError
 
 # At most ten minutes for SmolLM2-135M on two cores: name and how many rows (texts, pairs, queries, documents) at most.
@@ -409,3 +409,17 @@ def _by_instruction(rows: Any) -> list[list[dict[str, Any]]]:
 def _unit(embeddings: Any) -> Any:
     array = np.asarray(embeddings, dtype=np.float64)
     return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def read_instructions(path: Path) -> dict[str, str]:
+    """Task names to instructions, from a JSON file.
+
+    Raises:
+        PromptEmbedderError: no such file, or it holds something else.
+    """
+    if not path.is_file():
+        raise PromptEmbedderError(f"no instructions at {path}")
+    found = parse_json("".join(read_lines(path)), str(path))
+    if not isinstance(found, dict) or not all(isinstance(value, str) and value.strip() for value in found.values()):
+        raise PromptEmbedderError(f"{path} must map task names to instructions")
+    return found
