@@ -162,3 +162,28 @@ def test_not_beside_the_cached_loss(run_config, tmp_path):
     with pytest.raises(PromptEmbedderError, match="cached_infonce is for large batches of in-batch negatives"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_matryoshka_wider_than_the_embedding(tiny_model):
+    with pytest.raises(PromptEmbedderError, match="holds 64, the embedding has 32"):
+        make_loss(tiny_model(), TrainingConfig(matryoshka_dims=(64,)))
+
+
+@pytest.mark.parametrize("kind", ["infonce", "cached_infonce"])
+def test_masked_false_negatives_do_not_count(tiny_model, kind):
+    """Those that the model finds closer to the anchor than its positive; beside a naive loss over the others."""
+    model = tiny_model()
+    columns = (TEXTS[:3], TEXTS[2:5], [TEXTS[0], TEXTS[4], TEXTS[1]])
+    features = [model.preprocess(texts, prompt=INSTRUCTION) for texts in columns]
+    masked = make_loss(model, TrainingConfig(mask_false_negatives=True, loss=kind, temperature=0.1))
+    anchors, positives, negatives = (torch.tensor(model.encode(texts, prompt=INSTRUCTION)) for texts in columns)
+    naive, left_out = [], 0
+    for n, anchor in enumerate(anchors):
+        own = float(anchor @ positives[n])
+        others = [*(anchor @ p for i, p in enumerate(positives) if i != n), *(anchor @ text for text in negatives)]
+        kept = [float(cosine) for cosine in others if float(cosine) <= own]
+        left_out += len(others) - len(kept)
+        naive.append(-math.log(math.exp(own / 0.1) / sum(math.exp(c / 0.1) for c in (own, *kept))))
+    assert 0 < left_out < 15
+    with torch.no_grad():
+        assert float(masked(features, None)) == pytest.approx(sum(naive) / 3, rel=1e-3)
