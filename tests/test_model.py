@@ -348,6 +348,36 @@ def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatc
     assert not copy.deepcopy(module)._remembered
 
 
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_the_llms_stay_in_eval_mode(tiny_model, how):
+    model = tiny_model(prompter_training=how, linear_head=True)
+    llms = [module for llm in (model[0].prompter.lm, model[0].backbone.lm) for module in llm.modules()]
+    for mode in (True, False):
+        model.train(mode)
+        assert not any(module.training for module in llms)
+        assert [module.training for module in (model[0], model[0].prompter, model[0].backbone, model[1])] == [mode] * 4
+    model[0].prompter.lm.train()
+    model[0].backbone.lm.train()
+    model.train()
+    assert not any(module.training for module in llms)
+
+
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_trained_parameters_are_those_that_are_there_now(tiny_model, how):
+    prompter = tiny_model(prompter_training=how)[0].prompter
+
+    def named(of):
+        return {id(p) for name, p in of.named_parameters() if of.is_trained(name)}
+
+    assert {id(p) for p in prompter.trained_parameters()} == named(prompter)
+    state = {name: value.clone() for name, value in prompter.state_dict().items()}
+    prompter.load_state_dict(state, assign=True)  # other tensors in their places
+    assert {id(p) for p in prompter.trained_parameters()} == named(prompter)
+    copied = copy.deepcopy(prompter)
+    assert {id(p) for p in copied.trained_parameters()} == named(copied)
+    assert not named(copied) & named(prompter)
+
+
 @pytest.mark.parametrize(("room", "calls"), [(2, 3), (1, 4), (0.9, 5)])
 def test_soft_prompts_are_remembered_as_long_as_there_is_room(tiny_model, monkeypatch, room, calls):
     model = tiny_model(deep_soft_prompt=True)

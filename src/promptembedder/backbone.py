@@ -100,9 +100,10 @@ class Backbone(nn.Module):
         self._one_at_a_time = threading.RLock()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in eval mode: frozen means frozen."""
-        super().train(mode)
-        self.lm.eval()
+        """Stay in eval mode: frozen means frozen. As in `Prompter.train`, no module of the LLM is visited."""
+        self.training = mode
+        if self.lm.training:
+            self.lm.eval()
         return self
 
     @property

@@ -315,8 +315,8 @@ class SoftPromptTransformer(InputModule):
 
     def _remembered_soft_prompt(self, instruction: str) -> Tensor:
         # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
-        trained = [p for name, p in self.prompter.named_parameters() if self.prompter.is_trained(name)]
-        sums = torch.stack([p.detach().sum() for p in (*self.alignment.parameters(), *trained)])
+        parameters = (*self.alignment.parameters(), *self.prompter.trained_parameters())
+        sums = torch.stack([p.detach().sum() for p in parameters])
         sums = torch.cat([sums, sums.new_tensor([self.prompter.temperature])])
         before = self._remembered_for
         # The library moves models between devices, and these tensors do not go along.

@@ -63,16 +63,21 @@ class Prompter(nn.Module):
         max_request_tokens: int,
     ) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm = lm.eval()
         self.tokenizer = tokenizer
         self.num_soft_tokens = num_soft_tokens
         self.temperature = temperature
         self.max_request_tokens = max_request_tokens
+        self._holders: list[tuple[nn.Module, str]] | None = None
 
     def train(self, mode: bool = True) -> Prompter:
-        """Keep the LLM in eval mode: dropout would make the soft prompt of a step depend on chance."""
-        super().train(mode)
-        self.lm.eval()
+        """Keep the LLM in eval mode: dropout would make the soft prompt of a step depend on chance.
+
+        It is there already, so its thousands of modules are not visited: `encode` calls this every time.
+        """
+        self.training = mode
+        if self.lm.training:
+            self.lm.eval()
         return self
 
     def tokenize(self, requests: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -157,6 +162,17 @@ class Prompter(nn.Module):
     def embeddings_dtype(self) -> torch.dtype:
         """What its frozen weights are kept in."""
         return input_embeddings(self.lm)[0].dtype  # type: ignore[arg-type]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of which `is_trained`; where they are is looked up once, what is there now every time."""
+        if self._holders is None:
+            self._holders = [
+                (module, name)
+                for place, module in self.named_modules()
+                for name, _ in module.named_parameters(recurse=False)
+                if self.is_trained(f"{place}.{name}")
+            ]
+        return [getattr(module, name) for module, name in self._holders]
 
     def is_trained(self, name: str) -> bool:
         """Whether a parameter of this module is one of those that training changes and `save` stores."""
