@@ -3,8 +3,8 @@
     PROMPTEMBEDDER_DATA=... python benchmarks/leaf_and_cache.py --report benchmarks/results/leaf-and-cache-cpu
 
 The paraphrase recipe on so few rows that they come up several times, for three seeds, from the same warm-started model
-each. Per run: Spearman x 100 on pairs of STSBenchmark dev after the last step, and wall time of the steps and that one
-evaluation. The last line is one JSON object.
+each. Per run: Spearman x 100 on pairs of STSBenchmark dev after the last step, and wall time of the steps. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

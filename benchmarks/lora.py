@@ -15,7 +15,7 @@ import torch
 from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import TrainerCallback, TrainerState, set_seed
@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from promptembedder import atomic, base_models, evaluation
+from promptembedder.batches import OwnNegativesTrainer
 from promptembedder.callbacks import TrainingClock
 from promptembedder.config import RunConfig
 from promptembedder.data import TrainingData, load_training_data, read_scored_pairs
@@ -137,7 +138,7 @@ class BestOnDev(TrainerCallback):
                 parameter.copy_(kept[name])
 
 
-class Trainer(SentenceTransformerTrainer):
+class Trainer(OwnNegativesTrainer):
     """Resumes with LoRA's weights in float32; the library opens them in the LLM's dtype on the way."""
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: torch.nn.Module | None = None) -> None:
@@ -181,6 +182,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         evaluator=evaluator(model, config) if follow else None,
         callbacks=[TrainingClock(), best],
     )
+    trainer.own_negatives = data.own_negatives
     if follow:
         start = dev_score(model, config)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None

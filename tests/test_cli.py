@@ -383,6 +383,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["is damaged", "model.safetensors"],
     ),
     "damaged head": (lambda m: _cut(m / "1_Dense" / "model.safetensors"), ["is damaged: SafetensorError"]),
+    "narrow head": (
+        lambda m: save_file({"linear.weight": torch.eye(16)}, m / "1_Dense" / "model.safetensors"),
+        ["is damaged: RuntimeError"],
+    ),
+    "no such class": (
+        lambda m: _edit(m / "modules.json", 1, "type", "sentence_transformers.models.Nope"),
+        ["is damaged: ImportError", "Nope"],
+    ),
     "library's settings a list": (
         lambda m: (m / "config_sentence_transformers.json").write_text("[]"),
         ["config_sentence_transformers.json must hold an object"],

@@ -147,10 +147,19 @@ def test_a_model_opens_by_its_hub_id(tiny_model, hub, monkeypatch, tmp_path):
     assert not asked
 
 
+def test_a_folder_of_the_owners_name_does_not_hide_the_hub(tiny_model, hub, monkeypatch, tmp_path):
+    place, _ = hub
+    promptembedder.save(tiny_model(), place / "me" / "mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "something").mkdir(parents=True)
+    assert describe("me/mine") == describe(place / "me" / "mine")
+
+
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "model" / "promptembedder.json").write_text("{}")
     with pytest.raises(PromptEmbedderError, match="no model at runs/mistyped; models by name: smollm2-135m"):
         promptembedder.load("runs/mistyped")
 

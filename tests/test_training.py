@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -11,12 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 import promptembedder
 from conftest import INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError, alignment, build, load
+from promptembedder.batches import rows_for_batches
 from promptembedder.callbacks import SoftPromptLeafCallback
 from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, load_run
+from promptembedder.data import TrainingData
 from promptembedder.losses import make_loss
 from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
 from promptembedder.prompter import Prompter
@@ -156,7 +161,7 @@ def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
         "max_text_tokens": 3,
         "instruction_guidance": 1.5,
     }
-    trained = train(run_config("second", max_steps=1, model=anew), start=start)
+    trained = train(run_config("second", max_steps=1), start=start, anew=anew)
     assert "section model is not taken" not in caplog.text
     saved = load(trained.folder, device="cpu")
     for model in (trained.model, saved):
@@ -165,7 +170,11 @@ def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
         assert model.max_seq_length == 3
     assert saved[0].settings.num_soft_tokens == load(start, device="cpu")[0].settings.num_soft_tokens
     with pytest.raises(PromptEmbedderError, match=r"texts of 5000 tokens.* too long for the backbone"):
-        train(run_config("third", max_steps=1, model={"max_text_tokens": 5000}), start=start)
+        train(run_config("third", max_steps=1), start=start, anew={"max_text_tokens": 5000})
+    with pytest.raises(PromptEmbedderError, match="keeps its num_soft_tokens; anew: "):
+        train(run_config("fourth"), start=start, anew={"num_soft_tokens": 3})
+    with pytest.raises(PromptEmbedderError, match=r"instruction_guidance = 0.5: .* greater than or equal to 1"):
+        train(run_config("fifth"), start=start, anew={"instruction_guidance": 0.5})
 
 
 def test_a_model_that_is_given_is_taken_as_it_is(run_config, tiny_model, tmp_path):
@@ -202,8 +211,26 @@ def test_batches_of_rows_that_share_texts(run_config, tmp_path, monkeypatch, cap
     )
     train(replace(config, evaluation=EvaluationConfig()))
     assert set(sizes) == ({8, 16} if own_negatives else {1, 2})  # anchors, documents
-    said = "batches hold about 1 rows, because 'That is praise.' stands in 24 of 24 and a batch holds a text once"
+    said = "batches hold about 1 rows, because a batch holds a text once ('That is praise.' stands in 24 of 24)"
     assert (said in caplog.text) != own_negatives
+
+
+@pytest.mark.parametrize(("often", "small"), [(100, False), (700, True)])
+def test_one_text_in_many_rows(caplog, monkeypatch, often, small):
+    """Beside the batches that the library's sampler makes."""
+    rows = {
+        "anchor": [f"a {n}" for n in range(1000)],
+        "positive": ["yes"] * often + [f"p {n}" for n in range(often, 1000)],
+    }
+    data = TrainingData(DatasetDict({"task": Dataset.from_dict(rows)}), {"task": {"anchor": "Answer."}})
+    sampler = NoDuplicatesBatchSampler(data.datasets["task"], 48, drop_last=False, generator=torch.Generator())
+    batches = [len(batch) for batch in itertools.islice(sampler, 1000 // 48)]
+    assert (np.mean(batches) < 24) == small
+    assert rows_for_batches(data, 48) == {"task (Answer.)": 1000}  # some batches are full: workers can share these
+    assert max(batches) == 48
+    assert ("batches hold about 16 rows" in caplog.text) == small
+    assert ("a batch holds a text once" in caplog.text) == small
+    assert rows_for_batches(data, 400) == {"task (Answer.)": 1000 if often == 100 else 301}
 
 
 def test_a_finished_run_whose_folder_has_moved(run_config, tmp_path):
@@ -225,7 +252,8 @@ def test_a_resumed_run_has_the_dev_scores_it_began_with(run_config, tmp_path, na
     other = {"dev": "others.jsonl", "dev_pairs": 7, "instruction": SECOND}[name]
     with pytest.raises(PromptEmbedderError, match=f"began with another evaluation.{name} "):
         train(run_config(max_steps=3, evaluation={**before, name: other}), resume=True)
-    train(run_config(max_steps=3, evaluation={**before, "test": None, "every_steps": 3}), resume=True)
+    changed = {**before, "test": None, "every_steps": 3, "batch_size": 2}
+    train(run_config(max_steps=3, evaluation=changed), resume=True)
 
 
 def test_batches_smaller_than_asked_for_are_said(run_config, caplog):

@@ -142,7 +142,7 @@ def peek_config(name: str, revision: str | None = None) -> Any | None:
 
     Args:
         name: as in `locate`.
-        revision: hub ids only.
+        revision: as in `locate`.
     """
     carried = CARRIED_MODELS.get(name)
     path = Path(name).expanduser()

@@ -46,19 +46,20 @@ def train(
 ) -> None:
     """Train a model; prints its scores last, as one JSON line."""
     from promptembedder import workers
-    from promptembedder.config import load_run
+    from promptembedder.config import given_names, load_run
     from promptembedder.training import MAY_DIFFER
     from promptembedder.training import train as run
 
+    changeable = tuple(f"model.{name}=" for name in MAY_DIFFER)
     kept = [
-        name
-        for name in overrides or []
-        if name.startswith(("model.", "training.warm_start")) and name.partition("=")[0] not in MAY_DIFFER
+        s for s in overrides or [] if s.startswith(("model.", "training.warm_start")) and not s.startswith(changeable)
     ]
     if start is not None and kept:
         raise PromptEmbedderError(f"--from keeps the structure of {start} and has no warm start: leave {kept[0]!r} out")
     settings = load_run(config, overrides or [], root=str(data) if data else None)
-    result = run(settings, resume=resume, start=start)
+    given = MAY_DIFFER & given_names(config, overrides or [], "model") if start is not None else ()
+    anew = {name: getattr(settings.model, name) for name in given}
+    result = run(settings, resume=resume, start=start, anew=anew)
     if workers.number() > 0:
         return
     _say(f"saved {result.folder}")

@@ -377,6 +377,11 @@ def load_run(path: Path, overrides: Sequence[str] = (), root: str | None = None)
     return parse(RunConfig, settings, where=str(path))
 
 
+def given_names(path: Path, overrides: Sequence[str], section: str) -> set[str]:
+    """Names of a section's settings that a YAML file or an override gives, whatever the value."""
+    return set(_overridden(read_yaml(path), overrides).get(section) or {})
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of sections, nothing checked but that.
 

@@ -102,8 +102,10 @@ def restore(model: SentenceTransformer, path: str | Path) -> None:
     folder = Path(path)
     with _opening(folder):
         _restore_module(soft_prompt_module(model), folder)
-    for module, saved in zip(list(model)[1:], _library_modules(folder, _listed_modules(folder)[1:]), strict=True):
-        module.load_state_dict(saved.state_dict())
+    later = _library_modules(folder, _listed_modules(folder)[1:])
+    with _whole(folder, RuntimeError):
+        for module, saved in zip(list(model)[1:], later, strict=True):
+            module.load_state_dict(saved.state_dict())
 
 
 def save(
@@ -381,16 +383,17 @@ def _listed_modules(folder: Path) -> list[tuple[str, str]]:
 
 def _library_modules(folder: Path, entries: Sequence[tuple[str, str]]) -> list[Module]:
     """What follows our module, opened by sentence-transformers."""
-    with _whole(folder):
+    with _whole(folder, ImportError, RuntimeError):  # a class that is not there, weights of another shape
         return [import_from_string(kind).load(str(folder), subfolder=place) for kind, place in entries]
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    """What the library says of missing and damaged files, as one line."""
+def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
+    """What the library says of missing and damaged files, as one line; `more`: kinds of errors that mean the same."""
+    told: tuple[type[Exception], ...] = (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError)
     try:
         yield
-    except (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
+    except told + more as error:
         reason = " ".join(str(error).split())[:200]
         raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 

@@ -286,7 +286,7 @@ class SoftPromptTransformer(InputModule):
             yield embedding_BE.to(self.alignment.weight.dtype)  # as a linear head is, also after `model.half()`
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
-        """What the prompter writes for an instruction alone: tokens (1, K, P) and logits (1, K, V)."""
+        """What the prompter writes for an instruction alone: tokens (1, K, P) and weights (1, K, V)."""
         ids_NS, mask_NS = self.prompter.tokenize([instruction])
         device = self.alignment.weight.device
         # Fused attention adds up in any order on GPUs; workers must get the same bits.

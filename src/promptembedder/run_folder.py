@@ -16,14 +16,14 @@ from promptembedder import atomic, workers
 from promptembedder.config import ModelConfig, RunConfig, TransferConfig, read_yaml
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.saved import read_settings
-from promptembedder.saved_names import CONFIG_FILE
+from promptembedder.saved_names import BEGUN_FILE, CONFIG_FILE
 
-_BEGUN = "begun.yaml"
 # What an interrupted run may go on with.
 _MAY_CHANGE = {
-    *("root", "output", "max_steps", "save_every_steps", "keep_checkpoints", "logging_steps", "early_stop_patience"),
-    *("mini_batch_size", "soft_prompt_leaf", "text_state_cache", "text_state_folder", "text_state_precision"),
-    *("test", "every_steps"),
+    *("data.root", "evaluation.test", "evaluation.every_steps", "evaluation.batch_size", "unfrozen_steps"),
+    *(f"training.{name}" for name in ("output", "max_steps", "save_every_steps", "keep_checkpoints", "logging_steps")),
+    *(f"training.{name}" for name in ("early_stop_patience", "mini_batch_size", "soft_prompt_leaf")),
+    *(f"training.text_state_{name}" for name in ("cache", "folder", "precision")),
 }
 # As the library names them; what a user calls `checkpoint-best` is the user's.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -82,7 +82,7 @@ def note_settings(output: Path, config: RunConfig | TransferConfig, *, resumed: 
     Raises:
         PromptEmbedderError: a resumed run began with other settings; the file cannot be read.
     """
-    file = output / _BEGUN
+    file = output / BEGUN_FILE
     now: dict[str, Any] = {**json.loads(json.dumps(asdict(config))), **more}
     if not resumed:
         if workers.number() == 0:
@@ -102,7 +102,7 @@ def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
         if section != "model":
             inside = given.items() if isinstance(given, dict) else [(None, given)]
             found |= {section if name is None else f"{section}.{name}": value for name, value in inside}
-    return {name: value for name, value in found.items() if name.rpartition(".")[2] not in _MAY_CHANGE}
+    return {name: value for name, value in found.items() if name not in _MAY_CHANGE}
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -12,6 +12,7 @@ from promptembedder import hub, shipped
 from promptembedder.config import ModelConfig, parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.saved_names import (
+    BEGUN_FILE,
     CONFIG_FILE,
     FORMAT_VERSION,
     PROMPTER_FOLDER,
@@ -44,10 +45,12 @@ def folder_of(model: str | Path, revision: str | None = None) -> Path:
 
 
 def may_be_hub_id(model: str | Path) -> bool:
-    """Whether a model's name is one that the hub could know: `owner/name`, and neither of them is a folder here."""
-    folder = shipped.folder_of(model)
-    here = folder.exists() or (folder.parent != Path() and folder.parent.is_dir())  # `runs/mistyped`
-    return not here and not folder.is_absolute() and str(model).count("/") == 1 and str(model)[0] not in ".~"
+    """Whether a model's name is one that the hub could know: `owner/name`, which is no folder here, nor beside ours."""
+    folder, name = shipped.folder_of(model), str(model)
+    if folder.exists() or folder.is_absolute() or name.count("/") != 1 or name[0] in ".~":
+        return False
+    signs = (CONFIG_FILE, f"model/{CONFIG_FILE}", BEGUN_FILE)
+    return not any(any(folder.parent.glob(f"*/{sign}")) for sign in signs)  # else `runs/mistyped`
 
 
 def prompter_owner(path: str | Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
+# What a run or transfer began with, in its folder.
+BEGUN_FILE = "begun.yaml"
 CONFIG_FILE = "promptembedder.json"
 ALIGNMENT_FILE = "alignment.safetensors"
 PROMPTER_FOLDER = "prompter"

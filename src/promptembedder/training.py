@@ -5,25 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from sentence_transformers.util.distributed import distributed_evaluation
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, RandomSampler
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from promptembedder import alignment, atomic, base_models, widened, workers
+from promptembedder.batches import OwnNegativesTrainer, rows_for_batches
 from promptembedder.building import build
 from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
 from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
@@ -43,10 +40,7 @@ logger = logging.getLogger(__name__)
 
 _DEV_METRIC = "eval_dev_spearman_cosine"
 # Settings of a model that weights do not depend on: a run that starts from a saved one may set them anew.
-MAY_DIFFER = frozenset(
-    f"model.{name}"
-    for name in ("default_instruction", "document_instruction", "instruction_guidance", "max_text_tokens")
-)
+MAY_DIFFER = frozenset({"default_instruction", "document_instruction", "instruction_guidance", "max_text_tokens"})
 # Names as the trainer sees them, in the loss: `model.0.alignment.weight`, a linear head's `model.1.linear.weight`.
 _ALIGNMENT, _HEAD = r"\.alignment\.", r"\.\d+\.linear\."
 
@@ -86,6 +80,7 @@ def train(
     *,
     resume: bool = False,
     start: str | Path | None = None,
+    anew: Mapping[str, Any] | None = None,
     model: SentenceTransformer | None = None,
     data: TrainingData | None = None,
     loss: nn.Module | None = None,
@@ -95,8 +90,9 @@ def train(
     Args:
         config: all settings.
         resume: go on from the last checkpoint in `<output>`.
-        start: folder, name or hub id of a saved model to start from. Its settings replace `config.model`, but for
-            those of `MAY_DIFFER` that are given, and there is no warm start.
+        start: folder, name or hub id of a saved model to start from. Its settings replace `config.model`, and there
+            is no warm start.
+        anew: with `start`, settings of the model that replace the saved ones; those of `MAY_DIFFER`.
         model: start from this one, as it is, instead of building `config.model`: no warm start either.
         data: train on these rows instead of `config.data`'s.
         loss: of all datasets, in place of those that the settings name.
@@ -108,7 +104,7 @@ def train(
     if start is not None and model is not None:
         raise PromptEmbedderError("start and model are both given; a run begins with one of them")
     if start is not None:
-        config = _started(config, folder_of(start))
+        config = _started(config, folder_of(start), anew or {})
     settings, output = config.training, Path(config.training.output)
     structure = config.model if model is None else soft_prompt_module(model).settings
     fresh = start is None and model is None
@@ -122,7 +118,7 @@ def train(
     most_rows = largest(data)
     if most_rows < settings.batch_size:
         logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most_rows)
-    workers.check(settings.batch_size, _rows_for_batches(data, settings.batch_size))
+    workers.check(settings.batch_size, rows_for_batches(data, settings.batch_size))
     make_folder(output, fresh=checkpoint is None)
     note_settings(output, config, resumed=checkpoint is not None)
     if model is None and start is not None:
@@ -161,24 +157,12 @@ def train(
     )
 
 
-class _Trainer(SentenceTransformerTrainer):
-    """The library's, but for two things.
+class _Trainer(OwnNegativesTrainer):
+    """Goes back to a checkpoint by its trained weights.
 
-    It goes back to a checkpoint by its trained weights. The library opens the whole model again, both LLMs in the
-    precision and on the device of a fresh start, copies everything over what is there, and where that fails goes on
-    with a line in the log.
-
-    And in batches of `own_negatives` a text may stand twice. No row of these datasets is compared with another's, and
-    rows of few classes would each fill a batch alone.
+    The library opens the whole model again, both LLMs in the precision and on the device of a fresh start, copies
+    everything over what is there, and where that fails goes on with a line in the log.
     """
-
-    own_negatives: frozenset[str] = frozenset()
-
-    def get_batch_sampler(self, dataset: Dataset, **options: Any) -> BatchSampler | None:
-        if any(dataset is self.train_dataset[name] for name in self.own_negatives):
-            drawn = RandomSampler(dataset, generator=options["generator"])
-            return DefaultBatchSampler(drawn, **options)  # type: ignore[no-any-return]
-        return super().get_batch_sampler(dataset, **options)  # type: ignore[no-any-return]
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         restore(self.model, checkpoint_path)
@@ -267,19 +251,18 @@ def aspects_of(config: RunConfig, module: SoftPromptTransformer, data: TrainingD
     return {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
 
 
-def _started(config: RunConfig, start: Path) -> RunConfig:
+def _started(config: RunConfig, start: Path, anew: Mapping[str, Any]) -> RunConfig:
     """The run's settings with the structure of the saved model that it starts from."""
+    if fixed := sorted(set(anew) - MAY_DIFFER):
+        raise PromptEmbedderError(f"a run from a saved model keeps its {', '.join(fixed)}; anew: {sorted(MAY_DIFFER)}")
     output = Path(config.training.output).resolve()
     if start.resolve().is_relative_to(output):
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
     model = parse(ModelConfig, read_settings(start)["model"], where=str(start))
-    asked = {
-        f.name: getattr(config.model, f.name)
-        for f in fields(model)
-        if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
-    }
-    model = replace(model, **{name: value for name, value in asked.items() if f"model.{name}" in MAY_DIFFER})
-    if left_out := [name for name in asked if f"model.{name}" not in MAY_DIFFER]:
+    model = parse(ModelConfig, {**asdict(model), **anew}, where=str(start))
+    if left_out := [
+        f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
+    ]:
         logger.warning("%s keeps its own %s; the run's section model is not taken", start, ", ".join(left_out))
     warm = replace(config.training.warm_start, steps=0)
     return replace(config, model=model, training=replace(config.training, warm_start=warm))
@@ -304,33 +287,6 @@ def largest(data: TrainingData) -> int:
     if most < 2:
         raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
     return most
-
-
-def _rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
-    """Rows of each dataset, or of one batch where texts that repeat leave less than a batch together; that is said.
-
-    A batch holds a text once: its documents are all rows' negatives. So rows with one text make as many batches.
-    """
-    found = {}
-    for name, rows in data.datasets.items():
-        said = f"{name} ({data.prompts.get(name, {}).get('anchor', '')})"
-        found[said] = len(rows)
-        if name in data.own_negatives:
-            continue
-        columns = [
-            rows[name] for name, kind in rows.features.items() if getattr(kind, "dtype", "") == "string"
-        ]  # no label
-        texts = zip(*columns, strict=True)
-        (text, times), *_ = Counter(text for row in texts for text in set(row)).most_common(1)
-        together = max(1, len(rows) // times)
-        if 2 * together <= min(batch_size, len(rows)):
-            found[said] = together
-            logger.warning(
-                "%s: batches hold about %d rows, because %r stands in %d of %d and a batch holds a text once; rows of "
-                "few classes want in_batch_negatives: false and a `neg` each",
-                *(said, together, text[:60], times, len(rows)),
-            )
-    return found
 
 
 def check_run(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ Shapes: P prompter width, D width of the new backbone.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import time
@@ -90,7 +91,8 @@ def transfer(
     make_folder(output, fresh=False)
     # A model that has learnt since would teach other similarities, or have W aligned with another prompter's words.
     learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
-    note_settings(output, config, resumed=resume, old_model=base_models.digest(learnt))
+    drawn = hashlib.sha256("\n".join(texts).encode()).hexdigest()  # how many depends on the steps
+    note_settings(output, config, resumed=resume, old_model=base_models.digest(learnt), sample_of_texts=drawn)
     for stage in TRAINED_STAGES:
         if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
             make_folder(output / stage, fresh=not resume)
