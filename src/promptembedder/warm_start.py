@@ -116,7 +116,7 @@ def _examples(
     if torch.equal(_cue_ids(prompter, config.cue, usable[0]), _cue_ids(prompter, config.cue, usable[1])):
         raise PromptEmbedderError(
             f"the aspect is not among the last {prompter.num_soft_tokens} tokens of warm_start.cue; "
-            "give a shorter one, such as '{aspect}:'"
+            f"give a shorter one, such as '{{aspect}}{':' if prompter.num_soft_tokens > 1 else ''}'"
         )
     invented = made_up.made_up_instructions(usable, seed)
     return (drawn.choice(known) if known and drawn.random() < 0.5 else next(invented) for _ in itertools.count())
