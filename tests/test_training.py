@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from transformers import TrainerCallback
 
 import promptembedder
 from conftest import INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
@@ -93,25 +94,13 @@ def test_resumed_equals_uninterrupted(run_config, layout, dtype):
     whole = train(run_config("whole", model=model, max_steps=4, save_every_steps=2)).model
     # The same run, stopped after two steps: its schedule must be that of four.
     config = run_config("parts", model=model, max_steps=4, save_every_steps=2)
-    from promptembedder import training
 
-    class Stop(training.TrainerCallback):
+    class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 2
             return control
 
-    made = training._trainer
-
-    def stopping(*arguments):
-        trainer = made(*arguments)
-        trainer.add_callback(Stop())
-        return trainer
-
-    training._trainer = stopping
-    try:
-        halfway = train(config)
-    finally:
-        training._trainer = made
+    halfway = train(config, callbacks=[Stop()])
     assert halfway.steps == 2
     resumed = train(config, resume=True)
     assert resumed.steps == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -84,6 +84,7 @@ def train(
     model: SentenceTransformer | None = None,
     data: TrainingData | None = None,
     loss: nn.Module | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train a model, save it to `<output>/model` and score it.
 
@@ -96,6 +97,7 @@ def train(
         model: start from this one, as it is, instead of building `config.model`: no warm start either.
         data: train on these rows instead of `config.data`'s.
         loss: of all datasets, in place of those that the settings name.
+        callbacks: further ones for the library's trainer, such as those that report elsewhere.
 
     Raises:
         PromptEmbedderError: `start` and `model` together; bad data or settings; nothing to resume from, or a
@@ -131,7 +133,7 @@ def train(
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
     clock = TrainingClock(_warm_start(config, module, data) if fresh and checkpoint is None else 0.0)
-    trainer = _trainer(model, module, config, data, losses, dev, clock)
+    trainer = _trainer(model, module, config, data, losses, dev, clock, callbacks)
     with workers.stopping_together():
         with _in_training(module, cache, config.data.max_text_tokens):
             _run(trainer, checkpoint, clock)
@@ -332,6 +334,7 @@ def _trainer(
     losses: nn.Module | dict[str, nn.Module],
     dev: EmbeddingSimilarityEvaluator | None,
     clock: TrainingClock,
+    more: Sequence[TrainerCallback],
 ) -> SentenceTransformerTrainer:
     settings = config.training
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
@@ -352,7 +355,7 @@ def _trainer(
         train_dataset=data.datasets,
         loss=losses,
         evaluator=dev,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *more],
     )
     leaf.trainer = trainer
     trainer.own_negatives = data.own_negatives
