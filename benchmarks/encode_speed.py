@@ -27,42 +27,16 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 import promptembedder
 from kept_results import command, say
 from promptembedder import atomic, base_models, evaluation
+from promptembedder.aspects import ASPECTS
 from promptembedder.model import soft_prompt_module
 
 INSTRUCTIONS = ["Group the texts by topic.", "Group the texts by the feeling that they express."]
-WORDS = [
-    "river",
-    "market",
-    "doctor",
-    "window",
-    "engine",
-    "garden",
-    "letter",
-    "winter",
-    "music",
-    "bridge",
-    "captain",
-    "silver",
-    "paper",
-    "forest",
-    "island",
-    "teacher",
-    "summer",
-    "kitchen",
-    "planet",
-    "harbour",
-    "village",
-    "morning",
-    "mountain",
-    "ticket",
-    "camera",
-]
 
 
 def texts_of(model: SentenceTransformer, tokens: int, count: int) -> list[str]:
     """Texts of about so many tokens, none of them twice."""
     drawn = random.Random(tokens)
-    words = [" ".join(drawn.choices(WORDS, k=2 * tokens)) for _ in range(count)]
+    words = [" ".join(drawn.choices(ASPECTS, k=2 * tokens)) for _ in range(count)]
     encoded = [model.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens] for text in words]
     return [str(model.tokenizer.decode(ids)) for ids in encoded]
 
@@ -117,7 +91,7 @@ def main() -> None:
         figures[str(length)] = {name: round(value, 1) for name, value in found.items()}
         rows.append(f"| {length} | " + " | ".join(f"{found[name]:.1f}" for name in runs) + " |")
         say(rows[-1])
-    query = [" ".join(WORDS[:8])]
+    query = [" ".join(ASPECTS[:8])]
     ask = partial(model.encode, query, show_progress_bar=False)
     new = [seconds(partial(ask, prompt=f"Find number {n}.")) for n in range(2 * arguments.rounds)]
     known = [seconds(partial(ask, prompt=INSTRUCTIONS[0])) for _ in range(4 * arguments.rounds)]

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,14 @@ def test_scores_of_orders_and_summaries_equal_those_computed_by_hand(data, tmp_p
         close = model.encode(MANY[n + 2 : n + 6]) @ model.encode(MANY[n : n + 2]).T
         found.append(spearmanr(close.max(-1), [1, 3, 2, 5])[0])
     assert scores["Short"] == pytest.approx(100 * np.mean(found), abs=0.1)
+
+
+def test_a_task_without_a_result_is_said(data, tmp_path, encoder, monkeypatch):
+    """mteb raises nothing where rows are open to others only."""
+    closed = SimpleNamespace(exceptions=[SimpleNamespace(task_name="Similar")], task_results=[])
+    monkeypatch.setattr("mteb.evaluate", lambda *a, **k: closed)
+    with pytest.raises(PromptEmbedderError, match="Similar: mteb has no result"):
+        evaluation.evaluate(encoder, evaluation.local_tasks(data, ["Similar"]), tmp_path / "results")
 
 
 def test_triplets_need_the_instruction(data, tmp_path):

@@ -64,7 +64,6 @@ class Backbone(nn.Module):
 
     Attributes:
         text_cache: where layout `suffix` keeps the states of texts; unset: nowhere.
-
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Texts of a file to embeddings in a file, streamed; what the `encode` command does.
 
-Shapes: N texts, D embedding width of the model, E of what is stored.
+Shapes: N texts, E width of what is stored.
 """
 
 from __future__ import annotations
@@ -71,26 +71,17 @@ def encode_file(
     Raises:
         PromptEmbedderError: options that contradict each other; a model, a text or the output that cannot be had.
     """
-    if instruction is not None and (document or not instruction.strip()):
-        raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
-    if bridge is not None and (truncate_dim is not None or precision == "ubinary"):
-        raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
-    if bridge is not None and instruction_guidance is not None:
-        raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
+    _check(instruction, document, bridge, truncate_dim, precision, instruction_guidance)
     over = None if bridge is None else load_bridge(bridge)
     width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
     if over is not None:
         over(np.zeros((0, width)))  # refuses a bridge of another width before the model opens
         width = over.weight_DF.shape[1]
     stored, dtype = ((width + 7) // 8, np.uint8) if precision == "ubinary" else (width, np.dtype(precision))
-    options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size, "show_progress_bar": False}
-    options |= {"precision": "ubinary"} if precision == "ubinary" else {}
-    options |= {"task": "document"} if document else {}
 
     def rows() -> Iterator[tuple[str, str]]:
         return read_texts(texts, kind, text_field, id_field)
 
-    count = 0
     # The writer comes first: an output that cannot be written is said before the model opens.
     with embedding_writer(output, stored, np.dtype(dtype)) as writer:
         # A file is read twice: what is wrong in its last line is said before the model opens. Of other input the first
@@ -99,18 +90,38 @@ def encode_file(
         chunks = _chunked(rows(), _BATCHES_PER_CHUNK * batch_size)
         first = list(itertools.islice(chunks, 1))
         embedder = _opened(model, device, max_text_tokens, instruction_guidance)
-        if truncate_dim is not None:
-            options["truncate_dim"] = width
+        options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size, "show_progress_bar": False}
+        options |= {"precision": "ubinary"} if precision == "ubinary" else {}
+        options |= {"task": "document"} if document else {}
+        options |= {"truncate_dim": width} if truncate_dim is not None else {}
         if over is not None:
             over.check(embedder.encode([PROBE], **options)[0])
         elif truncate_dim is not None or embedder.truncate_dim is not None:
             options["normalize_embeddings"] = True  # a part of a vector of length 1 is shorter
+        count = 0
         for chunk in _progress(itertools.chain(first, chunks), total):
             ids, batch = zip(*chunk, strict=True)
             embeddings = embedder.encode(list(batch), **options)
             writer.write(list(ids), embeddings if over is None else over(embeddings).astype(dtype))
             count += len(ids)
     return count, width
+
+
+def _check(
+    instruction: str | None,
+    document: bool,
+    bridge: Path | None,
+    truncate_dim: int | None,
+    precision: Stored,
+    instruction_guidance: float | None,
+) -> None:
+    """Refuse options that contradict each other."""
+    if instruction is not None and (document or not instruction.strip()):
+        raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
+    if bridge is not None and (truncate_dim is not None or precision == "ubinary"):
+        raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
+    if bridge is not None and instruction_guidance is not None:
+        raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
 
 
 def _opened(
