@@ -288,8 +288,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         families = [family for family in FAMILIES if name == REQUESTS_TOO or "request" not in family.things]
         data = load_training_data(config.data, config.model.document_instruction, seed, families=families)
         model, warm_seconds = started(config, data, arguments)
-        training = replace(config.training, warm_start=replace(config.training.warm_start, steps=0))
-        result = train(replace(config, training=training), model=model, data=data)
+        result = train(config, model=model, data=data)
     facts = read_facts(result.folder)
     assert facts is not None
     evaluator = pair_evaluator(config.evaluation, config.data.root, "dev")

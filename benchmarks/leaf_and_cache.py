@@ -54,7 +54,6 @@ def main() -> None:
                     output=str(Path(scratch) / name),
                     max_steps=arguments.steps,
                     batch_size=arguments.batch,
-                    warm_start=replace(config.training.warm_start, steps=0),
                     seed=seed,
                     **changes,
                 )

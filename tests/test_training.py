@@ -172,6 +172,8 @@ def test_a_model_that_is_given_is_taken_as_it_is(run_config, tiny_model, tmp_pat
     config = run_config(max_steps=1, prompter_learning_rate=1e-9, alignment_learning_rate=1e-9, warm_steps=3)
     train(config, model=model)
     assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in model.named_parameters())
+    with pytest.raises(PromptEmbedderError, match="anew is for settings of a saved model to start from"):
+        train(run_config("anew"), anew={"max_text_tokens": 3})
     with pytest.raises(PromptEmbedderError, match="start and model are both given"):
         train(run_config("both"), model=model, start=tmp_path)
 

@@ -49,12 +49,13 @@ def rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
         columns = [Counter(rows[column]) for column in rows.column_names if isinstance(rows[0][column], str)]
         if name in data.own_negatives or not columns:
             continue
+        (text, times), *_ = sum(columns, Counter()).most_common(1)
+        times = min(times, len(rows))  # a row may hold a text twice
         batches = max(1, len(rows) // batch_size)
-        if (most := _most_rows(columns, len(rows), 1)) < min(batch_size, len(rows)):
+        if (most := _most_rows(columns, len(rows), times, 1)) < min(batch_size, len(rows)):
             found[said] = most
-        together = _most_rows(columns, len(rows), batches) // batches
+        together = _most_rows(columns, len(rows), times, batches) // batches
         if 2 * together <= min(batch_size, len(rows)) and workers.number() == 0:
-            text, times = _commonest(columns, len(rows))
             logger.warning(
                 "%s: batches hold about %d rows, because a batch holds a text once (%r stands in %d of %d); rows of "
                 "few classes want in_batch_negatives: false and a `neg` each",
@@ -63,14 +64,7 @@ def rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
     return found
 
 
-def _commonest(columns: list[Counter[str]], rows: int) -> tuple[str, int]:
-    """The text that most rows hold, and how many; too many where a row holds it twice."""
-    (text, times), *_ = sum(columns, Counter()).most_common(1)
-    return text, min(rows, times)
-
-
-def _most_rows(columns: list[Counter[str]], rows: int, batches: int) -> int:
-    """A bound on the rows in so many batches: of each column every text comes in each once, as of the commonest."""
-    _, common = _commonest(columns, rows)
-    by_column = (sum(min(times, batches) for times in counts.values()) for counts in columns)
-    return max(1, min(rows - common + min(common, batches), *by_column))
+def _most_rows(columns: list[Counter[str]], rows: int, times: int, batches: int) -> int:
+    """A bound on the rows in so many batches: every text of a column comes in each once, as the commonest of all."""
+    by_column = (sum(min(found, batches) for found in counts.values()) for counts in columns)
+    return max(1, min(rows - times + min(times, batches), *by_column))

@@ -105,14 +105,18 @@ def train(
     """
     if start is not None and model is not None:
         raise PromptEmbedderError("start and model are both given; a run begins with one of them")
+    if anew and start is None:
+        raise PromptEmbedderError("anew is for settings of a saved model to start from; give start, too")
     if start is not None:
-        config = _started(config, folder_of(start), anew or {})
+        config = replace(config, model=_structure_of(folder_of(start), config, anew or {}))
+    elif model is not None:
+        config = replace(config, model=soft_prompt_module(model).settings)
+    if start is not None or model is not None:  # it has learnt before
+        none = replace(config.training.warm_start, steps=0)
+        config = replace(config, training=replace(config.training, warm_start=none))
     settings, output = config.training, Path(config.training.output)
-    structure = config.model if model is None else soft_prompt_module(model).settings
-    fresh = start is None and model is None
-    config = replace(config, model=structure)
     check_run(config)
-    checkpoint = checkpoint_of(output, resume, structure)
+    checkpoint = checkpoint_of(output, resume, config.model)
     if data is None:
         data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     check_losses(settings, data)
@@ -123,7 +127,7 @@ def train(
     workers.check(settings.batch_size, rows_for_batches(data, settings.batch_size))
     make_folder(output, fresh=checkpoint is None)
     note_settings(output, config, resumed=checkpoint is not None)
-    if model is None and start is not None:
+    if start is not None:
         model = load(start, device=workers.device())
         _set_anew(model, config.model)
     elif model is None:
@@ -132,7 +136,7 @@ def train(
     cache = text_cache(module, settings)
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
-    clock = TrainingClock(_warm_start(config, module, data) if fresh and checkpoint is None else 0.0)
+    clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
     trainer = _trainer(model, module, config, data, losses, dev, clock, callbacks)
     with workers.stopping_together():
         with _in_training(module, cache, config.data.max_text_tokens):
@@ -253,8 +257,8 @@ def aspects_of(config: RunConfig, module: SoftPromptTransformer, data: TrainingD
     return {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
 
 
-def _started(config: RunConfig, start: Path, anew: Mapping[str, Any]) -> RunConfig:
-    """The run's settings with the structure of the saved model that it starts from."""
+def _structure_of(start: Path, config: RunConfig, anew: Mapping[str, Any]) -> ModelConfig:
+    """Settings of the saved model that a run starts from, those of `anew` replaced."""
     if fixed := sorted(set(anew) - MAY_DIFFER):
         raise PromptEmbedderError(f"a run from a saved model keeps its {', '.join(fixed)}; anew: {sorted(MAY_DIFFER)}")
     output = Path(config.training.output).resolve()
@@ -266,8 +270,7 @@ def _started(config: RunConfig, start: Path, anew: Mapping[str, Any]) -> RunConf
         f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
     ]:
         logger.warning("%s keeps its own %s; the run's section model is not taken", start, ", ".join(left_out))
-    warm = replace(config.training.warm_start, steps=0)
-    return replace(config, model=model, training=replace(config.training, warm_start=warm))
+    return model
 
 
 def _set_anew(model: SentenceTransformer, settings: ModelConfig) -> None:

@@ -193,7 +193,6 @@ def _train_stages(
             train_alignment=True,
             # The closed form is a good start, and Adam's first steps are as long as the later ones, not longer.
             warmup=0.0 if settings.warmup is None else settings.warmup,
-            warm_start=replace(settings.warm_start, steps=0),
         ),
         evaluation=replace(config.evaluation, test=None),
     )
