@@ -290,7 +290,9 @@ def largest(data: TrainingData) -> int:
     """
     most = max(len(rows) for rows in data.datasets.values())
     if most < 2:
-        raise PromptEmbedderError("no instruction has two rows to tell apart; give more training rows")
+        raise PromptEmbedderError(
+            "no instruction has two rows to tell apart; give more training rows (those with and without `neg` count apart)"
+        )
     return most
 
 
