@@ -291,7 +291,7 @@ def largest(data: TrainingData) -> int:
     most = max(len(rows) for rows in data.datasets.values())
     if most < 2:
         raise PromptEmbedderError(
-            "no instruction has two rows to tell apart; give more training rows (those with and without `neg` count apart)"
+            "no instruction has two rows to tell apart; give more training rows (with and without `neg` count apart)"
         )
     return most
 
