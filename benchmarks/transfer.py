@@ -6,9 +6,10 @@
 Rows, batches and loss are those of the recipe `paraphrase-suffix.yaml` for all; dev (pairs of STSBenchmark dev) is
 followed every `--every` steps, test is STSBenchmark. Per backbone:
 
-- `hard_cue`: PromptEOL, untrained; `closed_form`: the prompter moved, nothing trained; `alignment_only`: W trained on
-  the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old model's similarities;
-  `texts_then_rows`: so first, then on the labelled rows, `--steps` of each;
+- `hard_cue`: PromptEOL, untrained; `closed_form`: the prompter moved and embeddings centred on the rows' texts, nothing
+  trained; `hard_cue_centred`, `closed_form_plain`: the cue centred, too, the closed form not;
+- `alignment_only`: W trained on the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old
+  model's similarities; `texts_then_rows`: so first, then on the labelled rows, `--steps` of each;
 - `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`). Both see the
   rows that W sees; what the prompter learnt before, on the old backbone, is what a transfer has more;
 - dev pairs choose the closed form and, of every part, the best weights on the way;
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import shutil
 import statistics
@@ -44,6 +46,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
@@ -119,11 +123,7 @@ def moved(
     if name == "alignment_only" and not resumed:
         # Its seconds are compared with LoRA's, which reads every text: none may have been read by an earlier run.
         shutil.rmtree(place_of(arguments, backbone) / "states", ignore_errors=True)
-    files: tuple[str, ...] = ()
-    if texts is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        files = (str((output / "texts.jsonl").resolve()),)
+    files = () if texts is None else (plain_texts(arguments, backbone, name, texts),)
     result: TransferResult = transfer(
         promptembedder.load(arguments.model),
         TransferConfig(
@@ -143,24 +143,50 @@ def moved(
 
 
 def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
-    """Test scores of the hard cue and of the closed form alone."""
+    """Test scores of the hard cue and of the closed form, each as it is and with the mean over the texts taken away."""
     config = recipe(arguments, backbone)
     old = promptembedder.load(arguments.model)
     module = soft_prompt_module(on_backbone(old, base_models.locate(backbone)))
     first, second, scores = read_scored_pairs(TEST, config.data.root)
-    one, other = (hard_cue(module, texts, batch_size=64) for texts in (first, second))
-    cue = 100 * float(spearmanr((one * other).sum(-1), scores).statistic)
-    result = transfer(
-        old,
-        TransferConfig(
-            backbone=backbone,
-            data=DataConfig(root=config.data.root),
-            training=replace(config.training, output=str(place_of(arguments, backbone) / "closed_form")),
-            evaluation=untested(config).evaluation,
-        ),
-    )
+    texts = texts_of_rows(arguments, backbone)
+    sample = random.Random(config.training.seed).sample(texts, min(CENTRED_ON, len(texts)))
+    one, other, some = (hard_cue(module, part, batch_size=64) for part in (first, second, sample))
+    centre = some.mean(0)
+    cues = {
+        "hard_cue": spearman(one, other, scores),
+        "hard_cue_centred": spearman(one - centre, other - centre, scores),
+    }
+    closed: dict[str, float] = {}
+    for name, centred in (("closed_form_plain", False), ("closed_form", True)):
+        result = transfer(
+            old,
+            TransferConfig(
+                backbone=backbone,
+                data=replace(DataConfig(root=config.data.root), max_text_tokens=config.data.max_text_tokens),
+                texts=(plain_texts(arguments, backbone, "closed_form", texts),),
+                text_instructions=(config.evaluation.instruction,),
+                centred=centred,
+                training=replace(config.training, output=str(place_of(arguments, backbone) / name), max_steps=0),
+                evaluation=untested(config).evaluation,
+            ),
+        )
+        closed[name] = tested(arguments, backbone, result.model)
+        closed |= {f"{name}_dev": round(result.scores["dev"], 2)}
     starts = {start.name: round(start.dev or 0.0, 2) for start in result.starts}
-    return {"hard_cue": cue, "closed_form": tested(arguments, backbone, result.model), "starts_dev": starts}
+    return {**cues, **closed, "starts_dev": starts}
+
+
+def spearman(first_NE: NDArray[Any], second_NE: NDArray[Any], scores: list[float]) -> float:
+    """Of cosines, x 100."""
+    cosines_N = (first_NE * second_NE).sum(-1) / np.linalg.norm(first_NE, axis=-1) / np.linalg.norm(second_NE, axis=-1)
+    return 100 * float(spearmanr(cosines_N, scores).statistic)
+
+
+def plain_texts(arguments: argparse.Namespace, backbone: str, part: str, texts: list[str]) -> str:
+    """A file of them."""
+    path = place_of(arguments, backbone) / part / "texts.jsonl"
+    atomic.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path.resolve())
 
 
 def scratch(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
@@ -360,8 +386,10 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
 }
 QUICK = ("closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora")
 REVISION = "transfer"
+CENTRED_ON = 256
 FIGURES = (
-    *("hard_cue", "closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora"),
+    *("hard_cue", "hard_cue_centred", "closed_form_plain", "closed_form"),
+    *("alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora"),
     *("examples_ratio", "time_ratio", "without_examples", "without_labels"),
     *("examples_ratio_95", "time_ratio_95", "without_examples_95", "without_labels_95"),
     *("examples_ratio_smoothed", "time_ratio_smoothed"),

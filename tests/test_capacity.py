@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build, encode, load, save, widened
 from promptembedder.alignment import thinned
+from promptembedder.centring import centre
+from promptembedder.data import load_training_data
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import train
 
@@ -144,6 +146,7 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
         {"deep_soft_prompt": True},
         {"deep_soft_prompt": True, "deep_soft_prompt_rank": 3},
         {"linear_head": True},
+        {"centred": True},
         {"backbone_layers": 1},
         {"readout_layers": (1,)},
         {"instruction_template": "\n{instruction}\nThis"},
@@ -169,6 +172,43 @@ def test_trained_saved_and_opened(run_config, tmp_path, monkeypatch, option, dty
     expected = result.model.encode(TEXTS, prompt=INSTRUCTION)
     assert np.allclose(np.linalg.norm(expected, axis=-1), 1, atol=1e-5)
     assert np.allclose(load(result.folder).encode(TEXTS, prompt=INSTRUCTION), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{}, {"condition_on": "instruction_and_text"}, {"instruction_guidance": 1.5}])
+def test_centred_embeddings_have_the_samples_mean_taken_away(tiny_model, option):
+    module = tiny_model(linear_head=True, **option)[0]
+    sample = [(text, (INSTRUCTION, SECOND)[n % 2]) for n, text in enumerate(TEXTS)]
+
+    def one_by_one():
+        with torch.no_grad():
+            found = [module(module.preprocess([text], prompt=how))["sentence_embedding"][0] for text, how in sample]
+        return torch.stack(found)
+
+    before_BE = one_by_one()
+    assert before_BE.mean(0).norm() > 0.1
+    centre(module, sample)
+    assert torch.allclose(one_by_one(), before_BE - before_BE.mean(0), atol=1e-5)
+    centre(module, sample)  # of what the embeddings are without it
+    assert torch.allclose(module.centre_E, before_BE.mean(0), atol=1e-5)
+    module.subtract(None)
+    assert torch.equal(one_by_one(), before_BE)
+
+
+def test_training_centres_on_its_rows_once(run_config):
+    config = run_config(model={"centred": True}, alignment_learning_rate=1e-2)
+    found = train(config)
+    plain = build(config.model, seed=config.training.seed)[0]
+    plain.subtract(None)
+    data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
+    texts = [(t, data.prompts[name]["anchor"]) for name, rows in data.datasets.items() for t in rows["anchor"]]
+    with torch.no_grad():
+        every = [plain(plain.preprocess([t], prompt=how))["sentence_embedding"][0] for t, how in texts]
+    centre_E = torch.stack(every).mean(0)
+    assert torch.allclose(found.model[0].centre_E, centre_E, atol=1e-5)
+    # What has learnt before keeps the centre that it learnt with.
+    again = train(run_config("again", alignment_learning_rate=1e-2), start=found.folder)
+    assert torch.equal(again.model[0].centre_E, found.model[0].centre_E)
+    assert not torch.equal(again.model[0].alignment.weight, found.model[0].alignment.weight)
 
 
 def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):
@@ -226,7 +266,7 @@ def test_a_deep_soft_prompt_that_nothing_would_train_is_refused(run_config, tmp_
     "option",
     [
         {"deep_soft_prompt": True},
-        {"linear_head": True},
+        {"linear_head": True, "centred": True},
         {"instruction_guidance": 1.5},
         {"instruction_guidance": 1.5, "layout": "prefix"},
     ],

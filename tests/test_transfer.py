@@ -31,6 +31,7 @@ from promptembedder.config import (
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
+from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.training_facts import read_facts
 from promptembedder.transfer import on_backbone, transfer
 
@@ -540,6 +541,54 @@ def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, config, rows, 
     assert ("starts anew" in caplog.text) is not rows
     kept = transfer(old, config(backbone_layers=1)).model[0]
     assert len(kept.alignment.deep) == 1
+
+
+@pytest.mark.parametrize("layout", ["suffix", "prefix"])
+def test_a_closed_form_is_centred_on_plain_texts_without_any_training(tiny_model, config, tmp_path, layout):
+    (tmp_path / "plain.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    # Not a text with itself: which of these pairs is closest, the last digit decides.
+    pairs = [{"sentence1": a, "sentence2": b, "score": len(a)} for a in TEXTS for b in TEXTS if a < b]
+    (tmp_path / "different.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = config(
+        training={"max_steps": 0},
+        evaluation={"dev": "different.jsonl"},
+        texts=(str(tmp_path / "plain.txt"),),
+        text_instructions=(INSTRUCTION,),
+    )
+    old = tiny_model("llama", layout=layout)
+    result = transfer(old, settings)
+    assert [stage.name for stage in result.stages] == ["closed_form"]
+    opened = load(result.folder)[0]
+    assert opened.settings.centred
+    opened.subtract(None)
+    with torch.no_grad():
+        features = [opened(opened.preprocess([text], prompt=INSTRUCTION)) for text in TEXTS]
+    plain_BE = torch.cat([f["sentence_embedding"] for f in features])
+    assert torch.allclose(result.model[0].centre_E, plain_BE.mean(0), atol=1e-5)
+    centred_BE = torch.nn.functional.normalize(plain_BE - plain_BE.mean(0), dim=-1)
+    assert np.allclose(load(result.folder).encode(TEXTS, prompt=INSTRUCTION), centred_BE, atol=1e-4)
+    # Every start is scored as it would be used.
+    assert result.stages[0].dev == pytest.approx(100 * dev_of(result, settings), abs=1e-4)
+    assert not transfer(old, replace(settings, centred=False)).model[0].settings.centred
+
+
+def dev_of(result, settings):
+    evaluator = pair_evaluator(settings.evaluation, settings.data.root, "dev")
+    return evaluator(load(result.folder))["dev_spearman_cosine"]
+
+
+def test_a_centre_belongs_to_the_old_backbone(tiny_model, config, caplog):
+    old = tiny_model("llama", centred=True)
+    old[0].subtract(torch.ones(old[0].get_embedding_dimension()))
+    assert not transfer(old, config()).model[0].settings.centred
+    assert "centre belongs to its backbone" in caplog.text
+    assert not transfer(old, config(rows=True)).model[0].settings.centred
+    trained = transfer(old, config(rows=True, centred=True))
+    new = trained.model[0]
+    assert new.settings.centred
+    assert new.centre_E.norm() > 0
+    assert torch.equal(load(trained.folder)[0].centre_E, new.centre_E)
+    assert torch.equal(old[0].centre_E, torch.ones(old[0].get_embedding_dimension()))
 
 
 def test_layers_that_are_read_belong_to_the_old_backbone(tiny_model, config, caplog):

@@ -60,6 +60,8 @@ class ModelConfig:
             input (layout `suffix`); these start at zero.
         deep_soft_prompt_rank: of these alignments, which are then products of two thin matrices; unset: whole.
         linear_head: a trained square matrix after pooling, started as the identity.
+        centred: subtract from embeddings, before any linear head, their mean over some training texts, found once
+            before the first step (`promptembedder.centring`).
         instruction_guidance: above 1, embeddings are moved away from what they are under `default_instruction`, so that
             what the instruction asks for counts more (`SoftPromptTransformer.embeddings`); documents under
             `document_instruction` are not. Costs K more tokens a text in layout `suffix`, a second pass over the text
@@ -93,6 +95,7 @@ class ModelConfig:
     deep_soft_prompt: bool = False
     deep_soft_prompt_rank: PositiveInt | None = None
     linear_head: bool = False
+    centred: bool = False
     instruction_guidance: Annotated[float, Field(ge=1)] = 1.0
     max_text_tokens: PositiveInt = 512
     max_instruction_tokens: PositiveInt = 256
@@ -226,7 +229,7 @@ class TrainingConfig:
 
     Attributes:
         output: folder of the run: checkpoints, logs and, in `model/`, the result.
-        max_steps: optimizer steps.
+        max_steps: optimizer steps; 0, in a transfer alone, trains nothing.
         batch_size: pairs per forward (made-up rows: twos); with `gradient_accumulation` G, G times as many per
             optimizer step.
         gradient_accumulation: forwards per optimizer step.
@@ -265,7 +268,7 @@ class TrainingConfig:
     """
 
     output: str = "runs/model"
-    max_steps: PositiveInt = 200
+    max_steps: Count = 200
     batch_size: Annotated[int, Field(ge=2)] = 48
     gradient_accumulation: PositiveInt = 1
     prompter_learning_rate: PositiveFloat = 2e-5
@@ -327,6 +330,9 @@ class TransferConfig:
         max_texts: use so many of them at most, and no more than the steps take.
         distillation_temperature: of both softmaxes over in-batch similarities.
         training: steps, batch and learning rates of the alignment, for texts as for rows; the prompter stays as it is.
+        centred: subtract from the new model's embeddings their mean over some of the texts or rows
+            (`ModelConfig.centred`); without either nothing is subtracted. Unset: where `training.max_steps` is 0. The
+            closed form is better with it, W trained afterwards is not (docs/research-log.md).
         unfrozen_steps: steps with the prompter open too, after the alignment's.
         evaluation: dev pairs to choose and report by; test pairs for the last figure.
     """
@@ -342,6 +348,7 @@ class TransferConfig:
     max_texts: PositiveInt = 4096
     distillation_temperature: PositiveFloat = 0.05
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output="runs/transfer"))
+    centred: bool | None = None
     unfrozen_steps: Count = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

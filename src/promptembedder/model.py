@@ -40,6 +40,7 @@ from promptembedder.saved import (
 )
 from promptembedder.saved_names import (
     ALIGNMENT_FILE,
+    CENTRE,
     CONFIG_FILE,
     PROMPTER_FOLDER,
     PROMPTER_WEIGHTS,
@@ -349,12 +350,12 @@ def _restore_module(module: SoftPromptTransformer, folder: Path) -> None:
     """Put the saved weights of alignment and prompter into an open module."""
     stored = _stored_alignment(folder)
     load_trained_state(module.prompter, prompter_weights(folder, read_settings(folder)))
-    have, wanted = (
-        {name: tuple(value.shape) for name, value in tensors.items()}
-        for tensors in (stored, module.alignment.state_dict())
-    )
+    expected = module.alignment.state_dict() | ({CENTRE: module.centre_E} if module.settings.centred else {})
+    have, wanted = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (stored, expected))
     if have != wanted:
         raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {have}, expected {wanted}")
+    if module.settings.centred:
+        module.subtract(stored.pop(CENTRE))
     module.alignment.load_state_dict(stored)
 
 

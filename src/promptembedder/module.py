@@ -33,6 +33,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.prompter import Prompter, SoftTokens, trained_state
 from promptembedder.saved_names import (
     ALIGNMENT_FILE,
+    CENTRE,
     CONFIG_FILE,
     FORMAT_VERSION,
     PROMPTER_FOLDER,
@@ -154,6 +155,8 @@ class SoftPromptTransformer(InputModule):
         self.tokenizer = tokenizer
         self.settings = config
         self.base_models = base_models
+        self.centre_E: Tensor
+        self.register_buffer("centre_E", torch.zeros(backbone.width))
         self.leaves: SoftPromptLeaves | None = None
         self.training_text_tokens: int | None = None
         self._remembered = _memory()
@@ -254,7 +257,7 @@ class SoftPromptTransformer(InputModule):
         if "request_ids" in features:
             tokens_NKP = self.prompter(features["request_ids"][:, 0], features["request_mask"][:, 0]).tokens_NKP
             embedding_BE = embed(self.alignment(tokens_NKP), self.instruction_ids(instruction))
-            embedding_BE = embedding_BE.to(self.alignment.weight.dtype)
+            embedding_BE = self._centred(embedding_BE)
         else:
             (embedding_BE,) = self.embeddings(embed, [instruction])
         if self.leaves is not None and torch.is_grad_enabled():
@@ -283,7 +286,16 @@ class SoftPromptTransformer(InputModule):
                 if default_BE is None:
                     default_BE = embed(self.soft_prompt(default), self.instruction_ids(default))
                 embedding_BE = weight * embedding_BE - (weight - 1) * default_BE
-            yield embedding_BE.to(self.alignment.weight.dtype)  # as a linear head is, also after `model.half()`
+            yield self._centred(embedding_BE)
+
+    def _centred(self, embedding_BE: Tensor) -> Tensor:
+        embedding_BE = embedding_BE.to(self.alignment.weight.dtype)  # as a linear head is, also after `model.half()`
+        return embedding_BE - self.centre_E if self.settings.centred else embedding_BE
+
+    def subtract(self, centre_E: Tensor | None) -> None:
+        """Subtract this from every embedding, as `ModelConfig.centred` says; `None`: nothing."""
+        self.centre_E.copy_(torch.zeros_like(self.centre_E) if centre_E is None else centre_E)
+        self.settings = replace(self.settings, centred=centre_E is not None)
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
         """What the prompter writes for an instruction alone: tokens (1, K, P) and weights (1, K, V)."""
@@ -393,6 +405,8 @@ class SoftPromptTransformer(InputModule):
         folder = Path(output_path)
         (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
         stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
+        if self.settings.centred:
+            stored[CENTRE] = self.centre_E.cpu().contiguous()
         save_file(stored, folder / ALIGNMENT_FILE)
         save_file(trained_state(self.prompter), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
         peft_config = getattr(self.prompter.lm, "peft_config", None)

@@ -122,6 +122,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "deep_soft_prompt": settings["deep_soft_prompt"],
         "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],
         "linear_head": settings["linear_head"],
+        "centred": settings["centred"],
         "instruction_guidance": settings["instruction_guidance"],
         "softmax_temperature": settings["softmax_temperature"],
         "text_template": settings["text_template"],

@@ -9,6 +9,8 @@ FORMAT_VERSION = 1
 BEGUN_FILE = "begun.yaml"
 CONFIG_FILE = "promptembedder.json"
 ALIGNMENT_FILE = "alignment.safetensors"
+# Beside the alignment's matrices: what is subtracted from embeddings.
+CENTRE = "centre"
 PROMPTER_FOLDER = "prompter"
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
 # In the settings file: another saved model that holds the prompter's weights.

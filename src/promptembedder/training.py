@@ -23,6 +23,7 @@ from promptembedder import alignment, atomic, base_models, widened, workers
 from promptembedder.batches import OwnNegativesTrainer, rows_for_batches
 from promptembedder.building import build
 from promptembedder.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
+from promptembedder.centring import centre, sample_of_rows
 from promptembedder.config import ModelConfig, RunConfig, TrainingConfig, dump_yaml, parse
 from promptembedder.data import TrainingData, load_training_data
 from promptembedder.errors import PromptEmbedderError
@@ -111,10 +112,13 @@ def train(
         config = replace(config, model=_structure_of(folder_of(start), config, anew or {}))
     elif model is not None:
         config = replace(config, model=soft_prompt_module(model).settings)
-    if start is not None or model is not None:  # it has learnt before
+    learnt = start is not None or model is not None
+    if learnt:
         none = replace(config.training.warm_start, steps=0)
         config = replace(config, training=replace(config.training, warm_start=none))
     settings, output = config.training, Path(config.training.output)
+    if not settings.max_steps:
+        raise PromptEmbedderError("training.max_steps is 0, expected at least one step")
     check_run(config)
     checkpoint = checkpoint_of(output, resume, config.model)
     if data is None:
@@ -136,7 +140,7 @@ def train(
     cache = text_cache(module, settings)
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
-    clock = TrainingClock(_warm_start(config, module, data) if checkpoint is None else 0.0)
+    clock = TrainingClock(_prepare(config, module, data, learnt=learnt) if checkpoint is None else 0.0)
     trainer = _trainer(model, module, config, data, losses, dev, clock, callbacks)
     with workers.stopping_together():
         with _in_training(module, cache, config.data.max_text_tokens):
@@ -242,12 +246,14 @@ def _save(
     )
 
 
-def _warm_start(config: RunConfig, module: SoftPromptTransformer, data: TrainingData) -> float:
-    """The warm start, where the settings want one; seconds spent."""
+def _prepare(config: RunConfig, module: SoftPromptTransformer, data: TrainingData, *, learnt: bool) -> float:
+    """What comes before the first step, where the settings want it; seconds spent. `learnt`: the model has, before."""
     settings = config.training
     began = time.perf_counter()
     if settings.train_prompter and settings.warm_start.steps:
         warm_start(module, aspects_of(config, module, data), settings.warm_start, settings.seed)
+    if module.settings.centred and not learnt:
+        centre(module, sample_of_rows(data, settings.seed), config.data.max_text_tokens)
     return time.perf_counter() - began
 
 

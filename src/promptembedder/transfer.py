@@ -20,12 +20,13 @@ from typing import Any
 import psutil
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from promptembedder import alignment, atomic, base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.building import assemble, pair
+from promptembedder.centring import Sample, centre, sample_of_rows, sample_of_texts
 from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig, dump_yaml
 from promptembedder.copies import sharing_copy
@@ -110,9 +111,13 @@ def transfer(
         new.prompter = _own_copy(old)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
     try:
-        starts, fitting = _starts(old, new, config, _instructions(old, config, rows), bool(rows or texts))
-        starts = _ranked(moved, starts, dev)
-        _set_weight(new, starts[0].weight_PD)
+        trains = bool(rows or texts) and config.training.max_steps > 0
+        starts, fitting = _starts(old, new, config, _instructions(old, config, rows), trains)
+        sample = _sample(old, config, rows, texts)
+        starts = _ranked(moved, starts, dev, sample, config.data.max_text_tokens)
+        begin = time.perf_counter()
+        _begin_with(new, starts[0], sample, config.data.max_text_tokens)
+        fitting += time.perf_counter() - begin
         stages = [Stage("random" if starts[0].name == "random" else "closed_form", starts[0].dev, fitting, 0)]
         stages += _train_stages(model, moved, config, rows, texts, stages[0], resume)
     finally:
@@ -197,14 +202,14 @@ def _train_stages(
         evaluation=replace(config.evaluation, test=None),
     )
     stages = [start]
-    if texts:
+    if texts and settings.max_steps:
         begin = time.perf_counter()
         instructions = config.text_instructions or _instructions(soft_prompt_module(model), config)
         taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
         stages.append(_trained("alignment_unlabelled", moved, run, output, stages, resume, taught, loss, teacher))
-    if rows is not None:
+    if rows is not None and settings.max_steps:
         stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     if config.unfrozen_steps and rows is not None:
         opened = replace(run.training, train_prompter=True, warmup=settings.warmup, max_steps=config.unfrozen_steps)
@@ -221,8 +226,9 @@ def on_backbone(
 ) -> SentenceTransformer:
     """The same prompter before another backbone, with an alignment of zeros; the two models share the prompter.
 
-    A deep soft prompt starts at zero again, a linear head at the identity, all layers are read unless `backbone_layers`
-    says how many, and only the last one's states are the embedding: these belong to a backbone.
+    A deep soft prompt starts at zero again, a linear head at the identity, nothing is subtracted from embeddings, all
+    layers are read unless `backbone_layers` says how many, and only the last one's states are the embedding: these
+    belong to a backbone.
 
     Raises:
         PromptEmbedderError: the backbone is the same, or does not fit into memory.
@@ -235,6 +241,7 @@ def on_backbone(
         dtype=dtype or old.settings.dtype,
         backbone_layers=backbone_layers,
         readout_layers=(),
+        centred=False,
     )
     device = old.alignment.weight.device
     precision = base_models.resolve_dtype(settings.dtype, device)
@@ -324,7 +331,9 @@ def _own_copy(module: SoftPromptTransformer) -> Prompter:
     return sharing_copy(module.prompter, frozen)
 
 
-def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[Start]:
+def _ranked(
+    model: SentenceTransformer, starts: list[Start], dev: Any, sample: Sample, max_text_tokens: int | None
+) -> list[Start]:
     """Starts, best first: by dev score, or by reconstruction with the mixtures of words before all that are fitted."""
     if dev is None:
         # Nothing to measure mixtures of words by. Where there was, the plain one was among the best, the one with a
@@ -338,16 +347,28 @@ def _ranked(model: SentenceTransformer, starts: list[Start], dev: Any) -> list[S
         module.backbone.text_cache = open_text_cache(budget, identity="transfer")
     try:
         for start in tqdm(starts, desc="Closed forms"):
-            _set_weight(module, start.weight_PD)
+            _begin_with(module, start, sample, max_text_tokens)
             scored.append(replace(start, dev=100 * dev(model)["dev_spearman_cosine"]))
     finally:
         module.backbone.text_cache = None
     return sorted(scored, key=lambda s: s.dev if s.dev is not None and s.dev == s.dev else -1e9, reverse=True)
 
 
-def _set_weight(module: SoftPromptTransformer, weight_PD: Tensor) -> None:
+def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max_text_tokens: int | None) -> None:
+    """Set W, and what is subtracted from embeddings made with it."""
     with torch.no_grad():
-        module.alignment.weight.copy_(weight_PD)
+        module.alignment.weight.copy_(start.weight_PD)
+    if sample:
+        centre(module, sample, max_text_tokens)
+
+
+def _sample(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
+    """Texts to centre embeddings on: plain ones where there are some, as they are likelier the user's own."""
+    if not (config.training.max_steps == 0 if config.centred is None else config.centred):
+        return []
+    if texts:
+        return sample_of_texts(texts, config.text_instructions or _instructions(old, config), config.training.seed)
+    return [] if rows is None else sample_of_rows(rows, config.training.seed)
 
 
 def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
@@ -379,5 +400,5 @@ def _read_texts(config: TransferConfig) -> list[str]:
     drawn = random.Random(config.training.seed)
     # The old model reads every one of them, so no more than the steps take.
     steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
-    most = min(config.max_texts, steps)
+    most = min(config.max_texts, steps or config.max_texts)
     return texts if len(texts) <= most else drawn.sample(texts, most)

@@ -80,10 +80,10 @@ def say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
     """Warn of what belongs to the old backbone and is not trained anew."""
     if old.readout_layers:
         logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
-    if not (config.data.has_rows or config.texts) and (old.deep_soft_prompt or old.linear_head):
+    if not (config.data.has_rows or config.texts) and (old.deep_soft_prompt or old.linear_head or old.centred):
         logger.warning(
-            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
-            "texts to train on the new one goes without"
+            "the model's deep soft prompt, linear head or centre belongs to its backbone and starts anew; without rows "
+            "or texts to train on the new one goes without"
         )
 
 

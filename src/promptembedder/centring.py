@@ -1,0 +1,62 @@
+"""The mean embedding of some texts, subtracted from every embedding.
+
+Hidden states of an LLM share one large direction, which makes any two texts look alike and counts for most of what
+differs between kinds of texts; taking it away is the first step of All-but-the-Top (Mu and Viswanath, arXiv
+1702.01417). A contrastive training learns as much, but has to spend its first examples on it.
+
+Shapes: B texts of a batch, E embedding width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import cycle
+
+import torch
+
+from promptembedder.data import TrainingData
+from promptembedder.module import SoftPromptTransformer
+
+_TEXTS = 256  # more change no figure (docs/research-log.md)
+_BATCH = 32
+
+Sample = Sequence[tuple[str, str]]
+
+
+def centre(module: SoftPromptTransformer, sample: Sample, max_text_tokens: int | None = None) -> None:
+    """From now on subtract from the embeddings of `module` their mean over a sample.
+
+    Args:
+        module: as it reads now; what it subtracted before is forgotten.
+        sample: texts, each with its instruction; not empty.
+        max_text_tokens: cut texts here, as the training does that they are from.
+    """
+    texts_of: dict[str, list[str]] = {}
+    for text, instruction in sample:
+        texts_of.setdefault(instruction, []).append(text)
+    module.subtract(None)
+    device = module.alignment.weight.device
+    sum_E = torch.zeros(module.get_embedding_dimension(), dtype=torch.float64)
+    module.eval()
+    with torch.no_grad(), module.cutting_texts(max_text_tokens):
+        for instruction, texts in texts_of.items():
+            texts = sorted(texts, key=len)
+            for start in range(0, len(texts), _BATCH):
+                features = module.preprocess(texts[start : start + _BATCH], prompt=instruction)
+                on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
+                sum_E += module(on_device)["sentence_embedding"].double().sum(0).cpu()
+    module.subtract((sum_E / len(sample)).float())
+
+
+def sample_of_rows(data: TrainingData, seed: int) -> list[tuple[str, str]]:
+    """Anchors of training rows under their instructions, drawn from all datasets alike by their size."""
+    ends: list[tuple[str, int]] = [(name, n) for name, rows in data.datasets.items() for n in range(len(rows))]
+    drawn = random.Random(seed).sample(ends, min(_TEXTS, len(ends)))
+    return [(data.datasets[name][n]["anchor"], data.prompts[name]["anchor"]) for name, n in drawn]
+
+
+def sample_of_texts(texts: Sequence[str], instructions: Sequence[str], seed: int) -> list[tuple[str, str]]:
+    """Some of the texts, under one instruction after the other."""
+    drawn = random.Random(seed).sample(texts, min(_TEXTS, len(texts)))
+    return list(zip(drawn, cycle(instructions), strict=False))
