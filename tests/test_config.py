@@ -156,7 +156,7 @@ def test_bad_setting_is_told_by_name_value_and_what_is_valid(
     ("override", "named"),
     [
         ("training.max_steps", ["'training.max_steps'", "section.name=value"]),
-        ("training.max_steps=0", ["training.max_steps = 0:", "greater than or equal to 1"]),
+        ("training.max_steps=-1", ["training.max_steps = -1:", "greater than or equal to 0"]),
         ("training.max_steps=", ["training.max_steps = None:", "valid integer"]),
         ("training.warm_start.stesp=1", ["'training.warm_start.stesp'", "steps, cue"]),
         ("training.max_steps.x=1", ["training.max_steps.x", "'max_steps' is not a section"]),

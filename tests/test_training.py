@@ -486,6 +486,12 @@ def test_early_stop_needs_dev(run_config):
         train(run_config(early_stop_patience=2))
 
 
+def test_no_steps_are_for_transfers(run_config, tmp_path):
+    with pytest.raises(PromptEmbedderError, match=r"training\.max_steps is 0, expected at least one step"):
+        train(run_config(max_steps=0))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("changes", [{}, {"loss": "cached_infonce", "mini_batch_size": 2}])
 def test_leaf_and_cache_change_nothing_but_the_cost(run_config, tmp_path, changes):
     """The same weights with both on as with both off; later epochs read no text again."""
