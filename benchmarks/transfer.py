@@ -143,7 +143,10 @@ def moved(
 
 
 def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
-    """Test scores of the hard cue and of the closed form, each as it is and with the mean over the texts taken away."""
+    """Test scores of the hard cue and of the closed form, each as it is and with the mean over some texts taken away.
+
+    The cue's is taken from vectors of unit length; its hidden states are nearly all equally long.
+    """
     config = recipe(arguments, backbone)
     old = promptembedder.load(arguments.model)
     module = soft_prompt_module(on_backbone(old, base_models.locate(backbone)))
@@ -163,9 +166,8 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
             TransferConfig(
                 backbone=backbone,
                 data=replace(DataConfig(root=config.data.root), max_text_tokens=config.data.max_text_tokens),
-                texts=(plain_texts(arguments, backbone, "closed_form", texts),),
+                texts=(plain_texts(arguments, backbone, "closed_form", texts),) if centred else (),
                 text_instructions=(config.evaluation.instruction,),
-                centred=centred,
                 training=replace(config.training, output=str(place_of(arguments, backbone) / name), max_steps=0),
                 evaluation=untested(config).evaluation,
             ),
@@ -337,7 +339,7 @@ def main() -> None:
             parts[name] = kept(
                 place_of(arguments, backbone) / f"{name}.json", partial(PARTS[name], arguments, backbone)
             )
-        found: dict[str, Any] = {k: v for k, v in parts.get("untrained", {}).items() if k in FIGURES}
+        found: dict[str, Any] = {k: v for k, v in parts.get("start", {}).items() if k in FIGURES}
         found |= {name: part["test"] for name, part in parts.items() if "test" in part}
         found = {name: round(value, 2) for name, value in found.items()}
         if {"alignment_only", "lora"} <= set(parts):
@@ -377,7 +379,7 @@ def texts_of_rows(arguments: argparse.Namespace, backbone: str) -> list[str]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
-    "untrained": untrained,
+    "start": untrained,
     "alignment_only": lambda a, backbone: moved(a, backbone, "alignment_only", None, rows=True),
     "unlabelled": lambda a, backbone: moved(a, backbone, "unlabelled", texts_of_rows(a, backbone), rows=False),
     "texts_then_rows": lambda a, backbone: moved(a, backbone, "texts_then_rows", texts_of_rows(a, backbone), rows=True),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS
 from promptembedder import PromptEmbedderError, build, encode, load, save, widened
 from promptembedder.alignment import thinned
-from promptembedder.centring import centre
+from promptembedder.centring import centre, sample_of_rows
 from promptembedder.data import load_training_data
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import train
@@ -200,15 +200,35 @@ def test_training_centres_on_its_rows_once(run_config):
     plain = build(config.model, seed=config.training.seed)[0]
     plain.subtract(None)
     data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
-    texts = [(t, data.prompts[name]["anchor"]) for name, rows in data.datasets.items() for t in rows["anchor"]]
+    texts = [
+        (t, data.prompts[name][end])
+        for name, rows in data.datasets.items()
+        for end in ("anchor", "positive")
+        for t in rows[end]
+    ]
     with torch.no_grad():
         every = [plain(plain.preprocess([t], prompt=how))["sentence_embedding"][0] for t, how in texts]
     centre_E = torch.stack(every).mean(0)
     assert torch.allclose(found.model[0].centre_E, centre_E, atol=1e-5)
     # What has learnt before keeps the centre that it learnt with.
+    given = train(run_config("given", model={"centred": True}), model=build(config.model, seed=config.training.seed))
+    assert torch.allclose(given.model[0].centre_E, centre_E, atol=1e-5)
     again = train(run_config("again", alignment_learning_rate=1e-2), start=found.folder)
     assert torch.equal(again.model[0].centre_E, found.model[0].centre_E)
     assert not torch.equal(again.model[0].alignment.weight, found.model[0].alignment.weight)
+
+
+def test_made_up_rows_are_centred_on_where_there_are_no_others(run_config):
+    files = run_config().data
+    both, alone = (load_training_data(replace(d, contrast_rows=60), "", 1) for d in (files, replace(files, files=())))
+    real = {t for rows in load_training_data(files, "", 1).datasets.values() for t in rows["anchor"]}
+    positives = {t for rows in load_training_data(files, "", 1).datasets.values() for t in rows["positive"]}
+    drawn = {text for text, _ in sample_of_rows(both, 1)}
+    assert drawn & real
+    assert drawn & positives
+    assert drawn <= real | positives
+    assert len(sample_of_rows(alone, 1)) == 60  # 30 twos, both ends
+    assert {how for _, how in sample_of_rows(alone, 1)} <= set(alone.instructions)
 
 
 def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):

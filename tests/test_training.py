@@ -90,7 +90,7 @@ def test_training_lowers_the_loss(run_config):
 
 @pytest.mark.parametrize(("layout", "dtype"), [("prefix", "float32"), ("suffix", "float32"), ("suffix", "bfloat16")])
 def test_resumed_equals_uninterrupted(run_config, layout, dtype):
-    model = {"layout": layout, "linear_head": layout == "suffix", "dtype": dtype}
+    model = {"layout": layout, "linear_head": layout == "suffix", "centred": True, "dtype": dtype}
     whole = train(run_config("whole", model=model, max_steps=4, save_every_steps=2)).model
     # The same run, stopped after two steps: its schedule must be that of four.
     config = run_config("parts", model=model, max_steps=4, save_every_steps=2)
@@ -106,6 +106,8 @@ def test_resumed_equals_uninterrupted(run_config, layout, dtype):
     assert resumed.steps == 4
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name
+    assert whole[0].centre_E.any()
+    assert torch.equal(whole[0].centre_E, resumed.model[0].centre_E)
 
 
 @pytest.mark.parametrize("dev", ["pairs.jsonl", None])

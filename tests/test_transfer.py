@@ -267,6 +267,11 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch,
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
     with pytest.raises(PromptEmbedderError, match=r"nothing to resume: .*fresh holds no checkpoint"):
         transfer(model, settings("fresh"), resume=True)
+    nothing = settings("parts")
+    with pytest.raises(PromptEmbedderError, match=r"nothing to resume: training\.max_steps is 0"):
+        transfer(
+            model, replace(nothing, unfrozen_steps=0, training=replace(nothing.training, max_steps=0)), resume=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -384,6 +389,11 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         ({"backbone": ("llama", 32, 0)}, "is the backbone that the model has already"),
         ({"backbone": "nowhere"}, "base model 'nowhere' not found"),
         ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
+        (
+            {"texts": ("few.txt",), "training": {"max_steps": 0}},
+            "2 different texts to centre embeddings on; give at least 16",
+        ),
+        ({"centred": True}, "centred needs texts or labelled rows"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
         (
             {"training": {"early_stop_patience": 2}, "evaluation": {"dev": None}},
@@ -532,20 +542,21 @@ def test_the_model_to_be_moved_is_not_overwritten(tiny_model, config, tmp_path):
         transfer(load(tmp_path / "moved" / "model"), elsewhere)
 
 
-@pytest.mark.parametrize("rows", [False, True])
-def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, config, rows, caplog):
+@pytest.mark.parametrize(("rows", "steps"), [(False, 4), (True, 0), (True, 4)])
+def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, config, rows, steps, caplog):
     old = tiny_model("llama", deep_soft_prompt=True, linear_head=True, backbone_layers=1)
-    moved = transfer(old, config(rows=rows)).model[0]
+    moved = transfer(old, config(rows=rows, training={"max_steps": steps})).model[0]
     assert moved.settings.backbone_layers is None
     assert len(moved.alignment.deep) == 2 > len(old[0].alignment.deep)
-    assert ("starts anew" in caplog.text) is not rows
+    assert ("starts anew" in caplog.text) is not (rows and steps > 0)
     kept = transfer(old, config(backbone_layers=1)).model[0]
     assert len(kept.alignment.deep) == 1
 
 
 @pytest.mark.parametrize("layout", ["suffix", "prefix"])
 def test_a_closed_form_is_centred_on_plain_texts_without_any_training(tiny_model, config, tmp_path, layout):
-    (tmp_path / "plain.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    texts = [f"{text} {n}" for n in range(4) for text in TEXTS]
+    (tmp_path / "plain.txt").write_text("".join(f"{text}\n" for text in texts))
     # Not a text with itself: which of these pairs is closest, the last digit decides.
     pairs = [{"sentence1": a, "sentence2": b, "score": len(a)} for a in TEXTS for b in TEXTS if a < b]
     (tmp_path / "different.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -562,11 +573,12 @@ def test_a_closed_form_is_centred_on_plain_texts_without_any_training(tiny_model
     assert opened.settings.centred
     opened.subtract(None)
     with torch.no_grad():
-        features = [opened(opened.preprocess([text], prompt=INSTRUCTION)) for text in TEXTS]
+        features = [opened(opened.preprocess([text], prompt=INSTRUCTION)) for text in texts]
     plain_BE = torch.cat([f["sentence_embedding"] for f in features])
     assert torch.allclose(result.model[0].centre_E, plain_BE.mean(0), atol=1e-5)
     centred_BE = torch.nn.functional.normalize(plain_BE - plain_BE.mean(0), dim=-1)
-    assert np.allclose(load(result.folder).encode(TEXTS, prompt=INSTRUCTION), centred_BE, atol=1e-4)
+    assert np.allclose(load(result.folder).encode(texts, prompt=INSTRUCTION), centred_BE, atol=1e-4)
+    assert "are centred on" in (result.folder.parent / "report.md").read_text()
     # Every start is scored as it would be used.
     assert result.stages[0].dev == pytest.approx(100 * dev_of(result, settings), abs=1e-4)
     assert not transfer(old, replace(settings, centred=False)).model[0].settings.centred
@@ -581,8 +593,10 @@ def test_a_centre_belongs_to_the_old_backbone(tiny_model, config, caplog):
     old = tiny_model("llama", centred=True)
     old[0].subtract(torch.ones(old[0].get_embedding_dimension()))
     assert not transfer(old, config()).model[0].settings.centred
-    assert "centre belongs to its backbone" in caplog.text
+    assert "the mean that the model subtracts belongs to its backbone" in caplog.text
     assert not transfer(old, config(rows=True)).model[0].settings.centred
+    unfrozen = config(rows=True, unfrozen_steps=1, training={"max_steps": 0})
+    assert not transfer(old, unfrozen).model[0].settings.centred  # it trains
     trained = transfer(old, config(rows=True, centred=True))
     new = trained.model[0]
     assert new.settings.centred

@@ -49,14 +49,14 @@ def trained(config, folder, number):
     ("layout", "changes"),
     [
         ("suffix", {"loss": "cached_infonce", "mini_batch_size": 2, "gradient_accumulation": 2}),
-        ("prefix", {"mask_false_negatives": True, "linear_head": True}),
+        ("prefix", {"mask_false_negatives": True, "linear_head": True, "centred": True}),
         ("suffix", {"condition_on": "instruction_and_text", "text_state_cache": 2**20, "text_state_folder": "states"}),
     ],
 )
 def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layout, changes):
     changes = dict(changes)
     model = {"layout": layout} | {
-        name: changes.pop(name) for name in ("condition_on", "linear_head") if name in changes
+        name: changes.pop(name) for name in ("condition_on", "linear_head", "centred") if name in changes
     }
     if "text_state_folder" in changes:
         changes["text_state_folder"] = str(tmp_path / "states")

@@ -20,6 +20,8 @@ from promptembedder.module import SoftPromptTransformer
 
 _TEXTS = 256  # more change no figure (docs/research-log.md)
 _BATCH = 32
+# With one text every embedding of the sample is zero, with two they are opposed: a mean of few is these texts.
+FEWEST = 16
 
 Sample = Sequence[tuple[str, str]]
 
@@ -41,19 +43,20 @@ def centre(module: SoftPromptTransformer, sample: Sample, max_text_tokens: int |
     module.eval()
     with torch.no_grad(), module.cutting_texts(max_text_tokens):
         for instruction, texts in texts_of.items():
-            texts = sorted(texts, key=len)
+            by_length = sorted(texts, key=len)
             for start in range(0, len(texts), _BATCH):
-                features = module.preprocess(texts[start : start + _BATCH], prompt=instruction)
+                features = module.preprocess(by_length[start : start + _BATCH], prompt=instruction)
                 on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
-                sum_E += module(on_device)["sentence_embedding"].double().sum(0).cpu()
+                sum_E += module(on_device)["sentence_embedding"].cpu().double().sum(0)
     module.subtract((sum_E / len(sample)).float())
 
 
 def sample_of_rows(data: TrainingData, seed: int) -> list[tuple[str, str]]:
-    """Anchors of training rows under their instructions, drawn from all datasets alike by their size."""
-    ends: list[tuple[str, int]] = [(name, n) for name, rows in data.datasets.items() for n in range(len(rows))]
+    """Anchors and positives of training rows under their instructions, made-up rows only where there are no others."""
+    real = {name: rows for name, rows in data.datasets.items() if name not in data.opposed} or data.datasets
+    ends = [(name, n, end) for name, rows in real.items() for n in range(len(rows)) for end in ("anchor", "positive")]
     drawn = random.Random(seed).sample(ends, min(_TEXTS, len(ends)))
-    return [(data.datasets[name][n]["anchor"], data.prompts[name]["anchor"]) for name, n in drawn]
+    return [(real[name][n][end], data.prompts[name][end]) for name, n, end in drawn]
 
 
 def sample_of_texts(texts: Sequence[str], instructions: Sequence[str], seed: int) -> list[tuple[str, str]]:

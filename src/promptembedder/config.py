@@ -331,8 +331,8 @@ class TransferConfig:
         distillation_temperature: of both softmaxes over in-batch similarities.
         training: steps, batch and learning rates of the alignment, for texts as for rows; the prompter stays as it is.
         centred: subtract from the new model's embeddings their mean over some of the texts or rows
-            (`ModelConfig.centred`); without either nothing is subtracted. Unset: where `training.max_steps` is 0. The
-            closed form is better with it, W trained afterwards is not (docs/research-log.md).
+            (`ModelConfig.centred`). Unset: where there are some and nothing is trained on them. The closed form is
+            better with it, W trained afterwards is not (docs/research-log.md).
         unfrozen_steps: steps with the prompter open too, after the alignment's.
         evaluation: dev pairs to choose and report by; test pairs for the last figure.
     """
@@ -351,6 +351,18 @@ class TransferConfig:
     centred: bool | None = None
     unfrozen_steps: Count = 0
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained, not only fitted in closed form."""
+        alone = self.training.max_steps > 0 and (self.data.has_rows or bool(self.texts))
+        return alone or (self.unfrozen_steps > 0 and self.data.has_rows)
+
+    @property
+    def centres(self) -> bool:
+        """Whether embeddings are centred."""
+        given = self.data.has_rows or bool(self.texts)
+        return given and (not self.trains if self.centred is None else self.centred)
 
 
 def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:

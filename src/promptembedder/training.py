@@ -112,8 +112,7 @@ def train(
         config = replace(config, model=_structure_of(folder_of(start), config, anew or {}))
     elif model is not None:
         config = replace(config, model=soft_prompt_module(model).settings)
-    learnt = start is not None or model is not None
-    if learnt:
+    if start is not None or model is not None:  # it has learnt before
         none = replace(config.training.warm_start, steps=0)
         config = replace(config, training=replace(config.training, warm_start=none))
     settings, output = config.training, Path(config.training.output)
@@ -140,7 +139,7 @@ def train(
     cache = text_cache(module, settings)
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
-    clock = TrainingClock(_prepare(config, module, data, learnt=learnt) if checkpoint is None else 0.0)
+    clock = TrainingClock(_prepare(config, module, data) if checkpoint is None else 0.0)
     trainer = _trainer(model, module, config, data, losses, dev, clock, callbacks)
     with workers.stopping_together():
         with _in_training(module, cache, config.data.max_text_tokens):
@@ -246,13 +245,13 @@ def _save(
     )
 
 
-def _prepare(config: RunConfig, module: SoftPromptTransformer, data: TrainingData, *, learnt: bool) -> float:
-    """What comes before the first step, where the settings want it; seconds spent. `learnt`: the model has, before."""
+def _prepare(config: RunConfig, module: SoftPromptTransformer, data: TrainingData) -> float:
+    """What comes before the first step, where the settings want it; seconds spent."""
     settings = config.training
     began = time.perf_counter()
     if settings.train_prompter and settings.warm_start.steps:
         warm_start(module, aspects_of(config, module, data), settings.warm_start, settings.seed)
-    if module.settings.centred and not learnt:
+    if module.settings.centred and not module.centre_E.any():  # what has learnt keeps the centre that it learnt with
         centre(module, sample_of_rows(data, settings.seed), config.data.max_text_tokens)
     return time.perf_counter() - began
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from promptembedder import alignment, atomic, base_models
 from promptembedder.base_models import LocatedModel
 from promptembedder.building import assemble, pair
-from promptembedder.centring import Sample, centre, sample_of_rows, sample_of_texts
+from promptembedder.centring import FEWEST, Sample, centre, sample_of_rows, sample_of_texts
 from promptembedder.closed_forms import Start, closed_forms
 from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig, dump_yaml
 from promptembedder.copies import sharing_copy
@@ -39,6 +39,7 @@ from promptembedder.model import save, soft_prompt_module
 from promptembedder.module import SoftPromptTransformer
 from promptembedder.prompter import Prompter, trained_state
 from promptembedder.run_folder import last_checkpoint, make_folder, note_settings
+from promptembedder.saved_names import CENTRE
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
 from promptembedder.training import check_run, largest, train
@@ -92,6 +93,8 @@ def transfer(
     make_folder(output, fresh=False)
     # A model that has learnt since would teach other similarities, or have W aligned with another prompter's words.
     learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
+    if old.settings.centred:
+        learnt[CENTRE] = old.centre_E
     drawn = hashlib.sha256("\n".join(texts).encode()).hexdigest()  # how many depends on the steps
     note_settings(output, config, resumed=resume, old_model=base_models.digest(learnt), sample_of_texts=drawn)
     for stage in TRAINED_STAGES:
@@ -111,8 +114,7 @@ def transfer(
         new.prompter = _own_copy(old)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
     try:
-        trains = bool(rows or texts) and config.training.max_steps > 0
-        starts, fitting = _starts(old, new, config, _instructions(old, config, rows), trains)
+        starts, fitting = _starts(old, new, config, _instructions(old, config, rows))
         sample = _sample(old, config, rows, texts)
         starts = _ranked(moved, starts, dev, sample, config.data.max_text_tokens)
         begin = time.perf_counter()
@@ -159,16 +161,15 @@ def _starts(
     new: SoftPromptTransformer,
     config: TransferConfig,
     instructions: list[str],
-    trained: bool,
 ) -> tuple[list[Start], float]:
     """Closed forms, or a random start where there are none and something to train on; seconds it took."""
     begin = time.perf_counter()
     starts = closed_forms(old, new, instructions, only=config.starts)
     if not starts:
-        if not trained:
+        if not config.trains:
             raise PromptEmbedderError(
                 f"{config.backbone} shares too few tokens with the prompter for a closed-form start; give rows or "
-                "texts to train the alignment on"
+                "texts, and training.max_steps, to train the alignment on"
             )
         logger.warning("the vocabularies share too little for a closed-form start; W starts at random")
         P, D = new.alignment.weight.shape
@@ -364,11 +365,11 @@ def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max
 
 def _sample(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
     """Texts to centre embeddings on: plain ones where there are some, as they are likelier the user's own."""
-    if not (config.training.max_steps == 0 if config.centred is None else config.centred):
+    if not config.centres:
         return []
-    if texts:
+    if rows is None or texts:
         return sample_of_texts(texts, config.text_instructions or _instructions(old, config), config.training.seed)
-    return [] if rows is None else sample_of_rows(rows, config.training.seed)
+    return sample_of_rows(rows, config.training.seed)
 
 
 def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
@@ -384,7 +385,8 @@ def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
     if not config.data.has_rows:
         return None
     data = load_training_data(config.data, old.document_instruction, config.training.seed)
-    largest(data)
+    if config.trains:
+        largest(data)
     return data
 
 
@@ -393,10 +395,12 @@ def _read_texts(config: TransferConfig) -> list[str]:
     for source in config.texts:
         texts += [text for _, text in read_texts(str(data_path(source, config.data.root)), None, ids=False)]
     texts = list(dict.fromkeys(texts))
-    if config.texts and len(texts) < config.training.batch_size:
+    if config.texts and config.training.max_steps and len(texts) < config.training.batch_size:
         raise PromptEmbedderError(
             f"{len(texts)} different texts for batches of {config.training.batch_size}; give more or smaller batches"
         )
+    if config.texts and config.centres and len(texts) < FEWEST:
+        raise PromptEmbedderError(f"{len(texts)} different texts to centre embeddings on; give at least {FEWEST}")
     drawn = random.Random(config.training.seed)
     # The old model reads every one of them, so no more than the steps take.
     steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation

@@ -67,6 +67,10 @@ def check_settings(
     for name in ("train_prompter", "train_alignment"):
         if not getattr(config.training, name):
             raise PromptEmbedderError(f"training.{name} is for training; a transfer trains the alignment alone")
+    if config.centred and not (config.data.has_rows or config.texts):
+        raise PromptEmbedderError("centred needs texts or labelled rows (texts, data.files) to take the mean of")
+    if resume and not config.trains:
+        raise PromptEmbedderError("nothing to resume: training.max_steps is 0, so nothing is trained")
     if config.unfrozen_steps and not config.data.has_rows:
         raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
     output = Path(config.training.output)
@@ -80,11 +84,13 @@ def say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
     """Warn of what belongs to the old backbone and is not trained anew."""
     if old.readout_layers:
         logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
-    if not (config.data.has_rows or config.texts) and (old.deep_soft_prompt or old.linear_head or old.centred):
+    if not config.trains and (old.deep_soft_prompt or old.linear_head):
         logger.warning(
-            "the model's deep soft prompt, linear head or centre belongs to its backbone and starts anew; without rows "
-            "or texts to train on the new one goes without"
+            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
+            "texts to train on the new one goes without"
         )
+    if old.centred and not config.centres:
+        logger.warning("the mean that the model subtracts belongs to its backbone; the new one subtracts nothing")
 
 
 def check_shape(located: LocatedModel, config: TransferConfig) -> None:

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from promptembedder import atomic
 from promptembedder.closed_forms import Start
+from promptembedder.model import soft_prompt_module
 from promptembedder.training_facts import Curve, draw_curves
 
 
@@ -56,6 +57,11 @@ class TransferResult:
     starts: tuple[Start, ...]
     scores: dict[str, float]
 
+    @property
+    def centred(self) -> bool:
+        """Whether the new model subtracts a mean from its embeddings."""
+        return soft_prompt_module(self.model).settings.centred
+
 
 def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
     """Write `results.json`, `report.md` and, where there is a curve, `picture.png`."""
@@ -81,11 +87,13 @@ def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
         "backbone": backbone,
         "starts": starts,
         "stages": stages,
+        "centred": result.centred,
         "scores": {k: _rounded(v) for k, v in result.scores.items()},
     }
     lines = [
         f"# Transfer to {backbone}",
         "",
+        *(["Embeddings are centred on some of the texts or rows.", ""] if result.centred else []),
         "| closed-form start | mean cosine on held-back tokens | dev |",
         "| --- | ---: | ---: |",
         *(f"| {start.name} | {_shown(start.reconstruction)} | {_shown(start.dev)} |" for start in result.starts),
