@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import re
 import shutil
 import statistics
@@ -56,6 +55,7 @@ import promptembedder
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic, base_models, evaluation
 from promptembedder.baselines import hard_cue
+from promptembedder.centring import sample_of_texts
 from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
 from promptembedder.data import load_training_data, read_scored_pairs
 from promptembedder.model import soft_prompt_module
@@ -152,7 +152,7 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     module = soft_prompt_module(on_backbone(old, base_models.locate(backbone)))
     first, second, scores = read_scored_pairs(TEST, config.data.root)
     texts = texts_of_rows(arguments, backbone)
-    sample = random.Random(config.training.seed).sample(texts, min(CENTRED_ON, len(texts)))
+    sample = [text for text, _ in sample_of_texts(texts, [config.evaluation.instruction], config.training.seed)]
     one, other, some = (hard_cue(module, part, batch_size=64) for part in (first, second, sample))
     centre = some.mean(0)
     cues = {
@@ -388,7 +388,6 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
 }
 QUICK = ("closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora")
 REVISION = "transfer"
-CENTRED_ON = 256
 FIGURES = (
     *("hard_cue", "hard_cue_centred", "closed_form_plain", "closed_form"),
     *("alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora"),

@@ -4,7 +4,7 @@ Hidden states of an LLM share one large direction, which makes any two texts loo
 differs between kinds of texts; taking it away is the first step of All-but-the-Top (Mu and Viswanath, arXiv
 1702.01417). A contrastive training learns as much, but has to spend its first examples on it.
 
-Shapes: B texts of a batch, E embedding width.
+Shapes: E embedding width.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import torch
+from sentence_transformers import SentenceTransformer
 
 from promptembedder.data import TrainingData
 from promptembedder.module import SoftPromptTransformer
 
-_TEXTS = 256  # more change no figure (docs/research-log.md)
-_BATCH = 32
+_TEXTS = 256  # from 128 to 1,000 dev changed by half a point (docs/research-log.md)
 # With one text every embedding of the sample is zero, with two they are opposed: a mean of few is these texts.
 FEWEST = 16
 
@@ -38,17 +38,14 @@ def centre(module: SoftPromptTransformer, sample: Sample, max_text_tokens: int |
     for text, instruction in sample:
         texts_of.setdefault(instruction, []).append(text)
     module.subtract(None)
-    device = module.alignment.weight.device
-    sum_E = torch.zeros(module.get_embedding_dimension(), dtype=torch.float64)
-    module.eval()
-    with torch.no_grad(), module.cutting_texts(max_text_tokens):
-        for instruction, texts in texts_of.items():
-            by_length = sorted(texts, key=len)
-            for start in range(0, len(texts), _BATCH):
-                features = module.preprocess(by_length[start : start + _BATCH], prompt=instruction)
-                on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
-                sum_E += module(on_device)["sentence_embedding"].cpu().double().sum(0)
-    module.subtract((sum_E / len(sample)).float())
+    # Without what follows the module, which would make every embedding one long.
+    reader = SentenceTransformer(modules=[module], device=str(module.alignment.weight.device))
+    with module.cutting_texts(max_text_tokens):
+        parts = [
+            reader.encode(texts, prompt=instruction, convert_to_tensor=True, show_progress_bar=False).cpu()
+            for instruction, texts in texts_of.items()
+        ]
+    module.subtract(torch.cat(parts).double().mean(0).float())
 
 
 def sample_of_rows(data: TrainingData, seed: int) -> list[tuple[str, str]]:
