@@ -353,16 +353,19 @@ class TransferConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
+    def has_data(self) -> bool:
+        """Whether there are rows or texts."""
+        return self.data.has_rows or bool(self.texts)
+
+    @property
     def trains(self) -> bool:
         """Whether anything is trained, not only fitted in closed form."""
-        alone = self.training.max_steps > 0 and (self.data.has_rows or bool(self.texts))
-        return alone or (self.unfrozen_steps > 0 and self.data.has_rows)
+        return (self.training.max_steps > 0 and self.has_data) or (self.unfrozen_steps > 0 and self.data.has_rows)
 
     @property
     def centres(self) -> bool:
         """Whether embeddings are centred."""
-        given = self.data.has_rows or bool(self.texts)
-        return given and (not self.trains if self.centred is None else self.centred)
+        return self.has_data and (not self.trains if self.centred is None else self.centred)
 
 
 def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:

@@ -67,7 +67,7 @@ def check_settings(
     for name in ("train_prompter", "train_alignment"):
         if not getattr(config.training, name):
             raise PromptEmbedderError(f"training.{name} is for training; a transfer trains the alignment alone")
-    if config.centred and not (config.data.has_rows or config.texts):
+    if config.centred and not config.has_data:
         raise PromptEmbedderError("centred needs texts or labelled rows (texts, data.files) to take the mean of")
     if resume and not config.trains:
         raise PromptEmbedderError("nothing to resume: training.max_steps is 0, so nothing is trained")
