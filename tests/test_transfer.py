@@ -327,11 +327,27 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(tiny_model
     monkeypatch.setattr(place, "distillation_rows", lambda t, x, i, n: seen.append(tuple(i)) or made(t, x, i, n))
     model = tiny_model("llama", document_instruction="A document.")
     for given in ((), ("One thing.", "Another.")):
-        transfer(model, config(texts=("texts.txt",), text_instructions=given))
+        transfer(model, config(texts=("texts.txt",), text_instructions=given, centred=False))
     assert seen == [
         (INSTRUCTION, model[0].settings.default_instruction, "A document."),
         ("One thing.", "Another."),
     ]
+
+
+def test_texts_and_rows_have_a_learning_rate_each(tiny_model, config, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    quiet = {"evaluation": {"dev": None}, "starts": ("ridge",), "distillation_learning_rate": 1e-3}
+    step = {"max_steps": 1, "alignment_learning_rate": 1e-2, "scale_alignment_rate": False}
+
+    def weight(**data):
+        return transfer(tiny_model("llama"), config(**quiet, **data)).model[0].alignment.weight.detach()
+
+    # Adam's first step is as long as the rate.
+    start = weight()
+    texts = weight(texts=("texts.txt",), training=step)
+    rows = weight(rows=True, training=step)
+    assert float((texts - start).abs().max()) == pytest.approx(1e-3, rel=0.05)
+    assert float((rows - start).abs().max()) == pytest.approx(1e-2, rel=0.05)
 
 
 def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):
@@ -391,7 +407,7 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
         ({"texts": ("few.txt",)}, "2 different texts for batches of 4"),
         (
             {"texts": ("few.txt",), "training": {"max_steps": 0}},
-            "2 different texts to centre embeddings on; give at least 16",
+            "2 different texts to centre embeddings on; give at least 16, or centred=false",
         ),
         ({"centred": True}, "centred needs texts or labelled rows"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
@@ -589,7 +605,7 @@ def dev_of(result, settings):
     return evaluator(load(result.folder))["dev_spearman_cosine"]
 
 
-def test_a_centre_belongs_to_the_old_backbone(tiny_model, config, caplog):
+def test_a_centre_belongs_to_the_old_backbone(tiny_model, config, tmp_path, caplog):
     old = tiny_model("llama", centred=True)
     old[0].subtract(torch.ones(old[0].get_embedding_dimension()))
     assert not transfer(old, config()).model[0].settings.centred
@@ -603,6 +619,9 @@ def test_a_centre_belongs_to_the_old_backbone(tiny_model, config, caplog):
     assert new.centre_E.norm() > 0
     assert torch.equal(load(trained.folder)[0].centre_E, new.centre_E)
     assert torch.equal(old[0].centre_E, torch.ones(old[0].get_embedding_dimension()))
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    for rows in (False, True):
+        assert transfer(old, config(rows=rows, texts=("texts.txt",))).model[0].settings.centred
 
 
 def test_layers_that_are_read_belong_to_the_old_backbone(tiny_model, config, caplog):

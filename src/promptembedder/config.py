@@ -329,10 +329,12 @@ class TransferConfig:
             one and that of its documents.
         max_texts: use so many of them at most, and no more than the steps take.
         distillation_temperature: of both softmaxes over in-batch similarities.
-        training: steps, batch and learning rates of the alignment, for texts as for rows; the prompter stays as it is.
+        distillation_learning_rate: of W and whatever else is trained with it, on texts; on rows it is
+            `training.alignment_learning_rate`.
+        training: steps and batch of the alignment, for texts as for rows; the prompter stays as it is.
         centred: subtract from the new model's embeddings their mean over some of the texts or rows
-            (`ModelConfig.centred`). Unset: where there are some and nothing is trained on them. The closed form is
-            better with it, W trained afterwards is not (docs/research-log.md).
+            (`ModelConfig.centred`). Unset: where there are texts, or rows on which nothing is trained. The closed form
+            is better with it and so is W on plain texts, W on rows is not (docs/research-log.md).
         unfrozen_steps: steps with the prompter open too, after the alignment's.
         evaluation: dev pairs to choose and report by; test pairs for the last figure.
     """
@@ -347,6 +349,7 @@ class TransferConfig:
     text_instructions: tuple[str, ...] = ()
     max_texts: PositiveInt = 4096
     distillation_temperature: PositiveFloat = 0.05
+    distillation_learning_rate: PositiveFloat = 2.5e-4
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output="runs/transfer"))
     centred: bool | None = None
     unfrozen_steps: Count = 0
@@ -365,7 +368,9 @@ class TransferConfig:
     @property
     def centres(self) -> bool:
         """Whether embeddings are centred."""
-        return self.has_data and (not self.trains if self.centred is None else self.centred)
+        if self.centred is None:
+            return bool(self.texts) or (self.data.has_rows and not self.trains)
+        return self.has_data and self.centred
 
 
 def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:

@@ -209,7 +209,9 @@ def _train_stages(
         taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
-        stages.append(_trained("alignment_unlabelled", moved, run, output, stages, resume, taught, loss, teacher))
+        slow = replace(run.training, alignment_learning_rate=config.distillation_learning_rate)
+        slower = replace(run, training=slow)
+        stages.append(_trained("alignment_unlabelled", moved, slower, output, stages, resume, taught, loss, teacher))
     if rows is not None and settings.max_steps:
         stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     if config.unfrozen_steps and rows is not None:
@@ -400,7 +402,9 @@ def _read_texts(config: TransferConfig) -> list[str]:
             f"{len(texts)} different texts for batches of {config.training.batch_size}; give more or smaller batches"
         )
     if config.texts and config.centres and len(texts) < FEWEST:
-        raise PromptEmbedderError(f"{len(texts)} different texts to centre embeddings on; give at least {FEWEST}")
+        raise PromptEmbedderError(
+            f"{len(texts)} different texts to centre embeddings on; give at least {FEWEST}, or centred=false"
+        )
     drawn = random.Random(config.training.seed)
     # The old model reads every one of them, so no more than the steps take.
     steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
