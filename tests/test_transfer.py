@@ -158,7 +158,7 @@ def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, co
 def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp_path, caplog):
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
     quiet = {"evaluation": {"dev": None}, "starts": ("ridge",)}  # a start that does not depend on the rows
-    texts = transfer(tiny_model("llama"), config(texts=("texts.txt",), **quiet))
+    texts = transfer(tiny_model("llama"), config(texts=("texts.txt",), centred=False, **quiet))
     both = transfer(tiny_model("llama"), config(texts=("texts.txt",), rows=True, **quiet))
     assert [stage.name for stage in both.stages] == ["closed_form", "alignment_unlabelled", "alignment_labelled"]
     assert [stage.steps for stage in both.stages] == [0, 4, 4]
@@ -334,20 +334,23 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(tiny_model
     ]
 
 
-def test_texts_and_rows_have_a_learning_rate_each(tiny_model, config, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({"rows": True}, 1e-2),
+        ({"texts": ("texts.txt",)}, 1e-2 / 4),  # centred
+        ({"texts": ("texts.txt",), "centred": False}, 1e-2),
+        ({"texts": ("texts.txt",), "distillation_learning_rate": 1e-3}, 1e-3),
+    ],
+)
+def test_learning_rate_of_texts_and_rows(tiny_model, config, tmp_path, changes, rate):
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
-    quiet = {"evaluation": {"dev": None}, "starts": ("ridge",), "distillation_learning_rate": 1e-3}
+    quiet = {"evaluation": {"dev": None}, "starts": ("ridge",)}
     step = {"max_steps": 1, "alignment_learning_rate": 1e-2, "scale_alignment_rate": False}
-
-    def weight(**data):
-        return transfer(tiny_model("llama"), config(**quiet, **data)).model[0].alignment.weight.detach()
-
+    start = transfer(tiny_model("llama"), config(**quiet)).model[0].alignment.weight
+    moved = transfer(tiny_model("llama"), config(**quiet, **changes, training=step)).model[0].alignment.weight
     # Adam's first step is as long as the rate.
-    start = weight()
-    texts = weight(texts=("texts.txt",), training=step)
-    rows = weight(rows=True, training=step)
-    assert float((texts - start).abs().max()) == pytest.approx(1e-3, rel=0.05)
-    assert float((rows - start).abs().max()) == pytest.approx(1e-2, rel=0.05)
+    assert float((moved - start).detach().abs().max()) == pytest.approx(rate, rel=0.05)
 
 
 def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):
@@ -621,7 +624,8 @@ def test_a_centre_belongs_to_the_old_backbone(tiny_model, config, tmp_path, capl
     assert torch.equal(old[0].centre_E, torch.ones(old[0].get_embedding_dimension()))
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
     for rows in (False, True):
-        assert transfer(old, config(rows=rows, texts=("texts.txt",))).model[0].settings.centred
+        both = transfer(old, config(rows=rows, texts=("texts.txt",)))
+        assert both.model[0].settings.centred is not rows
 
 
 def test_layers_that_are_read_belong_to_the_old_backbone(tiny_model, config, caplog):

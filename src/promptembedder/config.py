@@ -329,12 +329,12 @@ class TransferConfig:
             one and that of its documents.
         max_texts: use so many of them at most, and no more than the steps take.
         distillation_temperature: of both softmaxes over in-batch similarities.
-        distillation_learning_rate: of W and whatever else is trained with it, on texts; on rows it is
-            `training.alignment_learning_rate`.
+        distillation_learning_rate: of W and whatever else is trained with it, on texts. Unset: as on rows
+            (`training.alignment_learning_rate`), and a quarter of it where embeddings are centred.
         training: steps and batch of the alignment, for texts as for rows; the prompter stays as it is.
         centred: subtract from the new model's embeddings their mean over some of the texts or rows
-            (`ModelConfig.centred`). Unset: where there are texts, or rows on which nothing is trained. The closed form
-            is better with it and so is W on plain texts, W on rows is not (docs/research-log.md).
+            (`ModelConfig.centred`). Unset: where there are some and no row is trained on. The closed form is better
+            with it and so is W on plain texts, W on rows is not (docs/research-log.md).
         unfrozen_steps: steps with the prompter open too, after the alignment's.
         evaluation: dev pairs to choose and report by; test pairs for the last figure.
     """
@@ -349,7 +349,7 @@ class TransferConfig:
     text_instructions: tuple[str, ...] = ()
     max_texts: PositiveInt = 4096
     distillation_temperature: PositiveFloat = 0.05
-    distillation_learning_rate: PositiveFloat = 2.5e-4
+    distillation_learning_rate: PositiveFloat | None = None
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(output="runs/transfer"))
     centred: bool | None = None
     unfrozen_steps: Count = 0
@@ -368,9 +368,14 @@ class TransferConfig:
     @property
     def centres(self) -> bool:
         """Whether embeddings are centred."""
-        if self.centred is None:
-            return bool(self.texts) or (self.data.has_rows and not self.trains)
-        return self.has_data and self.centred
+        trains_on_rows = self.data.has_rows and self.trains
+        return self.has_data and (not trains_on_rows if self.centred is None else self.centred)
+
+    @property
+    def learning_rate_on_texts(self) -> float:
+        """`distillation_learning_rate`, or what it is where it is unset."""
+        on_rows = self.training.alignment_learning_rate
+        return self.distillation_learning_rate or (on_rows / 4 if self.centres else on_rows)
 
 
 def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:

@@ -209,9 +209,8 @@ def _train_stages(
         taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
         loss = SimilarityDistillation(moved, config.distillation_temperature)
-        slow = replace(run.training, alignment_learning_rate=config.distillation_learning_rate)
-        slower = replace(run, training=slow)
-        stages.append(_trained("alignment_unlabelled", moved, slower, output, stages, resume, taught, loss, teacher))
+        on_texts = replace(run, training=replace(run.training, alignment_learning_rate=config.learning_rate_on_texts))
+        stages.append(_trained("alignment_unlabelled", moved, on_texts, output, stages, resume, taught, loss, teacher))
     if rows is not None and settings.max_steps:
         stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
     if config.unfrozen_steps and rows is not None:
