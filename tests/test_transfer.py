@@ -227,7 +227,7 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch,
     """Stopped in its second stage: the first is not trained again, the second goes on."""
     model = tiny_model("llama")
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
-    stages = {"unfrozen_steps": 4} if second == "unfrozen" else {"texts": ("texts.txt",)}
+    stages = {"unfrozen_steps": 4} if second == "unfrozen" else {"texts": ("texts.txt",), "centred": True}
 
     def settings(name):
         return config(rows=True, training={"output": str(tmp_path / name)}, **stages)
@@ -341,6 +341,8 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(tiny_model
         ({"texts": ("texts.txt",)}, 1e-2 / 4),  # centred
         ({"texts": ("texts.txt",), "centred": False}, 1e-2),
         ({"texts": ("texts.txt",), "distillation_learning_rate": 1e-3}, 1e-3),
+        ({"texts": ("texts.txt",), "rows": True, "centred": True}, 1e-2 + 1e-2 / 4),
+        ({"texts": ("texts.txt",), "rows": True, "distillation_learning_rate": 1e-3}, 1e-2 + 1e-3),
     ],
 )
 def test_learning_rate_of_texts_and_rows(tiny_model, config, tmp_path, changes, rate):
@@ -349,7 +351,7 @@ def test_learning_rate_of_texts_and_rows(tiny_model, config, tmp_path, changes, 
     step = {"max_steps": 1, "alignment_learning_rate": 1e-2, "scale_alignment_rate": False}
     start = transfer(tiny_model("llama"), config(**quiet)).model[0].alignment.weight
     moved = transfer(tiny_model("llama"), config(**quiet, **changes, training=step)).model[0].alignment.weight
-    # Adam's first step is as long as the rate.
+    # Adam's first step is as long as the rate; where there are two stages, some number goes the same way in both.
     assert float((moved - start).detach().abs().max()) == pytest.approx(rate, rel=0.05)
 
 
@@ -412,6 +414,11 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
             {"texts": ("few.txt",), "training": {"max_steps": 0}},
             "2 different texts to centre embeddings on; give at least 16, or centred=false",
         ),
+        (
+            {"texts": ("few.txt",), "training": {"batch_size": 2}},
+            "2 different texts to centre embeddings on; give at least 16, or centred=false",
+        ),
+        ({"rows": True, "distillation_learning_rate": 1e-3}, "is for training on plain texts"),
         ({"centred": True}, "centred needs texts or labelled rows"),
         ({"unfrozen_steps": 3}, "needs labelled rows"),
         (
@@ -516,7 +523,7 @@ def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, config, m
         transfer(model, config())
 
 
-def test_without_a_shared_vocabulary(tiny_model, config, monkeypatch, caplog):
+def test_without_a_shared_vocabulary(tiny_model, config, tmp_path, monkeypatch, caplog):
     nothing = torch.zeros(0, dtype=torch.long)
     monkeypatch.setattr(alignment, "shared_vocabulary", lambda *a: (nothing, nothing))
     with pytest.raises(PromptEmbedderError, match="shares too few tokens with the prompter for a closed-form start"):
@@ -524,6 +531,10 @@ def test_without_a_shared_vocabulary(tiny_model, config, monkeypatch, caplog):
     result = transfer(tiny_model("llama"), config(rows=True))
     assert result.starts[0].name == result.stages[0].name == "random"
     assert "W starts at random" in caplog.text
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    assert not transfer(tiny_model("llama"), config(texts=("texts.txt",))).model[0].settings.centred
+    asked = config(texts=("texts.txt",), centred=True)
+    assert transfer(tiny_model("llama"), asked).model[0].settings.centred
 
 
 def test_command(tiny_model, tiny_lm, tmp_path, command, run_config):

@@ -87,6 +87,7 @@ def transfer(
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
+    taught = _enough(texts, config)
     rows = _read_rows(config, old.settings)
     if rows is not None:
         check_losses(config.training, rows)
@@ -95,7 +96,7 @@ def transfer(
     learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
     if old.settings.centred:
         learnt[CENTRE] = old.centre_E
-    drawn = hashlib.sha256("\n".join(texts).encode()).hexdigest()  # how many depends on the steps
+    drawn = hashlib.sha256("\n".join(taught).encode()).hexdigest()  # how many depends on the steps
     note_settings(output, config, resumed=resume, old_model=base_models.digest(learnt), sample_of_texts=drawn)
     for stage in TRAINED_STAGES:
         if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
@@ -115,13 +116,15 @@ def transfer(
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
     try:
         starts, fitting = _starts(old, new, config, _instructions(old, config, rows))
+        if starts[0].name == "random" and config.centred is None:
+            config = replace(config, centred=False)  # the mean would be that of noise
         sample = _sample(old, config, rows, texts)
         starts = _ranked(moved, starts, dev, sample, config.data.max_text_tokens)
         begin = time.perf_counter()
         _begin_with(new, starts[0], sample, config.data.max_text_tokens)
         fitting += time.perf_counter() - begin
         stages = [Stage("random" if starts[0].name == "random" else "closed_form", starts[0].dev, fitting, 0)]
-        stages += _train_stages(model, moved, config, rows, texts, stages[0], resume)
+        stages += _train_stages(model, moved, config, rows, taught, stages[0], resume)
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
@@ -404,8 +407,11 @@ def _read_texts(config: TransferConfig) -> list[str]:
         raise PromptEmbedderError(
             f"{len(texts)} different texts to centre embeddings on; give at least {FEWEST}, or centred=false"
         )
-    drawn = random.Random(config.training.seed)
-    # The old model reads every one of them, so no more than the steps take.
+    return texts
+
+
+def _enough(texts: list[str], config: TransferConfig) -> list[str]:
+    """Those to train on: the old model reads every one of them, so no more than the steps take."""
     steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
     most = min(config.max_texts, steps or config.max_texts)
-    return texts if len(texts) <= most else drawn.sample(texts, most)
+    return texts if len(texts) <= most else random.Random(config.training.seed).sample(texts, most)

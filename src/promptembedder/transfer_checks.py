@@ -69,6 +69,10 @@ def check_settings(
             raise PromptEmbedderError(f"training.{name} is for training; a transfer trains the alignment alone")
     if config.centred and not config.has_data:
         raise PromptEmbedderError("centred needs texts or labelled rows (texts, data.files) to take the mean of")
+    if config.distillation_learning_rate is not None and not (config.texts and config.training.max_steps):
+        raise PromptEmbedderError(
+            "distillation_learning_rate is for training on plain texts (texts, training.max_steps)"
+        )
     if resume and not config.trains:
         raise PromptEmbedderError("nothing to resume: training.max_steps is 0, so nothing is trained")
     if config.unfrozen_steps and not config.data.has_rows:
