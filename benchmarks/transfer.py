@@ -9,7 +9,8 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
 - `hard_cue`: PromptEOL, untrained; `closed_form`: the prompter moved and embeddings centred on the rows' texts, nothing
   trained; `hard_cue_centred`, `closed_form_plain`: the cue centred, too, the closed form not;
 - `alignment_only`: W trained on the labelled rows; `unlabelled`: W trained on the rows' texts alone, after the old
-  model's similarities; `texts_then_rows`: so first, then on the labelled rows, `--steps` of each;
+  model's similarities, embeddings centred; `texts_then_rows`: on texts, then on the labelled rows, `--steps` of each,
+  nothing centred;
 - `from_scratch`: prompter and W trained anew for this backbone; `lora`: LoRA on it (`benchmarks/lora.py`). Both see the
   rows that W sees; what the prompter learnt before, on the old backbone, is what a transfer has more;
 - dev pairs choose the closed form and, of every part, the best weights on the way;
