@@ -355,6 +355,18 @@ def test_learning_rate_of_texts_and_rows(tiny_model, config, tmp_path, changes, 
     assert float((moved - start).detach().abs().max()) == pytest.approx(rate, rel=0.05)
 
 
+def test_the_mean_is_over_more_texts_than_a_few_steps_take(tiny_model, config, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    place = sys.modules["promptembedder.transfer"]
+    counts = []
+    for name in ("centre", "distillation_rows"):
+        made = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda m, some, *a, made=made: counts.append(len(some)) or made(m, some, *a))
+    settings = config(texts=("texts.txt",), training={"max_steps": 1}, evaluation={"dev": None}, starts=("ridge",))
+    transfer(tiny_model("llama"), settings)
+    assert counts == [4 * len(TEXTS), 4]  # a batch of four is all that the old model reads
+
+
 def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):
     model = tiny_model("llama", text_template="{text}")
     longest = max(TEXTS, key=len)

@@ -87,7 +87,7 @@ def transfer(
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
-    taught = _enough(texts, config)
+    read = _enough(texts, config)
     rows = _read_rows(config, old.settings)
     if rows is not None:
         check_losses(config.training, rows)
@@ -96,7 +96,7 @@ def transfer(
     learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
     if old.settings.centred:
         learnt[CENTRE] = old.centre_E
-    drawn = hashlib.sha256("\n".join(taught).encode()).hexdigest()  # how many depends on the steps
+    drawn = hashlib.sha256("\n".join(read).encode()).hexdigest()  # how many depends on the steps
     note_settings(output, config, resumed=resume, old_model=base_models.digest(learnt), sample_of_texts=drawn)
     for stage in TRAINED_STAGES:
         if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
@@ -124,7 +124,7 @@ def transfer(
         _begin_with(new, starts[0], sample, config.data.max_text_tokens)
         fitting += time.perf_counter() - begin
         stages = [Stage("random" if starts[0].name == "random" else "closed_form", starts[0].dev, fitting, 0)]
-        stages += _train_stages(model, moved, config, rows, taught, stages[0], resume)
+        stages += _train_stages(model, moved, config, rows, read, stages[0], resume)
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
