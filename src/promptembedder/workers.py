@@ -9,6 +9,7 @@ Shapes: N instructions of the step, I instructions known, K soft tokens, D backb
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import signal
@@ -146,9 +147,14 @@ def stopping_together() -> Iterator[None]:
 
 
 def _leave() -> None:
-    """End this worker's threads of the process group: left to themselves they may abort the process while it exits."""
+    """End this worker's threads of the process group: left to themselves they may abort the process while it exits.
+
+    A thread that lets go of a Python tensor while the interpreter is taken down aborts. Threads of gloo are ended with
+    the group's last reference only, and the trainer's cycles hold some (https://github.com/pytorch/pytorch/issues/190489).
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 @contextmanager
