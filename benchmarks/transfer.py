@@ -20,6 +20,11 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   (`without_examples`). Both are scored every `--every` steps, with a straight line between; dev is in nobody's time.
   `..._smoothed`: the same where every score of both is the mean of three neighbours, so that no single one decides.
   `without_labels`: whether `unlabelled` gets to that score, which takes no labelled row at all.
+- `few_rows`, with `--few PAIRS...`: W alone and LoRA again on so few labelled pairs, each seen in every one of
+  `--few-steps` steps or every other; half come from each of the recipe's first two files, in file order. Seconds of W
+  hold the reading of these texts. `rows_ratio`, `rows_time_ratio`: the fewest labelled pairs with which LoRA gets to
+  its best dev score above, of those few or of the rows on the way there, over the fewest with which W does, and seconds
+  likewise; `..._95` to 95 % of it;
 - LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone, unless `--lora-rate` says
   it.
 
@@ -116,10 +121,16 @@ def slug(backbone: str) -> str:
 
 
 def moved(
-    arguments: argparse.Namespace, backbone: str, name: str, texts: list[str] | None, *, rows: bool
+    arguments: argparse.Namespace,
+    backbone: str,
+    name: str,
+    texts: list[str] | None,
+    *,
+    rows: bool,
+    config: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """Closed form, then W alone on texts, on rows or on one after the other."""
-    config, output = untested(recipe(arguments, backbone)), place_of(arguments, backbone) / name
+    """Closed form, then W alone on texts, on rows or on one after the other; `config` is the recipe where unset."""
+    config, output = untested(config or recipe(arguments, backbone)), place_of(arguments, backbone) / name
     resumed = any(output.glob("*/checkpoint-*"))
     if name == "alignment_only" and not resumed:
         # Its seconds are compared with LoRA's, which reads every text: none may have been read by an earlier run.
@@ -216,9 +227,55 @@ def peer(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
         tried[rate] = kept(place, partial(after_few_steps, config, rate, arguments.choose))["dev"]
         say(f"{backbone}: LoRA at {rate:g} has {tried[rate]:.2f} on dev after {arguments.choose} steps")
     chosen = arguments.lora_rate or max(tried, key=lambda rate: tried[rate])
-    done = lora.train(config, learning_rate=chosen, output=output, follow=True)
+    return trained_lora(config, chosen, output) | {"learning_rate": chosen, "tried": tried}
+
+
+def trained_lora(config: RunConfig, rate: float, output: Path) -> dict[str, Any]:
+    done = lora.train(config, learning_rate=rate, output=output, follow=True)
     test = replace(config, evaluation=replace(config.evaluation, dev=config.evaluation.test, dev_pairs=None))
-    return {"test": lora.dev_score(done.model, test), "curve": done.curve, "learning_rate": chosen, "tried": tried}
+    return {"test": lora.dev_score(done.model, test), "curve": done.curve}
+
+
+def few_rows(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
+    """W alone and LoRA on a handful of labelled pairs, seen again and again; each of the two is kept on its own."""
+    place = place_of(arguments, backbone)
+    rate = kept(place / "lora.json", partial(peer, arguments, backbone))["learning_rate"]
+
+    def trained(part: str, name: str, config: RunConfig) -> dict[str, Any]:
+        if part == "lora":
+            return trained_lora(config, rate, place / name / "model")
+        return moved(arguments, backbone, name, None, rows=True, config=config)
+
+    found: dict[str, dict[str, Any]] = {}
+    for wanted in arguments.few:
+        config = of_few_rows(arguments, backbone, wanted)
+        pairs = pairs_of(config)
+        found[str(pairs)] = {}
+        for part in ("alignment_only", "lora"):
+            name = f"few_rows-{pairs}x{arguments.few_steps}-{part}"
+            say(f"{backbone}: {pairs} labelled pairs, {part}")
+            found[str(pairs)][part] = kept(place / f"{name}.json", partial(trained, part, name, config))
+    return {"pairs": found}
+
+
+def of_few_rows(arguments: argparse.Namespace, backbone: str, pairs: int) -> RunConfig:
+    """The recipe on that many labelled pairs, whose texts nobody has read before."""
+    config = recipe(arguments, backbone)
+    each = pairs // 2
+    files = tuple(replace(file, max_rows=each) for file in config.data.files[:2])
+    training = replace(
+        config.training,
+        max_steps=arguments.few_steps,
+        batch_size=min(arguments.batch, each),
+        text_state_folder=None,
+    )
+    return replace(config, data=replace(config.data, files=files), training=training)
+
+
+def pairs_of(config: RunConfig) -> int:
+    """Labelled pairs: a row may have several positives."""
+    data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
+    return sum(len(rows) for rows in data.datasets.values())
 
 
 def after_few_steps(config: RunConfig, rate: float, steps: int) -> dict[str, float]:
@@ -252,6 +309,23 @@ def write_quick_report(arguments: argparse.Namespace, backbone: str) -> None:
     folders = [place / f"{slug(backbone)}__{part}" / REVISION for part in arguments.quick]
     comparison = evaluation.compare(evaluation.read_columns(folders), "lora" if "lora" in arguments.quick else None)
     evaluation.write_report(comparison, arguments.report / f"{slug(backbone)}-quick", f"Quick suite on {backbone}")
+
+
+def draw(parts: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    with_curve = {name: part["curve"] for name, part in parts.items() if "curve" in part}
+    curves = {name: [at for at in curve if at[2] is not None] for name, curve in with_curve.items()}
+    draw_curves(curves, path, title)
+
+
+def few_rows_table(backbone: str, few_rows: dict[str, Any]) -> list[str]:
+    """What so few pairs come to: test, and best dev score with the seconds until then."""
+    lines = ["", f"| {backbone}: labelled pairs | part | test | best dev | seconds until then |"]
+    lines.append("| ---: | --- | ---: | ---: | ---: |")
+    for pairs, parts in few_rows["pairs"].items():
+        for name, part in parts.items():
+            dev, seconds = max((dev, -seconds) for _, seconds, dev in part["curve"] if dev is not None)
+            lines.append(f"| {pairs} | {name} | {part['test']:.2f} | {dev:.2f} | {-seconds:.0f} |")
+    return lines
 
 
 def reached(curve: Curve, score: float) -> tuple[float, float] | None:
@@ -306,6 +380,32 @@ def ratios(ours: Curve, theirs: Curve) -> dict[str, float | bool | None]:
     return figures
 
 
+def rows_ratios(parts: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """How many times fewer labelled pairs, and seconds with these, W takes to LoRA's best dev score and to 95 % of it.
+
+    Each side takes the fewest it can: all of its rows once on the way to the score, or the same few again and again.
+    """
+    best = max(dev for _, _, dev in parts["lora"]["curve"] if dev is not None)
+    figures: dict[str, float | None] = {}
+    for name, share in (("", 1.0), ("_95", 0.95)):
+        we, they = (fewest_rows(parts, part, share * best) for part in ("alignment_only", "lora"))
+        pairs = seconds = None
+        if we is not None and they is not None:
+            pairs = round(they[0] / we[0], 1) if we[0] else None
+            seconds = round(they[1] / max(we[1], 1e-9), 1)
+        figures |= {f"rows_ratio{name}": pairs, f"rows_time_ratio{name}": seconds}
+    return figures
+
+
+def fewest_rows(parts: dict[str, dict[str, Any]], part: str, score: float) -> tuple[float, float] | None:
+    """Labelled pairs with which a part gets to a score, and the seconds it takes with these."""
+    ways = [reached(parts[part]["curve"], score)]
+    for pairs, few in parts["few_rows"]["pairs"].items():
+        at = reached(few[part]["curve"], score)
+        ways.append(None if at is None else (min(float(pairs), at[0]), at[1]))
+    return min((way for way in ways if way is not None), default=None)
+
+
 def without_labels(ours: Curve, theirs: Curve) -> dict[str, bool]:
     """Whether the plain texts alone reach LoRA's best dev score, and 95 % of it."""
     best = max(dev for _, _, dev in theirs if dev is not None)
@@ -322,6 +422,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=300, help="of dev")
     parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
     parser.add_argument("--choose", type=int, default=15, metavar="STEPS", help="of the runs that pick LoRA's rate")
+    parser.add_argument("--few", nargs="+", type=int, default=[], metavar="PAIRS", help="labelled pairs of `few_rows`")
+    parser.add_argument("--few-steps", type=int, default=32, help="of `few_rows`")
     parser.add_argument("--lora-rate", type=float, help="LoRA's learning rate; unset: chosen")
     parser.add_argument("--states", metavar="SIZE", help="keep text states on disk, e.g. 40GiB")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
@@ -332,14 +434,14 @@ def main() -> None:
     one_setting(arguments.output, settings)
     figures: dict[str, dict[str, Any]] = {}
     shown = [*FIGURES, *(f"quick_{part}" for part in arguments.quick)]
+    tables: list[str] = []
     lines = ["| backbone | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * len(shown)]
     for backbone in arguments.backbones:
         parts = {}
-        for name in (part for part in PARTS if part in arguments.parts):
+        for name in (part for part in PARTS if part in arguments.parts and (part != "few_rows" or arguments.few)):
             say(f"{backbone}: {name}")
-            parts[name] = kept(
-                place_of(arguments, backbone) / f"{name}.json", partial(PARTS[name], arguments, backbone)
-            )
+            make = partial(PARTS[name], arguments, backbone)
+            parts[name] = make() if name == "few_rows" else kept(place_of(arguments, backbone) / f"{name}.json", make)
         found: dict[str, Any] = {k: v for k, v in parts.get("start", {}).items() if k in FIGURES}
         found |= {name: part["test"] for name, part in parts.items() if "test" in part}
         found = {name: round(value, 2) for name, value in found.items()}
@@ -347,6 +449,10 @@ def main() -> None:
             found |= ratios(parts["alignment_only"]["curve"], parts["lora"]["curve"])
         if {"unlabelled", "lora"} <= set(parts):
             found |= without_labels(parts["unlabelled"]["curve"], parts["lora"]["curve"])
+        if "few_rows" in parts:
+            tables += few_rows_table(backbone, parts["few_rows"])
+        if {"alignment_only", "lora", "few_rows"} <= set(parts):
+            found |= rows_ratios(parts)
         for part in arguments.quick:
             say(f"{backbone}: quick suite, {part}")
             place = place_of(arguments, backbone) / f"quick_{part}.json"
@@ -355,19 +461,18 @@ def main() -> None:
         lines.append(f"| {backbone} | " + " | ".join(str(found.get(name, "-")) for name in shown) + " |")
         if arguments.report:
             arguments.report.mkdir(parents=True, exist_ok=True)
-            curves = {
-                name: [at for at in part["curve"] if at[2] is not None]
-                for name, part in parts.items()
-                if "curve" in part
-            }
-            draw_curves(curves, arguments.report / f"{slug(backbone)}.png", backbone)
+            draw(parts, arguments.report / f"{slug(backbone)}.png", backbone)
+            for pairs, few in parts.get("few_rows", {"pairs": {}})["pairs"].items():
+                draw(
+                    few, arguments.report / f"{slug(backbone)}-{pairs}-pairs.png", f"{backbone}, {pairs} labelled pairs"
+                )
             if arguments.quick:
                 write_quick_report(arguments, backbone)
             record = {"command": command(), "figures": found, "parts": parts}
             atomic.write_text(arguments.report / f"{slug(backbone)}.json", json.dumps(record, indent=1) + "\n")
     if arguments.report:
-        atomic.write_text(arguments.report / "report.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+        atomic.write_text(arguments.report / "report.md", "\n".join(lines + tables) + "\n")
+    print("\n".join(lines + tables))
     for backbone, found in figures.items():
         print(json.dumps({"backbone": backbone} | found))
 
@@ -386,6 +491,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "texts_then_rows": lambda a, backbone: moved(a, backbone, "texts_then_rows", texts_of_rows(a, backbone), rows=True),
     "from_scratch": scratch,
     "lora": peer,
+    "few_rows": few_rows,
 }
 QUICK = ("closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora")
 REVISION = "transfer"
@@ -395,6 +501,7 @@ FIGURES = (
     *("examples_ratio", "time_ratio", "without_examples", "without_labels"),
     *("examples_ratio_95", "time_ratio_95", "without_examples_95", "without_labels_95"),
     *("examples_ratio_smoothed", "time_ratio_smoothed"),
+    *("rows_ratio", "rows_time_ratio", "rows_ratio_95", "rows_time_ratio_95"),
 )
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from transfer import ratios, smoothed  # of benchmarks/
+from transfer import ratios, rows_ratios, smoothed  # of benchmarks/
 
 
 def curve(every, seconds_per_example=1.0, rate=0.05):
@@ -49,3 +49,28 @@ def test_a_start_that_is_there_already():
     found = ratios([(0, 2.0, 81.0)], [(0, 0.0, 50.0), (100, 90.0, 80.0)])
     assert found["without_examples"]
     assert (found["examples_ratio"], found["time_ratio"]) == (None, 45.0)
+
+
+def test_few_rows_again_and_again_count_once():
+    parts = {
+        "lora": {"curve": [(0, 0.0, 40.0), (128, 60.0, 80.0), (256, 120.0, 70.0)]},
+        "alignment_only": {"curve": [(0, 10.0, 70.0), (128, 40.0, 75.0)]},
+        "few_rows": {
+            "pairs": {
+                "32": {
+                    "alignment_only": {"curve": [(0, 10.0, 70.0), (64, 20.0, 80.0)]},
+                    "lora": {"curve": [(0, 0.0, 40.0), (64, 30.0, 60.0)]},
+                },
+                "64": {
+                    "alignment_only": {"curve": [(0, 10.0, 70.0), (64, 15.0, 82.0)]},
+                    "lora": {"curve": [(0, 0.0, 40.0), (256, 90.0, 77.0)]},
+                },
+            }
+        },
+    }
+    found = rows_ratios(parts)
+    assert (found["rows_ratio"], found["rows_time_ratio"]) == (4.0, 3.0)  # 128 in 60 s, 32 in 20 s
+    # 95 % is 76: LoRA after 64 pairs, W after 32 of them, for which it went over them more than once.
+    assert found["rows_ratio_95"] == 2.0
+    parts["few_rows"]["pairs"] = {}
+    assert rows_ratios(parts)["rows_ratio"] is None  # W never gets there in one pass
