@@ -32,6 +32,7 @@ from promptembedder.distillation import SimilarityDistillation, distillation_row
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
 from promptembedder.scored_pairs import pair_evaluator
+from promptembedder.text_cache import open_text_cache
 from promptembedder.training_facts import read_facts
 from promptembedder.transfer import on_backbone, transfer
 
@@ -624,6 +625,35 @@ def test_a_closed_form_is_centred_on_plain_texts_without_any_training(tiny_model
     # Every start is scored as it would be used.
     assert result.stages[0].dev == pytest.approx(100 * dev_of(result, settings), abs=1e-4)
     assert not transfer(old, replace(settings, centred=False)).model[0].settings.centred
+
+
+@pytest.mark.parametrize("own", [{}, {"text_state_cache": 2**26, "text_state_folder": "states"}])
+def test_the_new_backbone_reads_each_text_once(tiny_model, config, tmp_path, monkeypatch, own):
+    """For all starts, the mean, steps and dev scores together; what the caller asks for comes first."""
+    if own:
+        own = {**own, "text_state_folder": str(tmp_path / own["text_state_folder"])}
+    kind = type(open_text_cache(2**20, identity="", folder=own.get("text_state_folder")))
+    held, again = set(), []
+    write, read = kind._write, kind._read
+
+    def writing(self, key, tensors):
+        held.add(key)
+        return write(self, key, tensors)
+
+    def reading(self, key):
+        found = read(self, key)
+        again.extend([key] if found is None and key in held else [])
+        return found
+
+    monkeypatch.setattr(kind, "_write", writing)
+    monkeypatch.setattr(kind, "_read", reading)
+    plain = [f"{text}, and {n}" for n in range(4) for text in TEXTS]
+    (tmp_path / "plain.txt").write_text("".join(f"{text}\n" for text in plain))
+    settings = config(training={"max_steps": 20, **own}, texts=(str(tmp_path / "plain.txt"),), rows=True, centred=True)
+    moved = transfer(tiny_model(layout="suffix"), settings)
+    assert len(held) > len(TEXTS) + len(plain)  # those of dev, those without labels, and the rows'
+    assert not again
+    assert moved.model[0].backbone.text_cache is None
 
 
 def dev_of(result, settings):

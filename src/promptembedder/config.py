@@ -261,7 +261,8 @@ class TrainingConfig:
         soft_prompt_leaf: run the prompter once per instruction and step; off: once per forward, with the same
             gradients.
         text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers of
-            a machine, so that a text seen again is not read again (layout `suffix`); unset: off.
+            a machine, so that a text seen again is not read again (layout `suffix`); unset: off, in
+            a transfer a third of the free memory.
         text_state_folder: keep them here, from run to run; unset: in memory.
         text_state_precision: of what is kept; `same` changes nothing, `bfloat16` and `int8` are smaller.
         seed: of everything drawn.

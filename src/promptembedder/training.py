@@ -136,7 +136,9 @@ def train(
     elif model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
-    cache = text_cache(module, settings)
+    cache = module.backbone.text_cache  # a caller's, who has texts read before or after
+    if cache is None:
+        cache = text_cache(module, settings)
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
     clock = TrainingClock(_prepare(config, module, data) if checkpoint is None else 0.0)
@@ -186,12 +188,13 @@ def _in_training(
     module: SoftPromptTransformer, cache: TextStateCache | None, max_text_tokens: int | None
 ) -> Iterator[None]:
     """What a module has during training only; afterwards it is as it was, with the weights that it learnt."""
+    before = module.backbone.text_cache
     module.backbone.text_cache = cache
     module.training_text_tokens = max_text_tokens
     try:
         yield
     finally:
-        module.backbone.text_cache = None
+        module.backbone.text_cache = before
         module.leaves = None
         module.training_text_tokens = None
         module.prompter.temperature = module.settings.softmax_temperature

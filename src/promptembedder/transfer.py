@@ -13,6 +13,8 @@ import hashlib
 import logging
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from promptembedder.base_models import LocatedModel
 from promptembedder.building import assemble, pair
 from promptembedder.centring import FEWEST, Sample, centre, sample_of_rows, sample_of_texts
 from promptembedder.closed_forms import Start, closed_forms
-from promptembedder.config import ModelConfig, Precision, RunConfig, TransferConfig, dump_yaml
+from promptembedder.config import ModelConfig, Precision, RunConfig, TrainingConfig, TransferConfig, dump_yaml
 from promptembedder.copies import sharing_copy
 from promptembedder.data import TrainingData, data_path, load_training_data
 from promptembedder.distillation import SimilarityDistillation, distillation_rows
@@ -42,7 +44,7 @@ from promptembedder.run_folder import last_checkpoint, make_folder, note_setting
 from promptembedder.saved_names import CENTRE
 from promptembedder.scored_pairs import pair_evaluator
 from promptembedder.text_cache import open_text_cache
-from promptembedder.training import check_run, largest, train
+from promptembedder.training import check_run, largest, text_cache, train
 from promptembedder.training_facts import seconds_of, write_facts
 from promptembedder.transfer_checks import (
     TRAINED_STAGES,
@@ -119,12 +121,11 @@ def transfer(
         if starts[0].name == "random" and config.centred is None:
             config = replace(config, centred=False)  # the mean would be that of noise
         sample = _sample(old, config, rows, texts)
-        starts = _ranked(moved, starts, dev, sample, config.data.max_text_tokens)
-        begin = time.perf_counter()
-        _begin_with(new, starts[0], sample, config.data.max_text_tokens)
-        fitting += time.perf_counter() - begin
-        stages = [Stage("random" if starts[0].name == "random" else "closed_form", starts[0].dev, fitting, 0)]
-        stages += _train_stages(model, moved, config, rows, read, stages[0], resume)
+        with _states_kept(new, config.training):
+            starts, centring = _begin_with_best(moved, starts, dev, sample, config.data.max_text_tokens)
+            name = "random" if starts[0].name == "random" else "closed_form"
+            stages = [Stage(name, starts[0].dev, fitting + centring, 0)]
+            stages += _train_stages(model, moved, config, rows, read, stages[0], resume)
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
@@ -336,35 +337,55 @@ def _own_copy(module: SoftPromptTransformer) -> Prompter:
     return sharing_copy(module.prompter, frozen)
 
 
-def _ranked(
+def _begin_with_best(
     model: SentenceTransformer, starts: list[Start], dev: Any, sample: Sample, max_text_tokens: int | None
-) -> list[Start]:
-    """Starts, best first: by dev score, or by reconstruction with the mixtures of words before all that are fitted."""
+) -> tuple[list[Start], float]:
+    """Set the best start: by dev score, or by reconstruction with the mixtures of words before all that are fitted.
+
+    Returns:
+        Starts, best first, and the seconds it takes to set one.
+    """
+    module = soft_prompt_module(model)
     if dev is None:
         # Nothing to measure mixtures of words by. Where there was, the plain one was among the best, the one with a
         # drift among the worst (docs/research-log.md).
         known = {"mixture": 2.0, "mixture_and_drift": -2.0}
-        return sorted(starts, key=lambda s: known.get(s.name, s.reconstruction or 0.0), reverse=True)
-    module = soft_prompt_module(model)
-    scored = []
-    if module.settings.layout == "suffix":  # every text is read once for all starts
-        budget = psutil.virtual_memory().available // 3
-        module.backbone.text_cache = open_text_cache(budget, identity="transfer")
+        ranked = sorted(starts, key=lambda s: known.get(s.name, s.reconstruction or 0.0), reverse=True)
+        return ranked, _begin_with(module, ranked[0], sample, max_text_tokens)
+    scored, seconds = [], []
+    for start in tqdm(starts, desc="Closed forms"):
+        seconds.append(_begin_with(module, start, sample, max_text_tokens))
+        scored.append(replace(start, dev=100 * dev(model)["dev_spearman_cosine"]))
+    ranked = sorted(scored, key=lambda s: s.dev if s.dev is not None and s.dev == s.dev else -1e9, reverse=True)
+    _begin_with(module, ranked[0], sample, max_text_tokens)
+    return ranked, seconds[0]  # the later ones find the sample's states
+
+
+@contextmanager
+def _states_kept(module: SoftPromptTransformer, settings: TrainingConfig) -> Iterator[None]:
+    """While inside, each text is read once for all starts, steps and dev scores, as far as the memory goes.
+
+    In layout `suffix` only, where a text's states depend on nothing that is trained.
+    """
+    if module.settings.layout == "suffix":
+        cache = text_cache(module, settings)
+        if cache is None:
+            cache = open_text_cache(psutil.virtual_memory().available // 3, identity="transfer")
+        module.backbone.text_cache = cache
     try:
-        for start in tqdm(starts, desc="Closed forms"):
-            _begin_with(module, start, sample, max_text_tokens)
-            scored.append(replace(start, dev=100 * dev(model)["dev_spearman_cosine"]))
+        yield
     finally:
         module.backbone.text_cache = None
-    return sorted(scored, key=lambda s: s.dev if s.dev is not None and s.dev == s.dev else -1e9, reverse=True)
 
 
-def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max_text_tokens: int | None) -> None:
-    """Set W, and what is subtracted from embeddings made with it."""
+def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max_text_tokens: int | None) -> float:
+    """Set W, and what is subtracted from embeddings made with it; seconds it took."""
+    begin = time.perf_counter()
     with torch.no_grad():
         module.alignment.weight.copy_(start.weight_PD)
     if sample:
         centre(module, sample, max_text_tokens)
+    return time.perf_counter() - begin
 
 
 def _sample(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
