@@ -20,11 +20,12 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   (`without_examples`). Both are scored every `--every` steps, with a straight line between; dev is in nobody's time.
   `..._smoothed`: the same where every score of both is the mean of three neighbours, so that no single one decides.
   `without_labels`: whether `unlabelled` gets to that score, which takes no labelled row at all.
-- `few_rows`, with `--few PAIRS...`: W alone and LoRA again on so few labelled pairs, each seen in every one of
-  `--few-steps` steps or every other; half come from each of the recipe's first two files, in file order. Seconds of W
-  hold the reading of these texts. `rows_ratio`, `rows_time_ratio`: the fewest labelled pairs with which LoRA gets to
-  its best dev score above, of those few or of the rows on the way there, over the fewest with which W does, and seconds
-  likewise; `..._95` to 95 % of it;
+- `few_rows`, with `--few PAIRS...`: W on the rows, W on texts and then rows, and LoRA once more, on so few labelled
+  pairs, `--few-steps` steps of them again and again; half come from each of the recipe's first two files, in file
+  order. Seconds of W hold the reading of every text. `rows_ratio`, `rows_time_ratio`: the fewest labelled pairs with
+  which LoRA gets to its best dev score above, of those few or of the rows on the way there, over the fewest with which
+  W on rows does, and seconds likewise; `..._95` to 95 % of it. `labels_after_texts`, `time_ratio_after_texts`: labelled
+  pairs that W takes after plain texts, and LoRA's seconds over its seconds, those of the texts counted;
 - LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone, unless `--lora-rate` says
   it.
 
@@ -151,7 +152,8 @@ def moved(
     start, *trained = result.stages
     curve = [(0, start.seconds, start.dev), *(point for stage in trained for point in stage.curve)]
     test = tested(arguments, backbone, result.model)
-    return {"test": test, "dev": result.scores["dev"], "start": result.starts[0].name, "curve": curve}
+    found = {"test": test, "dev": result.scores["dev"], "start": result.starts[0].name, "curve": curve}
+    return found if texts is None else found | {"texts": trained[0].examples}
 
 
 def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
@@ -241,17 +243,20 @@ def few_rows(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     place = place_of(arguments, backbone)
     rate = kept(place / "lora.json", partial(peer, arguments, backbone))["learning_rate"]
 
+    texts = texts_of_rows(arguments, backbone)
+
     def trained(part: str, name: str, config: RunConfig) -> dict[str, Any]:
         if part == "lora":
             return trained_lora(config, rate, place / name / "model")
-        return moved(arguments, backbone, name, None, rows=True, config=config)
+        before = texts if part == "texts_then_rows" else None
+        return moved(arguments, backbone, name, before, rows=True, config=config)
 
     found: dict[str, dict[str, Any]] = {}
     for wanted in arguments.few:
         config = of_few_rows(arguments, backbone, wanted)
         pairs = pairs_of(config)
         found[str(pairs)] = {}
-        for part in ("alignment_only", "lora"):
+        for part in ("alignment_only", "texts_then_rows", "lora"):
             name = f"few_rows-{pairs}x{arguments.few_steps}-{part}"
             say(f"{backbone}: {pairs} labelled pairs, {part}")
             found[str(pairs)][part] = kept(place / f"{name}.json", partial(trained, part, name, config))
@@ -388,22 +393,27 @@ def rows_ratios(parts: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     best = max(dev for _, _, dev in parts["lora"]["curve"] if dev is not None)
     figures: dict[str, float | None] = {}
     for name, share in (("", 1.0), ("_95", 0.95)):
-        we, they = (fewest_rows(parts, part, share * best) for part in ("alignment_only", "lora"))
-        pairs = seconds = None
-        if we is not None and they is not None:
-            pairs = round(they[0] / we[0], 1) if we[0] else None
-            seconds = round(they[1] / max(we[1], 1e-9), 1)
-        figures |= {f"rows_ratio{name}": pairs, f"rows_time_ratio{name}": seconds}
+        score = share * best
+        we, they = fewest_rows(parts, "alignment_only", score), fewest_rows(parts, "lora", score)
+        # Of the run on all rows the seconds leave out the reading of texts.
+        after = fewest_rows({"few_rows": parts["few_rows"]}, "texts_then_rows", score)
+        figures |= {
+            f"rows_ratio{name}": round(they[0] / we[0], 1) if we and they and we[0] else None,
+            f"rows_time_ratio{name}": round(they[1] / we[1], 1) if we and they and we[1] else None,
+            f"labels_after_texts{name}": round(after[0]) if after else None,
+            f"time_ratio_after_texts{name}": round(they[1] / after[1], 1) if after and they and after[1] else None,
+        }
     return figures
 
 
 def fewest_rows(parts: dict[str, dict[str, Any]], part: str, score: float) -> tuple[float, float] | None:
     """Labelled pairs with which a part gets to a score, and the seconds it takes with these."""
-    ways = [reached(parts[part]["curve"], score)]
-    for pairs, few in parts["few_rows"]["pairs"].items():
-        at = reached(few[part]["curve"], score)
-        ways.append(None if at is None else (min(float(pairs), at[0]), at[1]))
-    return min((way for way in ways if way is not None), default=None)
+    ways = []
+    runs = {float("inf"): parts} | {float(pairs): few for pairs, few in parts["few_rows"]["pairs"].items()}
+    for pairs, run in runs.items():
+        if part in run and (at := reached(run[part]["curve"], score)) is not None:
+            ways.append((min(pairs, max(0.0, at[0] - run[part].get("texts", 0))), at[1]))
+    return min(ways, default=None)
 
 
 def without_labels(ours: Curve, theirs: Curve) -> dict[str, bool]:
@@ -502,6 +512,7 @@ FIGURES = (
     *("examples_ratio_95", "time_ratio_95", "without_examples_95", "without_labels_95"),
     *("examples_ratio_smoothed", "time_ratio_smoothed"),
     *("rows_ratio", "rows_time_ratio", "rows_ratio_95", "rows_time_ratio_95"),
+    *("labels_after_texts", "time_ratio_after_texts", "labels_after_texts_95", "time_ratio_after_texts_95"),
 )
 
 

@@ -72,5 +72,11 @@ def test_few_rows_again_and_again_count_once():
     assert (found["rows_ratio"], found["rows_time_ratio"]) == (4.0, 3.0)  # 128 in 60 s, 32 in 20 s
     # 95 % is 76: LoRA after 64 pairs, W after 32 of them, for which it went over them more than once.
     assert found["rows_ratio_95"] == 2.0
+    assert found["labels_after_texts"] is None
+    few = parts["few_rows"]["pairs"]["32"]
+    few["texts_then_rows"] = {"curve": [(0, 10.0, 70.0), (64, 20.0, 76.0), (80, 24.0, 80.0)], "texts": 64}
+    found = rows_ratios(parts)
+    assert (found["labels_after_texts"], found["time_ratio_after_texts"]) == (16, 2.5)  # 60 s to 24 s
+    assert found["labels_after_texts_95"] == 0
     parts["few_rows"]["pairs"] = {}
     assert rows_ratios(parts)["rows_ratio"] is None  # W never gets there in one pass
