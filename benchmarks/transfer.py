@@ -20,12 +20,15 @@ followed every `--every` steps, test is STSBenchmark. Per backbone:
   (`without_examples`). Both are scored every `--every` steps, with a straight line between; dev is in nobody's time.
   `..._smoothed`: the same where every score of both is the mean of three neighbours, so that no single one decides.
   `without_labels`: whether `unlabelled` gets to that score, which takes no labelled row at all.
-- `few_rows`, with `--few PAIRS...`: W on the rows, W on texts and then rows, and LoRA once more, on so few labelled
-  pairs, `--few-steps` steps of them again and again; half come from each of the recipe's first two files, in file
-  order. Seconds of W hold the reading of every text. `rows_ratio`, `rows_time_ratio`: the fewest labelled pairs with
-  which LoRA gets to its best dev score above, of those few or of the rows on the way there, over the fewest with which
-  W on rows does, and seconds likewise; `..._95` to 95 % of it. `labels_after_texts`, `time_ratio_after_texts`: labelled
-  pairs that W takes after plain texts, and LoRA's seconds over its seconds, those of the texts counted;
+- with `--few PAIRS...`, `few_rows`: W on rows, W on texts and then rows, and LoRA on so few labelled pairs alone, which
+  `--few-steps` steps go through again and again. Half come from each of the recipe's first two files, in file order;
+  those of the first have a labelled negative, too. Seconds of W hold the reading of every text; LoRA has the rate that
+  was chosen for it on all rows. Sizes that were run before are in the report, too;
+- `pairs`, `pairs_lora`: the fewest labelled pairs with which W on rows and LoRA get to LoRA's best dev score (unset:
+  never), of the few or of all rows on the way there; `pairs_after_texts`: those of W after plain texts. What is counted
+  is what a run had seen at the first score that is high enough. `pairs_ratio` is of the first two, `pairs_time_ratio`
+  and `time_ratio_after_texts` of the least seconds that each takes to the score in any run; `..._95` is to 95 % of it.
+  The dev pairs, which choose the weights of all, are in nobody's count;
 - LoRA's learning rate is the best of three on dev after `--choose` steps, for each backbone, unless `--lora-rate` says
   it.
 
@@ -41,6 +44,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import statistics
@@ -50,7 +54,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -238,42 +242,50 @@ def trained_lora(config: RunConfig, rate: float, output: Path) -> dict[str, Any]
     return {"test": lora.dev_score(done.model, test), "curve": done.curve}
 
 
-def few_rows(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
-    """W alone and LoRA on a handful of labelled pairs, seen again and again; each of the two is kept on its own."""
+def few_rows(arguments: argparse.Namespace, backbone: str) -> dict[int, dict[str, Any]]:
+    """W and LoRA on a handful of labelled pairs, seen again and again; every part of it is kept on its own.
+
+    Returns:
+        By number of pairs, what each of `FEW_PARTS` came to, those of earlier commands included.
+    """
     place = place_of(arguments, backbone)
-    rate = kept(place / "lora.json", partial(peer, arguments, backbone))["learning_rate"]
-
-    texts = texts_of_rows(arguments, backbone)
-
-    def trained(part: str, name: str, config: RunConfig) -> dict[str, Any]:
-        if part == "lora":
-            return trained_lora(config, rate, place / name / "model")
-        before = texts if part == "texts_then_rows" else None
-        return moved(arguments, backbone, name, before, rows=True, config=config)
-
-    found: dict[str, dict[str, Any]] = {}
     for wanted in arguments.few:
         config = of_few_rows(arguments, backbone, wanted)
         pairs = pairs_of(config)
-        found[str(pairs)] = {}
-        for part in ("alignment_only", "texts_then_rows", "lora"):
+        for part in FEW_PARTS:
             name = f"few_rows-{pairs}x{arguments.few_steps}-{part}"
             say(f"{backbone}: {pairs} labelled pairs, {part}")
-            found[str(pairs)][part] = kept(place / f"{name}.json", partial(trained, part, name, config))
-    return {"pairs": found}
+            kept(place / f"{name}.json", partial(trained_on_few, arguments, backbone, part, name, config))
+    found: dict[int, dict[str, Any]] = {}
+    for path in place.glob(f"few_rows-*x{arguments.few_steps}-*.json"):
+        _, size, part = path.stem.split("-")
+        found.setdefault(int(size.split("x")[0]), {})[part] = json.loads(path.read_text(encoding="utf-8"))
+    return {pairs: {part: found[pairs][part] for part in FEW_PARTS if part in found[pairs]} for pairs in sorted(found)}
+
+
+def trained_on_few(
+    arguments: argparse.Namespace, backbone: str, part: str, name: str, config: RunConfig
+) -> dict[str, Any]:
+    if part == "lora":
+        place = place_of(arguments, backbone)
+        rate = kept(place / "lora.json", partial(peer, arguments, backbone))["learning_rate"]
+        return trained_lora(config, rate, place / name / "model")
+    before = texts_of_rows(arguments, backbone) if part == "texts_then_rows" else None
+    return moved(arguments, backbone, name, before, rows=True, config=config)
 
 
 def of_few_rows(arguments: argparse.Namespace, backbone: str, pairs: int) -> RunConfig:
     """The recipe on that many labelled pairs, whose texts nobody has read before."""
     config = recipe(arguments, backbone)
-    each = pairs // 2
-    files = tuple(replace(file, max_rows=each) for file in config.data.files[:2])
+    of_each = pairs // 2
     training = replace(
         config.training,
         max_steps=arguments.few_steps,
-        batch_size=min(arguments.batch, each),
+        batch_size=min(arguments.batch, of_each),
+        text_state_cache=None,
         text_state_folder=None,
     )
+    files = tuple(replace(file, max_rows=of_each) for file in config.data.files[:2])
     return replace(config, data=replace(config.data, files=files), training=training)
 
 
@@ -322,11 +334,11 @@ def draw(parts: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     draw_curves(curves, path, title)
 
 
-def few_rows_table(backbone: str, few_rows: dict[str, Any]) -> list[str]:
+def few_rows_table(backbone: str, few: dict[int, dict[str, Any]]) -> list[str]:
     """What so few pairs come to: test, and best dev score with the seconds until then."""
     lines = ["", f"| {backbone}: labelled pairs | part | test | best dev | seconds until then |"]
     lines.append("| ---: | --- | ---: | ---: | ---: |")
-    for pairs, parts in few_rows["pairs"].items():
+    for pairs, parts in few.items():
         for name, part in parts.items():
             dev, seconds = max((dev, -seconds) for _, seconds, dev in part["curve"] if dev is not None)
             lines.append(f"| {pairs} | {name} | {part['test']:.2f} | {dev:.2f} | {-seconds:.0f} |")
@@ -385,41 +397,57 @@ def ratios(ours: Curve, theirs: Curve) -> dict[str, float | bool | None]:
     return figures
 
 
-def rows_ratios(parts: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """How many times fewer labelled pairs, and seconds with these, W takes to LoRA's best dev score and to 95 % of it.
-
-    Each side takes the fewest it can: all of its rows once on the way to the score, or the same few again and again.
-    """
+def pairs_needed(parts: dict[str, Any], few: dict[int, dict[str, Any]]) -> dict[str, float | None]:
+    """Labelled pairs and seconds that W and LoRA take to LoRA's best dev score and to 95 % of it; see above."""
     best = max(dev for _, _, dev in parts["lora"]["curve"] if dev is not None)
     figures: dict[str, float | None] = {}
     for name, share in (("", 1.0), ("_95", 0.95)):
-        score = share * best
-        we, they = fewest_rows(parts, "alignment_only", score), fewest_rows(parts, "lora", score)
+        runs = {math.inf: parts} | few
+        we, they = (least(runs, part, share * best) for part in ("alignment_only", "lora"))
         # Of the run on all rows the seconds leave out the reading of texts.
-        after = fewest_rows({"few_rows": parts["few_rows"]}, "texts_then_rows", score)
+        after = least(few, "texts_then_rows", share * best)
+        figures |= {f"pairs{name}": we.pairs, f"pairs_lora{name}": they.pairs, f"pairs_after_texts{name}": after.pairs}
         figures |= {
-            f"rows_ratio{name}": round(they[0] / we[0], 1) if we and they and we[0] else None,
-            f"rows_time_ratio{name}": round(they[1] / we[1], 1) if we and they and we[1] else None,
-            f"labels_after_texts{name}": round(after[0]) if after else None,
-            f"time_ratio_after_texts{name}": round(they[1] / after[1], 1) if after and they and after[1] else None,
+            f"pairs_ratio{name}": times_fewer(they.pairs, we.pairs),
+            f"pairs_time_ratio{name}": times_fewer(they.seconds, we.seconds),
+            f"time_ratio_after_texts{name}": times_fewer(they.seconds, after.seconds),
         }
     return figures
 
 
-def fewest_rows(parts: dict[str, dict[str, Any]], part: str, score: float) -> tuple[float, float] | None:
-    """Labelled pairs with which a part gets to a score, and the seconds it takes with these."""
+class Least(NamedTuple):
+    """What it takes to get to a score, each in the run that takes least; None: none gets there."""
+
+    pairs: int | None
+    seconds: float | None
+
+
+def least(runs: dict[Any, dict[str, Any]], part: str, score: float) -> Least:
+    """The fewest labelled pairs and, in whichever run, the least seconds with which a part gets to a score."""
     ways = []
-    runs = {float("inf"): parts} | {float(pairs): few for pairs, few in parts["few_rows"]["pairs"].items()}
     for pairs, run in runs.items():
-        if part in run and (at := reached(run[part]["curve"], score)) is not None:
-            ways.append((min(pairs, max(0.0, at[0] - run[part].get("texts", 0))), at[1]))
-    return min(ways, default=None)
+        there = [at for at in run.get(part, {"curve": []})["curve"] if at[2] is not None and at[2] >= score]
+        if there:
+            examples, seconds, _ = there[0]
+            ways.append((int(min(pairs, max(0, examples - run[part].get("texts", 0)))), seconds))
+    return Least(min((way[0] for way in ways), default=None), min((way[1] for way in ways), default=None))
+
+
+def times_fewer(theirs: float | None, ours: float | None) -> float | None:
+    return None if theirs is None or not ours else round(theirs / ours, 1)
 
 
 def without_labels(ours: Curve, theirs: Curve) -> dict[str, bool]:
     """Whether the plain texts alone reach LoRA's best dev score, and 95 % of it."""
     best = max(dev for _, _, dev in theirs if dev is not None)
     return {f"without_labels{name}": reached(ours, part * best) is not None for name, part in (("", 1), ("_95", 0.95))}
+
+
+def even(text: str) -> int:
+    number = int(text)
+    if number < 4 or number % 2:
+        raise argparse.ArgumentTypeError(f"{number} cannot be shared by two files, a batch of at least 2 from each")
+    return number
 
 
 def main() -> None:
@@ -432,8 +460,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=300, help="of dev")
     parser.add_argument("--every", type=int, default=10, help="steps between dev scores")
     parser.add_argument("--choose", type=int, default=15, metavar="STEPS", help="of the runs that pick LoRA's rate")
-    parser.add_argument("--few", nargs="+", type=int, default=[], metavar="PAIRS", help="labelled pairs of `few_rows`")
-    parser.add_argument("--few-steps", type=int, default=32, help="of `few_rows`")
+    parser.add_argument("--few", nargs="+", type=even, default=[], metavar="PAIRS", help="labelled pairs, even numbers")
+    parser.add_argument("--few-steps", type=int, default=32, metavar="STEPS", help="of the runs on so few pairs")
     parser.add_argument("--lora-rate", type=float, help="LoRA's learning rate; unset: chosen")
     parser.add_argument("--states", metavar="SIZE", help="keep text states on disk, e.g. 40GiB")
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the recipe's settings")
@@ -448,10 +476,11 @@ def main() -> None:
     lines = ["| backbone | " + " | ".join(shown) + " |", "| --- |" + " ---: |" * len(shown)]
     for backbone in arguments.backbones:
         parts = {}
-        for name in (part for part in PARTS if part in arguments.parts and (part != "few_rows" or arguments.few)):
+        for name in (part for part in PARTS if part in arguments.parts):
             say(f"{backbone}: {name}")
-            make = partial(PARTS[name], arguments, backbone)
-            parts[name] = make() if name == "few_rows" else kept(place_of(arguments, backbone) / f"{name}.json", make)
+            parts[name] = kept(
+                place_of(arguments, backbone) / f"{name}.json", partial(PARTS[name], arguments, backbone)
+            )
         found: dict[str, Any] = {k: v for k, v in parts.get("start", {}).items() if k in FIGURES}
         found |= {name: part["test"] for name, part in parts.items() if "test" in part}
         found = {name: round(value, 2) for name, value in found.items()}
@@ -459,10 +488,10 @@ def main() -> None:
             found |= ratios(parts["alignment_only"]["curve"], parts["lora"]["curve"])
         if {"unlabelled", "lora"} <= set(parts):
             found |= without_labels(parts["unlabelled"]["curve"], parts["lora"]["curve"])
-        if "few_rows" in parts:
-            tables += few_rows_table(backbone, parts["few_rows"])
-        if {"alignment_only", "lora", "few_rows"} <= set(parts):
-            found |= rows_ratios(parts)
+        if few := few_rows(arguments, backbone):
+            tables += few_rows_table(backbone, few)
+            if {"alignment_only", "lora"} <= set(parts):
+                found |= pairs_needed(parts, few)
         for part in arguments.quick:
             say(f"{backbone}: quick suite, {part}")
             place = place_of(arguments, backbone) / f"quick_{part}.json"
@@ -478,7 +507,7 @@ def main() -> None:
                 )
             if arguments.quick:
                 write_quick_report(arguments, backbone)
-            record = {"command": command(), "figures": found, "parts": parts}
+            record = {"command": command(), "figures": found, "parts": parts, "few_rows": few}
             atomic.write_text(arguments.report / f"{slug(backbone)}.json", json.dumps(record, indent=1) + "\n")
     if arguments.report:
         atomic.write_text(arguments.report / "report.md", "\n".join(lines + tables) + "\n")
@@ -501,8 +530,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "texts_then_rows": lambda a, backbone: moved(a, backbone, "texts_then_rows", texts_of_rows(a, backbone), rows=True),
     "from_scratch": scratch,
     "lora": peer,
-    "few_rows": few_rows,
 }
+FEW_PARTS = ("alignment_only", "texts_then_rows", "lora")
 QUICK = ("closed_form", "alignment_only", "unlabelled", "texts_then_rows", "from_scratch", "lora")
 REVISION = "transfer"
 FIGURES = (
@@ -511,8 +540,14 @@ FIGURES = (
     *("examples_ratio", "time_ratio", "without_examples", "without_labels"),
     *("examples_ratio_95", "time_ratio_95", "without_examples_95", "without_labels_95"),
     *("examples_ratio_smoothed", "time_ratio_smoothed"),
-    *("rows_ratio", "rows_time_ratio", "rows_ratio_95", "rows_time_ratio_95"),
-    *("labels_after_texts", "time_ratio_after_texts", "labels_after_texts_95", "time_ratio_after_texts_95"),
+    *(
+        f"{figure}{of}"
+        for of in ("", "_95")
+        for figure in (
+            *("pairs", "pairs_lora", "pairs_ratio", "pairs_time_ratio"),
+            *("pairs_after_texts", "time_ratio_after_texts"),
+        )
+    ),
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import pytest
 
-from transfer import ratios, rows_ratios, smoothed  # of benchmarks/
+from transfer import of_few_rows, pairs_needed, ratios, smoothed  # of benchmarks/
 
 
 def curve(every, seconds_per_example=1.0, rate=0.05):
@@ -51,32 +52,39 @@ def test_a_start_that_is_there_already():
     assert (found["examples_ratio"], found["time_ratio"]) == (None, 45.0)
 
 
-def test_few_rows_again_and_again_count_once():
+def test_few_pairs_again_and_again_count_once():
     parts = {
-        "lora": {"curve": [(0, 0.0, 40.0), (128, 60.0, 80.0), (256, 120.0, 70.0)]},
+        "lora": {"curve": [(0, 0.0, 40.0), (64, 30.0, 70.0), (128, 60.0, 80.0), (256, 120.0, 70.0)]},
         "alignment_only": {"curve": [(0, 10.0, 70.0), (128, 40.0, 75.0)]},
-        "few_rows": {
-            "pairs": {
-                "32": {
-                    "alignment_only": {"curve": [(0, 10.0, 70.0), (64, 20.0, 80.0)]},
-                    "lora": {"curve": [(0, 0.0, 40.0), (64, 30.0, 60.0)]},
-                },
-                "64": {
-                    "alignment_only": {"curve": [(0, 10.0, 70.0), (64, 15.0, 82.0)]},
-                    "lora": {"curve": [(0, 0.0, 40.0), (256, 90.0, 77.0)]},
-                },
-            }
+    }
+    few = {
+        16: {"alignment_only": {"curve": [(0, 10.0, 70.0), (320, 90.0, 77.0)]}},
+        32: {
+            "alignment_only": {"curve": [(0, 10.0, 70.0), (16, 12.0, 75.0), (64, 20.0, 80.0)]},
+            "lora": {"curve": [(0, 0.0, 40.0), (64, 30.0, 60.0), (640, 300.0, 76.0)]},
+            "texts_then_rows": {"curve": [(0, 10.0, 70.0), (64, 24.0, 76.0), (80, 30.0, 80.0)], "texts": 64},
         },
     }
-    found = rows_ratios(parts)
-    assert (found["rows_ratio"], found["rows_time_ratio"]) == (4.0, 3.0)  # 128 in 60 s, 32 in 20 s
-    # 95 % is 76: LoRA after 64 pairs, W after 32 of them, for which it went over them more than once.
-    assert found["rows_ratio_95"] == 2.0
-    assert found["labels_after_texts"] is None
-    few = parts["few_rows"]["pairs"]["32"]
-    few["texts_then_rows"] = {"curve": [(0, 10.0, 70.0), (64, 20.0, 76.0), (80, 24.0, 80.0)], "texts": 64}
-    found = rows_ratios(parts)
-    assert (found["labels_after_texts"], found["time_ratio_after_texts"]) == (16, 2.5)  # 60 s to 24 s
-    assert found["labels_after_texts_95"] == 0
-    parts["few_rows"]["pairs"] = {}
-    assert rows_ratios(parts)["rows_ratio"] is None  # W never gets there in one pass
+    found = pairs_needed(parts, few)
+    assert (found["pairs"], found["pairs_lora"], found["pairs_ratio"], found["pairs_time_ratio"]) == (32, 128, 4.0, 3.0)
+    assert (found["pairs_after_texts"], found["time_ratio_after_texts"]) == (16, 2.0)  # 60 s to 30 s
+    # 95 % is 76. Fewest pairs and least seconds each where they are least: LoRA has 32 pairs, and 60 s with 128.
+    assert (found["pairs_95"], found["pairs_lora_95"], found["pairs_ratio_95"]) == (16, 32, 2.0)
+    assert (found["pairs_time_ratio_95"], found["pairs_after_texts_95"], found["time_ratio_after_texts_95"]) == (
+        3,
+        0,
+        2.5,
+    )
+    found = pairs_needed(parts, {})
+    assert (found["pairs"], found["pairs_lora"], found["pairs_ratio"]) == (None, 128, None)  # never in one pass
+
+
+def test_few_pairs_are_of_two_files_and_kept_nowhere_on_disk(tmp_path):
+    arguments = argparse.Namespace(
+        output=tmp_path, data=tmp_path, states="4000GiB", set=None, steps=8, batch=16, pairs=9, every=2, few_steps=5
+    )
+    config = of_few_rows(arguments, "gemma-3-270m", 24)
+    assert [file.max_rows for file in config.data.files] == [12, 12]
+    assert (config.training.batch_size, config.training.max_steps) == (12, 5)
+    assert config.training.text_state_cache is config.training.text_state_folder is None
+    assert of_few_rows(arguments, "gemma-3-270m", 64).training.batch_size == 16

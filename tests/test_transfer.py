@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, alignment, base_models, load, save, training
+from promptembedder.backbone import Backbone
 from promptembedder.closed_forms import closed_forms
 from promptembedder.config import (
     DataConfig,
@@ -32,7 +33,6 @@ from promptembedder.distillation import SimilarityDistillation, distillation_row
 from promptembedder.model import soft_prompt_module
 from promptembedder.prompter import trained_state
 from promptembedder.scored_pairs import pair_evaluator
-from promptembedder.text_cache import open_text_cache
 from promptembedder.training_facts import read_facts
 from promptembedder.transfer import on_backbone, transfer
 
@@ -629,31 +629,60 @@ def test_a_closed_form_is_centred_on_plain_texts_without_any_training(tiny_model
 
 @pytest.mark.parametrize("own", [{}, {"text_state_cache": 2**26, "text_state_folder": "states"}])
 def test_the_new_backbone_reads_each_text_once(tiny_model, config, tmp_path, monkeypatch, own):
-    """For all starts, the mean, steps and dev scores together; what the caller asks for comes first."""
+    """For all starts, the mean, steps, dev and test scores together; on disk for the next transfer, too."""
     if own:
         own = {**own, "text_state_folder": str(tmp_path / own["text_state_folder"])}
-    kind = type(open_text_cache(2**20, identity="", folder=own.get("text_state_folder")))
-    held, again = set(), []
-    write, read = kind._write, kind._read
+    old = tiny_model(layout="suffix")
+    calls = []
+    read = Backbone._read_chunks
 
-    def writing(self, key, tensors):
-        held.add(key)
-        return write(self, key, tensors)
+    def reading(self, ids_BT, mask_BT):
+        if self is not old[0].backbone:
+            calls.append({tuple(ids_T[mask_T.bool()].tolist()) for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)})
+        return read(self, ids_BT, mask_BT)
 
-    def reading(self, key):
-        found = read(self, key)
-        again.extend([key] if found is None and key in held else [])
-        return found
-
-    monkeypatch.setattr(kind, "_write", writing)
-    monkeypatch.setattr(kind, "_read", reading)
+    monkeypatch.setattr(Backbone, "_read_chunks", reading)
     plain = [f"{text}, and {n}" for n in range(4) for text in TEXTS]
     (tmp_path / "plain.txt").write_text("".join(f"{text}\n" for text in plain))
-    settings = config(training={"max_steps": 20, **own}, texts=(str(tmp_path / "plain.txt"),), rows=True, centred=True)
-    moved = transfer(tiny_model(layout="suffix"), settings)
-    assert len(held) > len(TEXTS) + len(plain)  # those of dev, those without labels, and the rows'
-    assert not again
+    other = [{"sentence1": f"{text} once", "sentence2": f"{text} more", "score": len(text)} for text in TEXTS]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in other))
+    settings = config(
+        training={"max_steps": 20, **own},
+        evaluation={"test": "other.jsonl"},
+        texts=(str(tmp_path / "plain.txt"),),
+        rows=True,
+        centred=True,
+    )
+    moved = transfer(old, settings)
+    texts = [text for call in calls for text in call]
+    assert len(texts) == len(set(texts))
+    rows = {row["query"] for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert len(texts) > len(TEXTS) + len(plain) + 2 * len(other) + len(rows) // 2  # of all kinds
     assert moved.model[0].backbone.text_cache is None
+    calls.clear()
+    transfer(old, replace(settings, training=replace(settings.training, output=str(tmp_path / "next"))))
+    assert bool(calls) != bool(own)
+
+
+@pytest.mark.parametrize(("layout", "rows"), [("prefix", True), ("suffix", False)])
+def test_what_comes_up_once_is_not_held(tiny_model, config, tmp_path, monkeypatch, layout, rows):
+    (tmp_path / "plain.txt").write_text("".join(f"{text}, and {n}\n" for n in range(4) for text in TEXTS))
+    monkeypatch.setattr(
+        sys.modules["promptembedder.transfer"], "text_cache", lambda *given: pytest.fail("a cache is opened")
+    )
+    transfer(
+        tiny_model(layout=layout),
+        config(rows=rows, texts=(str(tmp_path / "plain.txt"),), evaluation={"dev": "pairs.jsonl" if rows else None}),
+    )
+
+
+def test_nothing_is_held_after_an_error(tiny_model, config, monkeypatch):
+    place, made = sys.modules["promptembedder.transfer"], []
+    monkeypatch.setattr(place, "on_backbone", lambda *a, **k: made.append(on_backbone(*a, **k)) or made[0])
+    monkeypatch.setattr(place, "_train_stages", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        transfer(tiny_model(layout="suffix"), config(rows=True))
+    assert made[0][0].backbone.text_cache is None
 
 
 def dev_of(result, settings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,10 @@ from promptembedder.training import train
 
 def gloo_threads() -> list[str]:
     """Names of the threads that exchange tensors; where the system does not tell, none."""
-    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    names = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # it may end meanwhile
+            names.append(file.read_text().strip())
     return [name for name in names if "gloo" in name]
 
 

@@ -262,7 +262,7 @@ class TrainingConfig:
             gradients.
         text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers of
             a machine, so that a text seen again is not read again (layout `suffix`); unset: off, in
-            a transfer a third of the free memory.
+            a transfer with rows or dev pairs a third of the free memory, 8 GiB at most.
         text_state_folder: keep them here, from run to run; unset: in memory.
         text_state_precision: of what is kept; `same` changes nothing, `bfloat16` and `int8` are smaller.
         seed: of everything drawn.

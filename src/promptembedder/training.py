@@ -59,7 +59,7 @@ class TrainingResult:
         examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full and
             two made-up rows of one anchor as one.
         history: the trainer's log lines.
-        text_state_hit_rate: share of the texts whose states were found, with `text_state_cache`.
+        text_state_hit_rate: share of the texts whose states were found, where they are kept.
     """
 
     model: SentenceTransformer
@@ -95,7 +95,8 @@ def train(
         start: folder, name or hub id of a saved model to start from. Its settings replace `config.model`, and there
             is no warm start.
         anew: with `start`, settings of the model that replace the saved ones; those of `MAY_DIFFER`.
-        model: start from this one, as it is, instead of building `config.model`: no warm start either.
+        model: start from this one, as it is, instead of building `config.model`: no warm start either. A text-state
+            cache that its backbone has already is used in place of the one that the settings ask for, and stays.
         data: train on these rows instead of `config.data`'s.
         loss: of all datasets, in place of those that the settings name.
         callbacks: further ones for the library's trainer, such as those that report elsewhere.
@@ -136,9 +137,11 @@ def train(
     elif model is None:
         model = build(config.model, device=workers.device(), seed=settings.seed)
     module = soft_prompt_module(model)
-    cache = module.backbone.text_cache  # a caller's, who has texts read before or after
+    cache = module.backbone.text_cache
     if cache is None:
         cache = text_cache(module, settings)
+    else:
+        cache.hits = cache.misses = 0
     losses = make_losses(model, settings, data) if loss is None else loss
     _open_to_training(module, settings)
     clock = TrainingClock(_prepare(config, module, data) if checkpoint is None else 0.0)

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import ByteSize
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from tqdm import tqdm
@@ -43,7 +44,6 @@ from promptembedder.prompter import Prompter, trained_state
 from promptembedder.run_folder import last_checkpoint, make_folder, note_settings
 from promptembedder.saved_names import CENTRE
 from promptembedder.scored_pairs import pair_evaluator
-from promptembedder.text_cache import open_text_cache
 from promptembedder.training import check_run, largest, text_cache, train
 from promptembedder.training_facts import seconds_of, write_facts
 from promptembedder.transfer_checks import (
@@ -58,6 +58,7 @@ from promptembedder.transfer_result import Stage, TransferResult, write_report
 logger = logging.getLogger(__name__)
 
 _MOST_INSTRUCTIONS = 40
+_MOST_STATES = 8 * 2**30  # a container may have less memory than the machine says
 
 
 def transfer(
@@ -121,20 +122,18 @@ def transfer(
         if starts[0].name == "random" and config.centred is None:
             config = replace(config, centred=False)  # the mean would be that of noise
         sample = _sample(old, config, rows, texts)
-        with _states_kept(new, config.training):
+        with _states_held(new, config.training, again=dev is not None or rows is not None):
             starts, centring = _begin_with_best(moved, starts, dev, sample, config.data.max_text_tokens)
             name = "random" if starts[0].name == "random" else "closed_form"
             stages = [Stage(name, starts[0].dev, fitting + centring, 0)]
             stages += _train_stages(model, moved, config, rows, read, stages[0], resume)
+            scores = {} if stages[-1].dev is None else {"dev": stages[-1].dev}
+            if test is not None:
+                scores["test"] = 100 * test(moved)["test_spearman_cosine"]
     finally:
         # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
             parameter.requires_grad_(flag)
-    scores: dict[str, float] = {}
-    if stages[-1].dev is not None:
-        scores["dev"] = stages[-1].dev
-    if test is not None:
-        scores["test"] = 100 * test(moved)["test_spearman_cosine"]
     save(moved, output / "model", share_prompter=share_prompter)
     atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
     _note(moved, stages, output / "model", with_prompter=config.unfrozen_steps > 0)
@@ -343,7 +342,7 @@ def _begin_with_best(
     """Set the best start: by dev score, or by reconstruction with the mixtures of words before all that are fitted.
 
     Returns:
-        Starts, best first, and the seconds it takes to set one.
+        Starts, best first, and the seconds it takes to set one and read what embeddings are centred on.
     """
     module = soft_prompt_module(model)
     if dev is None:
@@ -362,16 +361,21 @@ def _begin_with_best(
 
 
 @contextmanager
-def _states_kept(module: SoftPromptTransformer, settings: TrainingConfig) -> Iterator[None]:
-    """While inside, each text is read once for all starts, steps and dev scores, as far as the memory goes.
+def _states_held(module: SoftPromptTransformer, settings: TrainingConfig, *, again: bool) -> Iterator[None]:
+    """While inside, a text whose states are held is not read again, for whatever start, step or score.
 
     In layout `suffix` only, where a text's states depend on nothing that is trained.
+
+    Args:
+        module: the new model's.
+        settings: say what may be held; where they do not, it is some of the memory.
+        again: whether texts come up more than once; if not, nothing is held that the settings do not ask for.
     """
-    if module.settings.layout == "suffix":
-        cache = text_cache(module, settings)
-        if cache is None:
-            cache = open_text_cache(psutil.virtual_memory().available // 3, identity="transfer")
-        module.backbone.text_cache = cache
+    budget = settings.text_state_cache
+    if budget is None and again:
+        budget = ByteSize(min(psutil.virtual_memory().available // 3, _MOST_STATES))
+    if module.settings.layout == "suffix" and budget:
+        module.backbone.text_cache = text_cache(module, replace(settings, text_state_cache=budget))
     try:
         yield
     finally:

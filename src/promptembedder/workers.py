@@ -154,7 +154,7 @@ def _leave() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-        gc.collect()
+    gc.collect()
 
 
 @contextmanager
