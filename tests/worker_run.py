@@ -27,9 +27,10 @@ def gloo_threads() -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # What is registered first is called last.
-    atexit.register(lambda: print("at exit:", *gloo_threads(), dist.is_initialized(), file=sys.stderr))
     folder, doomed = Path(sys.argv[1]), sys.argv[2:] == ["dies"]
+    # What is registered first is called last. A file each: what workers print at a time gets mixed.
+    at_exit = folder / f"at-exit-{os.environ.get('RANK', '0')}"
+    atexit.register(lambda: at_exit.write_text(f"{gloo_threads()} {dist.is_initialized()}"))
     if doomed and os.environ["RANK"] == "1":
         from promptembedder.callbacks import SoftPromptLeafCallback
 
