@@ -501,10 +501,9 @@ def main() -> None:
         if arguments.report:
             arguments.report.mkdir(parents=True, exist_ok=True)
             draw(parts, arguments.report / f"{slug(backbone)}.png", backbone)
-            for pairs, few in parts.get("few_rows", {"pairs": {}})["pairs"].items():
-                draw(
-                    few, arguments.report / f"{slug(backbone)}-{pairs}-pairs.png", f"{backbone}, {pairs} labelled pairs"
-                )
+            for pairs, parts_of_few in few.items():
+                picture = arguments.report / f"{slug(backbone)}-{pairs}-pairs.png"
+                draw(parts_of_few, picture, f"{backbone}, {pairs} labelled pairs")
             if arguments.quick:
                 write_quick_report(arguments, backbone)
             record = {"command": command(), "figures": found, "parts": parts, "few_rows": few}

@@ -667,13 +667,13 @@ def test_the_new_backbone_reads_each_text_once(tiny_model, config, tmp_path, mon
 @pytest.mark.parametrize(("layout", "rows"), [("prefix", True), ("suffix", False)])
 def test_what_comes_up_once_is_not_held(tiny_model, config, tmp_path, monkeypatch, layout, rows):
     (tmp_path / "plain.txt").write_text("".join(f"{text}, and {n}\n" for n in range(4) for text in TEXTS))
-    monkeypatch.setattr(
-        sys.modules["promptembedder.transfer"], "text_cache", lambda *given: pytest.fail("a cache is opened")
-    )
+    opened = []
+    monkeypatch.setattr(sys.modules["promptembedder.transfer"], "text_cache", lambda *given: opened.append(given))
     transfer(
         tiny_model(layout=layout),
         config(rows=rows, texts=(str(tmp_path / "plain.txt"),), evaluation={"dev": "pairs.jsonl" if rows else None}),
     )
+    assert not opened
 
 
 def test_nothing_is_held_after_an_error(tiny_model, config, monkeypatch):
