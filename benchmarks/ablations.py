@@ -33,16 +33,18 @@ from safetensors.torch import save_file
 
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
-from promptembedder.building import build
-from promptembedder.config import DataConfig, DataFile, RunConfig, load_run
-from promptembedder.contrast import FAMILIES, Family, contrast_rows
-from promptembedder.data import Row, TrainingData, load_training_data, read_rows
-from promptembedder.model import soft_prompt_module
-from promptembedder.prompter import load_trained_state, trained_state
-from promptembedder.scored_pairs import pair_evaluator
-from promptembedder.training import aspects_of, text_cache, train
-from promptembedder.training_facts import read_facts
-from promptembedder.warm_start import warm_start
+from promptembedder.data.made_up import FAMILIES, Family, contrast_rows
+from promptembedder.data.rows import Row, TrainingData, load_training_data, read_rows
+from promptembedder.data.settings import DataConfig, DataFile
+from promptembedder.model.build import build
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.model.prompter import load_trained_state, trained_state
+from promptembedder.training.curves import read_facts
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.fit import text_cache
+from promptembedder.training.settings import RunConfig, load_run
+from promptembedder.training.train import aspects_of, train
+from promptembedder.training.warm_start import warm_start
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SEEN = ("snli_triplets", "clinc150_domain", "clinc150_intent", "mag_field_dev", "cr_sentiment")

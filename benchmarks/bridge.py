@@ -25,8 +25,9 @@ from sentence_transformers import SentenceTransformer
 
 import promptembedder
 from kept_results import command, parsed, parser_of, say
-from promptembedder import atomic, bridge, evaluation
-from promptembedder.model import soft_prompt_module
+from promptembedder import atomic, evaluation
+from promptembedder.bulk import bridge
+from promptembedder.model.module import soft_prompt_module
 
 Embed = Callable[[list[str]], NDArray[Any]]
 

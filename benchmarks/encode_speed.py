@@ -26,9 +26,11 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 import promptembedder
 from kept_results import command, say
-from promptembedder import atomic, base_models, evaluation
-from promptembedder.aspects import ASPECTS
-from promptembedder.model import soft_prompt_module
+from promptembedder import atomic, evaluation
+from promptembedder.data.aspects import ASPECTS
+from promptembedder.llms import locate as locate_module
+from promptembedder.llms import quiet as quiet_module
+from promptembedder.model.module import soft_prompt_module
 
 INSTRUCTIONS = ["Group the texts by topic.", "Group the texts by the feeling that they express."]
 
@@ -44,8 +46,8 @@ def texts_of(model: SentenceTransformer, tokens: int, count: int) -> list[str]:
 def plain(model: SentenceTransformer) -> SentenceTransformer:
     """The backbone alone, as sentence-transformers reads with an LLM."""
     module = soft_prompt_module(model)
-    located = base_models.locate(module.base_models.backbone, module.base_models.backbone_revision)
-    with base_models.quiet_transformers():
+    located = locate_module.locate(module.base_models.backbone, module.base_models.backbone_revision)
+    with quiet_module.quiet_transformers():
         reader = evaluation.plain_reader(str(located.folder), module.backbone.lm.dtype)
     reader.tokenizer.padding_side = "right"
     pooling = Pooling(reader.get_embedding_dimension(), pooling_mode="mean")

@@ -19,10 +19,10 @@ import promptembedder
 from ablations import REMARKS, REQUESTS, SEEN, UNSEEN, both_ways, triplets_right
 from kept_results import command, parsed, parser_of, say
 from promptembedder import atomic, evaluation
-from promptembedder.config import EvaluationConfig
-from promptembedder.model import soft_prompt_module
-from promptembedder.scored_pairs import pair_evaluator
-from promptembedder.text_cache import open_text_cache
+from promptembedder.llms.state_cache import open_text_cache
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.settings import EvaluationConfig
 
 TASK = "HWU64ScenarioAction"
 SWAPPED = {"requests": (REQUESTS, ("do", "thing")), "remarks": (REMARKS, ("feel", "matter"))}

@@ -12,9 +12,10 @@ import sys
 import numpy as np
 from scipy.stats import spearmanr
 
-from promptembedder import ModelConfig, PromptEmbedderError, baselines, build
-from promptembedder.data import read_scored_pairs
-from promptembedder.scored_pairs import spread
+from promptembedder import ModelConfig, PromptEmbedderError, build
+from promptembedder.data.scored_pairs import read_scored_pairs
+from promptembedder.model import baselines
+from promptembedder.training.evaluators import spread
 
 TEMPLATES = (
     '{text} means in one word:"',

@@ -12,7 +12,7 @@ import json
 import promptembedder
 from kept_results import command, parsed, parser_of
 from promptembedder import evaluation
-from promptembedder.model import soft_prompt_module
+from promptembedder.model.module import soft_prompt_module
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from promptembedder import atomic
-from promptembedder.data import DATA_ENV
+from promptembedder.data.readers import DATA_ENV
 
 
 def parser_of(description: str | None, output: str | None) -> argparse.ArgumentParser:

@@ -19,10 +19,11 @@ from typing import Any
 import promptembedder
 from kept_results import command, parsed, parser_of
 from promptembedder import atomic
-from promptembedder.config import load_run
-from promptembedder.model import save, soft_prompt_module
-from promptembedder.training import train
-from promptembedder.warm_start import warm_start
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.model.store import save
+from promptembedder.training.settings import load_run
+from promptembedder.training.train import train
+from promptembedder.training.warm_start import warm_start
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
 SETTINGS: dict[str, dict[str, Any]] = {

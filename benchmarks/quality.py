@@ -29,10 +29,10 @@ import lora
 import promptembedder
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic, evaluation
-from promptembedder.config import RunConfig, load_run
 from promptembedder.evaluation.run import FACTS
-from promptembedder.training import train
-from promptembedder.training_facts import read_facts
+from promptembedder.training.curves import read_facts
+from promptembedder.training.settings import RunConfig, load_run
+from promptembedder.training.train import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 UNTRAINED = {"mean_pooling": "mean", "prompt_eol": "prompt_eol"}

@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from promptembedder import evaluation
-from promptembedder.alignment import thinned
-from promptembedder.config import ModelConfig, RunConfig, dump_yaml, load_run, parse
-from promptembedder.saved_names import ALIGNMENT_FILE, CONFIG_FILE, SHARED_PROMPTER
-from promptembedder.shipped import PLACE
-from promptembedder.training_facts import read_facts
+from promptembedder.config import dump_yaml, parse
+from promptembedder.model.alignment import thinned
+from promptembedder.model.folder import ALIGNMENT_FILE, CONFIG_FILE, PLACE, SHARED_PROMPTER
+from promptembedder.model.settings import ModelConfig
+from promptembedder.training.curves import read_facts
+from promptembedder.training.settings import RunConfig, load_run
 
 # Training file: source, licence as stated there.
 LICENCES = {

@@ -30,11 +30,13 @@ from torch import Tensor
 
 import lora
 from kept_results import command
-from promptembedder import ModelConfig, atomic, base_models, build
-from promptembedder.config import Precision
-from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
-from promptembedder.text import plain_ids
-from promptembedder.text_cache import open_text_cache
+from promptembedder import ModelConfig, atomic, build
+from promptembedder.llms import device as device_module
+from promptembedder.llms.state_cache import open_text_cache
+from promptembedder.llms.tokens import plain_ids
+from promptembedder.model.leaves import SoftPromptLeaves
+from promptembedder.model.module import SoftPromptTransformer
+from promptembedder.model.settings import Precision
 
 INSTRUCTION = "Retrieve sentences that mean the same as the given sentence."
 VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_int8", "suffix_cached")
@@ -92,7 +94,7 @@ def frame_ids(module: SoftPromptTransformer) -> tuple[list[int], list[int]]:
 def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[str, float]:
     """One variant in this process: seconds of each step, bytes of the weights and at the peak."""
     torch.manual_seed(0)
-    dtype, device = base_models.resolve_dtype(arguments.dtype, arguments.device), arguments.device
+    dtype, device = device_module.resolve_dtype(arguments.dtype, arguments.device), arguments.device
     llm = prompter = "smollm2-135m-instruct"
     if arguments.shape:
         llm = random_llm(arguments.shape, dtype, arguments.scratch)

@@ -64,17 +64,23 @@ from sentence_transformers import SentenceTransformer
 import lora
 import promptembedder
 from kept_results import command, kept, one_setting, parsed, parser_of, say
-from promptembedder import atomic, base_models, evaluation
-from promptembedder.baselines import hard_cue
-from promptembedder.centring import sample_of_texts
-from promptembedder.config import DataConfig, RunConfig, TransferConfig, load_run
-from promptembedder.data import load_training_data, read_scored_pairs
-from promptembedder.model import soft_prompt_module
-from promptembedder.scored_pairs import pair_evaluator
-from promptembedder.training import text_cache, train
-from promptembedder.training_facts import Curve, draw_curves, read_facts
-from promptembedder.transfer import on_backbone, transfer
-from promptembedder.transfer_result import TransferResult
+from promptembedder import atomic, evaluation
+from promptembedder.data.rows import load_training_data
+from promptembedder.data.scored_pairs import read_scored_pairs
+from promptembedder.data.settings import DataConfig
+from promptembedder.llms import locate as locate_module
+from promptembedder.model.baselines import hard_cue
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.training.curves import Curve, draw_curves, read_facts
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.fit import text_cache
+from promptembedder.training.settings import RunConfig, load_run
+from promptembedder.training.train import train
+from promptembedder.transfer.centring import sample_of_texts
+from promptembedder.transfer.rebase import on_backbone
+from promptembedder.transfer.report import TransferResult
+from promptembedder.transfer.settings import TransferConfig
+from promptembedder.transfer.transfer import transfer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paraphrase-suffix.yaml"
 TEST = "sts/STSBenchmark.jsonl.gz"
@@ -167,7 +173,7 @@ def untrained(arguments: argparse.Namespace, backbone: str) -> dict[str, Any]:
     """
     config = recipe(arguments, backbone)
     old = promptembedder.load(arguments.model)
-    module = soft_prompt_module(on_backbone(old, base_models.locate(backbone)))
+    module = soft_prompt_module(on_backbone(old, locate_module.locate(backbone)))
     first, second, scores = read_scored_pairs(TEST, config.data.root)
     texts = texts_of_rows(arguments, backbone)
     sample = [text for text, _ in sample_of_texts(texts, [config.evaluation.instruction], config.training.seed)]

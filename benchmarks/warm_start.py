@@ -15,14 +15,13 @@ from dataclasses import replace
 import torch
 
 from kept_results import parsed, parser_of
-from promptembedder.aspects import ASPECTS, THINGS
-from promptembedder.building import build
-from promptembedder.config import load_run
-from promptembedder.data import load_training_data
-from promptembedder.model import soft_prompt_module
-from promptembedder.module import SoftPromptTransformer
-from promptembedder.training import aspects_of
-from promptembedder.warm_start import warm_start
+from promptembedder.data.aspects import ASPECTS, THINGS
+from promptembedder.data.rows import load_training_data
+from promptembedder.model.build import build
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.training.settings import load_run
+from promptembedder.training.train import aspects_of
+from promptembedder.training.warm_start import warm_start
 from quality import RECIPES
 
 PHRASINGS = (

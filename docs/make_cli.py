@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from promptembedder.cli import app
+from promptembedder.cli.app import app
 
 
 def reference() -> str:

@@ -34,8 +34,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from promptembedder import ModelConfig, RunConfig, build, cli
-from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, WarmStartConfig
+from promptembedder import ModelConfig, RunConfig, build
+from promptembedder.cli import app as cli
+from promptembedder.data.settings import DataConfig, DataFile
+from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig
 
 TEXTS = [
     "A man is playing a guitar.",

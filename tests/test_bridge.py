@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from conftest import TEXTS
 from promptembedder import PromptEmbedderError, save
-from promptembedder.bridge import Bridge, fit, load
+from promptembedder.bulk.bridge import Bridge, fit, load
 
 
 def unit(x):

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS
-from promptembedder import PromptEmbedderError, build, encode, load, save, widened
-from promptembedder.alignment import thinned
-from promptembedder.centring import centre, sample_of_rows
-from promptembedder.data import load_training_data
-from promptembedder.text_cache import open_text_cache
-from promptembedder.training import train
+from promptembedder import PromptEmbedderError, build, encode, load, save
+from promptembedder.data.rows import load_training_data
+from promptembedder.llms import widened
+from promptembedder.llms.state_cache import open_text_cache
+from promptembedder.model.alignment import thinned
+from promptembedder.training.train import train
+from promptembedder.transfer.centring import centre, sample_of_rows
 
 
 def naive(module, text, instruction, layers=None):

@@ -23,9 +23,9 @@ from sentence_transformers import SentenceTransformer
 
 from conftest import CUE, INSTRUCTION, SECOND, TEXTS, Outcome
 from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
-from promptembedder.config import load_run
-from promptembedder.model import soft_prompt_module
-from promptembedder.saved import describe
+from promptembedder.model.folder import describe
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.training.settings import load_run
 
 WIDTH = 32
 
@@ -566,7 +566,7 @@ def test_data_folder_is_taken_as_written(
     def stop(settings: Any, **others: Any) -> None:
         raise PromptEmbedderError(f"root {settings.data.root!r}")
 
-    monkeypatch.setattr("promptembedder.training.train", stop)
+    monkeypatch.setattr("promptembedder.training.train.train", stop)
     assert_refused(command("train", run_file, "--data", name), f"root {name!r}")
 
 
@@ -582,7 +582,7 @@ def test_what_the_machine_refuses_is_one_line(command, monkeypatch, error, code,
     def fails(path):
         raise error
 
-    monkeypatch.setattr("promptembedder.saved.describe", fails)
+    monkeypatch.setattr("promptembedder.model.folder.describe", fails)
     monkeypatch.setattr(os, "dup2", lambda *a: None)
     done = command("info", "model")
     assert (done.code, done.err[: len(told)]) == (code, told)
@@ -590,7 +590,7 @@ def test_what_the_machine_refuses_is_one_line(command, monkeypatch, error, code,
 
 
 def test_a_bad_last_line_is_told_before_the_model_opens(command, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("promptembedder.model.load", lambda *a, **k: pytest.fail("opened"))
+    monkeypatch.setattr("promptembedder.model.store.load", lambda *a, **k: pytest.fail("opened"))
     (tmp_path / "texts.txt").write_text("a text\n" * 2000 + "\n")
     done = command("encode", saved, tmp_path / "texts.txt", "--batch-size", 2, "-o", tmp_path / "vectors.npy")
     assert_refused(done, "texts.txt, line 2001: text is empty")

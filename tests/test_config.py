@@ -9,16 +9,9 @@ import pytest
 from pydantic import ByteSize
 
 from promptembedder import ModelConfig, PromptEmbedderError, RunConfig
-from promptembedder.config import (
-    DataConfig,
-    DataFile,
-    EvaluationConfig,
-    TrainingConfig,
-    WarmStartConfig,
-    dump_yaml,
-    load_run,
-    parse,
-)
+from promptembedder.config import dump_yaml, parse
+from promptembedder.data.settings import DataConfig, DataFile
+from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig, load_run
 
 OTHER_THAN_DEFAULT = RunConfig(
     model=ModelConfig(layout="prefix", readout="mean", softmax_temperature=0.25, text_template="«{text}»: ü\n#"),

@@ -7,10 +7,10 @@ from itertools import chain, permutations
 
 import pytest
 
-from promptembedder.aspects import ASPECTS
-from promptembedder.config import DataConfig
-from promptembedder.contrast import FAMILIES, _values, contrast_rows
-from promptembedder.data import load_training_data
+from promptembedder.data.aspects import ASPECTS
+from promptembedder.data.made_up import FAMILIES, _values, contrast_rows
+from promptembedder.data.rows import load_training_data
+from promptembedder.data.settings import DataConfig
 
 
 def said(sentence, family):

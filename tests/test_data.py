@@ -15,8 +15,10 @@ import pyarrow.parquet
 import pytest
 
 from promptembedder import PromptEmbedderError
-from promptembedder.config import DataConfig, DataFile
-from promptembedder.data import DATA_ENV, Row, TrainingData, load_training_data, read_rows, read_scored_pairs
+from promptembedder.data.readers import DATA_ENV
+from promptembedder.data.rows import Row, TrainingData, load_training_data, read_rows
+from promptembedder.data.scored_pairs import read_scored_pairs
+from promptembedder.data.settings import DataConfig, DataFile
 
 ENDINGS = ["jsonl", "jsonl.gz", "parquet"]
 GOOD: dict[str, Any] = {"query": "q", "pos": ["p"], "neg": ["n"], "instruction": "Find."}

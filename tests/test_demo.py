@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import promptembedder
-from promptembedder import PromptEmbedderError, demo, shipped
+from promptembedder import PromptEmbedderError
+from promptembedder.demo import run as demo
+from promptembedder.model import folder as shipped
 
 TOPICS = ("business", "sport", "tech")
 

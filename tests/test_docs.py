@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from promptembedder.config import load_run
+from promptembedder.training.settings import load_run
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from promptembedder import PromptEmbedderError
-from promptembedder.files import embedding_writer, read_texts
+from promptembedder.bulk.writers import embedding_writer
+from promptembedder.data.texts import read_texts
 
 FLOAT32 = np.dtype(np.float32)
 

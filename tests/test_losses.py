@@ -6,17 +6,18 @@ import json
 import math
 from dataclasses import replace
 
+import promptembedder.losses
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-import promptembedder.losses
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, build
-from promptembedder.config import DataConfig, DataFile, TrainingConfig
-from promptembedder.data import load_training_data
-from promptembedder.losses import OpposedLoss, make_loss, make_losses, own_negatives_loss, own_similarity
-from promptembedder.training import train
+from promptembedder.data.rows import load_training_data
+from promptembedder.data.settings import DataConfig, DataFile
+from promptembedder.training.losses import OpposedLoss, make_loss, make_losses, own_negatives_loss, own_similarity
+from promptembedder.training.settings import TrainingConfig
+from promptembedder.training.train import train
 
 
 def test_own_candidates_and_no_others():

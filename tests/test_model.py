@@ -23,10 +23,12 @@ from sentence_transformers.base import model as library_model
 
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, base_models, shipped
-from promptembedder import module as module_file
-from promptembedder.explain import explain
-from promptembedder.saved import describe
+from promptembedder import PromptEmbedderError
+from promptembedder.llms import locate as locate_module
+from promptembedder.model import folder as shipped
+from promptembedder.model import module as module_module
+from promptembedder.model.explain import explain
+from promptembedder.model.folder import describe
 
 
 def test_encode_is_plain_sentence_transformers(tiny_model):
@@ -206,7 +208,7 @@ def test_what_the_hubs_client_raises_is_one_line(tiny_model, hub, monkeypatch):
     with pytest.raises(PromptEmbedderError, match=r"model me/mine could not be fetched from the hub .RuntimeError."):
         promptembedder.load("me/mine")
     with pytest.raises(PromptEmbedderError, match=r"base model me/lm could not be fetched from the hub .RuntimeError."):
-        base_models.locate("me/lm")
+        locate_module.locate("me/lm")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(PromptEmbedderError, match="no model at me/mine"):
         promptembedder.load("me/mine")
@@ -393,7 +395,7 @@ def test_soft_prompts_are_remembered_as_long_as_there_is_room(tiny_model, monkey
     original = type(model[0]).soft_tokens
     with torch.no_grad():
         size = model[0].soft_prompt(INSTRUCTION).nbytes
-    monkeypatch.setattr(module_file, "_REMEMBERED_BYTES", int(room * size))
+    monkeypatch.setattr(module_module, "_REMEMBERED_BYTES", int(room * size))
     module, made = copy.deepcopy(model[0]), []
     monkeypatch.setattr(type(module), "soft_tokens", lambda self, text: made.append(text) or original(self, text))
     with torch.no_grad():
@@ -465,7 +467,7 @@ def test_a_model_of_the_package_opens_by_name(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "PLACE", saved.parent)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert shipped.names() == ["saved"]
+    assert shipped.shipped_names() == ["saved"]
     assert_same_embeddings(promptembedder.load("saved", device="cpu").encode(TEXTS), expected)
     assert describe("saved") == describe(saved)
     with pytest.raises(PromptEmbedderError, match="no model at saves; models by name: saved"):
@@ -495,15 +497,15 @@ def test_a_model_stored_in_half_precision_opens(tiny_model, tmp_path):
 
 
 def test_a_model_comes_with_the_package():
-    assert "smollm2-135m" in shipped.names()
+    assert "smollm2-135m" in shipped.shipped_names()
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", shipped.shipped_names())
 def test_every_model_of_the_package_is_whole(name):
     facts = describe(name)
     assert facts["layout"] == "suffix"
     assert facts["size_mb"] < 15
-    folder = shipped.folder_of(name)
+    folder = shipped.shipped_folder(name)
     assert f'load("{name}")' in (folder / "README.md").read_text()
     for file in folder.rglob("*"):
         if file.suffix in (".json", ".yaml"):
@@ -576,7 +578,7 @@ def test_prompter_opens_with_peft(saved, tiny_lm):
 
 
 def test_describe_reads_files_only(saved, monkeypatch):
-    monkeypatch.setattr("promptembedder.base_models.locate", None)
+    monkeypatch.setattr("promptembedder.llms.locate.locate", None)
     facts = describe(saved)
     assert facts["layout"] == "suffix"
     assert facts["alignment"] == "32 x 32"

@@ -11,8 +11,11 @@ import torch
 
 import promptembedder
 from conftest import assert_same_embeddings, assert_same_model
-from promptembedder import ModelConfig, base_models, baselines, demo
-from promptembedder.base_models import CARRIED_MODELS
+from promptembedder import ModelConfig
+from promptembedder.demo import run as demo
+from promptembedder.llms import locate as locate_module
+from promptembedder.llms.locate import CARRIED_MODELS
+from promptembedder.model import baselines
 
 
 def installed(name):
@@ -46,9 +49,9 @@ def test_the_llm_is_intact(model):
 
 
 def test_a_gguf_file_tells_its_shape_before_it_is_converted(tmp_path):
-    (part,) = base_models._installed_parts(CARRIED_MODELS["smollm2-135m-instruct"])
+    (part,) = locate_module._installed_parts(CARRIED_MODELS["smollm2-135m-instruct"])
     (tmp_path / "model.gguf").symlink_to(part)
-    assert base_models.peek_config(str(tmp_path / "model.gguf")).hidden_size == 576
+    assert locate_module.peek_config(str(tmp_path / "model.gguf")).hidden_size == 576
 
 
 def test_hard_cue_finds_the_paraphrase(model):

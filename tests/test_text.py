@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import byte_level_tokenizer, sentencepiece_tokenizer
-from promptembedder.text import continuing_ids, opening_ids, plain_ids
+from promptembedder.llms.tokens import continuing_ids, opening_ids, plain_ids
 
 
 def prepending_tokenizer(around: str = "<bos> $A") -> PreTrainedTokenizerFast:

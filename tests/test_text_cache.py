@@ -13,10 +13,10 @@ import torch
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
-from promptembedder.config import TrainingConfig
-from promptembedder.losses import make_loss
-from promptembedder.states import packed, unpacked
-from promptembedder.text_cache import open_text_cache
+from promptembedder.llms.state_cache import open_text_cache
+from promptembedder.llms.states import packed, unpacked
+from promptembedder.training.losses import make_loss
+from promptembedder.training.settings import TrainingConfig
 
 MIB = 2**20
 

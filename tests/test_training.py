@@ -18,16 +18,19 @@ from transformers import TrainerCallback
 
 import promptembedder
 from conftest import INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, alignment, build, load
-from promptembedder.batches import rows_for_batches
-from promptembedder.callbacks import SoftPromptLeafCallback
-from promptembedder.config import DataConfig, DataFile, EvaluationConfig, TrainingConfig, load_run
-from promptembedder.data import TrainingData
-from promptembedder.losses import make_loss
-from promptembedder.module import SoftPromptLeaves, SoftPromptTransformer
-from promptembedder.prompter import Prompter
-from promptembedder.training import train
-from promptembedder.training_facts import read_facts
+from promptembedder import PromptEmbedderError, build, load
+from promptembedder.data.rows import TrainingData
+from promptembedder.data.settings import DataConfig, DataFile
+from promptembedder.model.leaves import SoftPromptLeaves
+from promptembedder.model.module import SoftPromptTransformer
+from promptembedder.model.prompter import Prompter
+from promptembedder.training import rates as rates_module
+from promptembedder.training.callbacks import SoftPromptLeafCallback
+from promptembedder.training.checks import rows_for_batches
+from promptembedder.training.curves import read_facts
+from promptembedder.training.losses import make_loss
+from promptembedder.training.settings import EvaluationConfig, TrainingConfig, load_run
+from promptembedder.training.train import train
 
 
 def state_of(model, kind):
@@ -364,7 +367,7 @@ def test_leaf_gives_the_same_gradients(tiny_model, kind, layout):
 
 
 def test_prompter_runs_once_per_instruction_and_step(run_config, monkeypatch):
-    from promptembedder.module import SoftPromptTransformer
+    from promptembedder.model.module import SoftPromptTransformer
 
     calls, original = [], SoftPromptTransformer.soft_tokens
 
@@ -531,7 +534,7 @@ def test_text_state_cache_that_cannot_be(run_config, tmp_path, monkeypatch, mode
 
 @pytest.mark.parametrize("scale", [True, False])
 def test_only_the_alignments_rate_is_scaled_by_the_words(run_config, monkeypatch, caplog, scale):
-    monkeypatch.setattr(alignment, "rate_factor", lambda *_: 4.0)
+    monkeypatch.setattr(rates_module, "rate_factor", lambda *_: 4.0)
     option = {"deep_soft_prompt": True, "linear_head": True}
     config = run_config(model=option, alignment_learning_rate=1e-3, scale_alignment_rate=scale, max_steps=1, warmup=0)
     before = dict(build(config.model, seed=config.training.seed).named_parameters())

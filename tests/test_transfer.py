@@ -17,24 +17,24 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from conftest import INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, alignment, base_models, load, save, training
-from promptembedder.backbone import Backbone
-from promptembedder.closed_forms import closed_forms
-from promptembedder.config import (
-    DataConfig,
-    DataFile,
-    EvaluationConfig,
-    RunConfig,
-    TrainingConfig,
-    TransferConfig,
-    WarmStartConfig,
-)
-from promptembedder.distillation import SimilarityDistillation, distillation_rows
-from promptembedder.model import soft_prompt_module
-from promptembedder.prompter import trained_state
-from promptembedder.scored_pairs import pair_evaluator
-from promptembedder.training_facts import read_facts
-from promptembedder.transfer import on_backbone, transfer
+from promptembedder import PromptEmbedderError, load, save
+from promptembedder.data.settings import DataConfig, DataFile
+from promptembedder.llms import locate as locate_module
+from promptembedder.llms import open as open_module
+from promptembedder.model import vocabulary as vocabulary_module
+from promptembedder.model.backbone import Backbone
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.model.prompter import trained_state
+from promptembedder.training import fit as fit_module
+from promptembedder.training import train as train_module
+from promptembedder.training.curves import read_facts
+from promptembedder.training.distillation import SimilarityDistillation, distillation_rows
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.settings import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig
+from promptembedder.transfer.closed_forms import closed_forms
+from promptembedder.transfer.rebase import on_backbone
+from promptembedder.transfer.settings import TransferConfig
+from promptembedder.transfer.transfer import transfer
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_closed_forms_recover_a_known_map(tiny_model, tiny_lm):
     """A new backbone whose embeddings are the prompter's, rotated and doubled: every start maps words onto words."""
     model = tiny_model("llama", backbone=str(tiny_lm("llama", 48, 3)), alignment_start="random")
     old = soft_prompt_module(model)
-    moved = on_backbone(model, base_models.locate(str(tiny_lm("llama", 32, 7))))
+    moved = on_backbone(model, locate_module.locate(str(tiny_lm("llama", 32, 7))))
     new = soft_prompt_module(moved)
     rotation = torch.linalg.qr(torch.randn(32, 32)).Q
     with torch.no_grad():
@@ -104,9 +104,9 @@ def test_closed_forms_recover_a_known_map(tiny_model, tiny_lm):
 
 def test_closed_forms_are_as_long_as_the_new_backbones_words(tiny_model, tiny_lm):
     model = tiny_model("llama")
-    new = soft_prompt_module(on_backbone(model, base_models.locate(str(tiny_lm("qwen2", 48, 5)))))
+    new = soft_prompt_module(on_backbone(model, locate_module.locate(str(tiny_lm("qwen2", 48, 5)))))
     mine, its = words_of(model[0].prompter.lm), words_of(new.backbone.lm)
-    shared = alignment.shared_vocabulary(model[0].prompter.tokenizer, new.tokenizer)
+    shared = vocabulary_module.shared_vocabulary(model[0].prompter.tokenizer, new.tokenizer)
     for start in closed_forms(model[0], new, [INSTRUCTION], only=["least_squares", "ridge", "procrustes", "weighted"]):
         lengths = (mine[shared[0]] @ start.weight_PD.double()).norm(dim=-1)
         expected = float(its[shared[1]].norm(dim=-1).median())
@@ -116,10 +116,10 @@ def test_closed_forms_are_as_long_as_the_new_backbones_words(tiny_model, tiny_lm
 def test_what_the_new_backbone_has_no_words_for_goes_through_the_map(tiny_model, tiny_lm, monkeypatch, caplog):
     """Two thirds of the prompter's words are taken from the new vocabulary."""
     model = tiny_model("llama")
-    new = soft_prompt_module(on_backbone(model, base_models.locate(str(tiny_lm("qwen2", 48, 5)))))
-    kept = [ids[::3] for ids in alignment.shared_vocabulary(model[0].prompter.tokenizer, new.tokenizer)]
-    monkeypatch.setattr(alignment, "shared_vocabulary", lambda *_: kept)
-    monkeypatch.setattr("promptembedder.closed_forms._FEWEST_SHARED", 1)
+    new = soft_prompt_module(on_backbone(model, locate_module.locate(str(tiny_lm("qwen2", 48, 5)))))
+    kept = [ids[::3] for ids in vocabulary_module.shared_vocabulary(model[0].prompter.tokenizer, new.tokenizer)]
+    monkeypatch.setattr(vocabulary_module, "shared_vocabulary", lambda *_: kept)
+    monkeypatch.setattr("promptembedder.transfer.closed_forms._FEWEST_SHARED", 1)
     (start,) = closed_forms(model[0], new, [INSTRUCTION], only=["mixture"])
     with torch.no_grad():
         written = model[0].soft_tokens(INSTRUCTION)
@@ -174,21 +174,21 @@ def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, config, tmp
         ),
         evaluation=EvaluationConfig(),
     )  # fmt: skip
-    expected = training.train(run, model=texts.model).model[0].alignment.weight
+    expected = train_module.train(run, model=texts.model).model[0].alignment.weight
     assert torch.equal(both.model[0].alignment.weight, expected)
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(None, [0.0, 0.1]), (0.5, [0.5, 0.5])])
 def test_w_alone_needs_no_warmup(tiny_model, config, monkeypatch, warmup, expected):
-    made, seen = training._arguments, []
-    monkeypatch.setattr(training, "_arguments", lambda *a, **k: seen.append(made(*a, **k)) or seen[-1])
+    made, seen = fit_module._arguments, []
+    monkeypatch.setattr(fit_module, "_arguments", lambda *a, **k: seen.append(made(*a, **k)) or seen[-1])
     transfer(tiny_model("llama"), config(rows=True, unfrozen_steps=2, training={"warmup": warmup}))
     assert [arguments.warmup_steps for arguments in seen] == expected
 
 
 def test_least_squares_needs_more_words_than_the_prompter_is_wide(tiny_lm, tiny_model):
     old = tiny_model("llama", prompter=str(tiny_lm("llama", 384)), alignment_start="random")
-    new = on_backbone(old, base_models.locate(str(tiny_lm("qwen2"))))[0]
+    new = on_backbone(old, locate_module.locate(str(tiny_lm("qwen2"))))[0]
     names = {start.name for start in closed_forms(old[0], new, [INSTRUCTION])}
     assert names == {"ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift"}
     with pytest.raises(PromptEmbedderError, match=r"'least_squares' needs 384 shared tokens .*; use 'ridge'"):
@@ -234,7 +234,7 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch,
         return config(rows=True, training={"output": str(tmp_path / name)}, **stages)
 
     whole = transfer(model, settings("whole"))
-    made = training._trainer
+    made = fit_module.make_trainer
     taken = []
 
     class Count(TrainerCallback):
@@ -254,13 +254,13 @@ def test_resumed_equals_uninterrupted(tiny_model, config, tmp_path, monkeypatch,
 
         return make
 
-    monkeypatch.setattr(training, "_trainer", counting(True))
+    monkeypatch.setattr(fit_module, "_trainer", counting(True))
     with pytest.raises(KeyboardInterrupt):
         transfer(model, settings("parts"))
     with pytest.raises(PromptEmbedderError, match=f"{second} holds an interrupted run: --resume it or remove it"):
         transfer(model, settings("parts"))
     taken.clear()
-    monkeypatch.setattr(training, "_trainer", counting(False))
+    monkeypatch.setattr(fit_module, "_trainer", counting(False))
     resumed = transfer(model, settings("parts"), resume=True)
     assert taken == [(second, 3), (second, 4)]
     assert torch.equal(resumed.model[0].alignment.weight, whole.model[0].alignment.weight)
@@ -311,7 +311,7 @@ def test_the_old_model_stays_as_it_was(tiny_model, config, monkeypatch, fails):
     open_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     expected = model.encode(TEXTS, prompt=INSTRUCTION)
     if fails:
-        monkeypatch.setattr("promptembedder.transfer._train_stages", lambda *a: 1 / 0)
+        monkeypatch.setattr("promptembedder.transfer.transfer._train_stages", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             transfer(model, config(rows=True))
     else:
@@ -380,7 +380,7 @@ def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):
 
 def test_the_corrected_instructions_leave_room_for_others(tiny_model, tiny_lm, monkeypatch):
     old = tiny_model("llama", num_soft_tokens=4)  # of width 32
-    new = on_backbone(old, base_models.locate(str(tiny_lm("qwen2", 48, 5))))
+    new = on_backbone(old, locate_module.locate(str(tiny_lm("qwen2", 48, 5))))
     asked = []
     made = type(old[0]).soft_tokens
     monkeypatch.setattr(type(old[0]), "soft_tokens", lambda self, i: asked.append(i) or made(self, i))
@@ -450,7 +450,7 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, config, monk
 def test_bad_input_is_said_before_the_backbone_is_opened(tiny_model, config, tmp_path, monkeypatch, changes, message):
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     model, settings = tiny_model("llama"), config(**changes)
-    monkeypatch.setattr(base_models, "load_causal_lm", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(open_module, "load_causal_lm", lambda *a: pytest.fail("loaded"))
     with pytest.raises(PromptEmbedderError, match=re.escape(message)):
         transfer(model, settings)
     assert not (tmp_path / "moved" / "model").exists()
@@ -517,10 +517,10 @@ def test_a_training_that_makes_dev_worse_is_not_kept(tiny_model, config, tmp_pat
 def test_closed_forms_need_no_words_shared_with_the_old_backbone(tiny_model, tiny_lm, monkeypatch):
     """Words that the prompter and the new backbone share are enough for all but two."""
     old = tiny_model("qwen2", backbone=str(tiny_lm("llama")))
-    new = on_backbone(old, base_models.locate(str(tiny_lm("gemma3", 48))))
-    made, nothing = alignment.shared_vocabulary, torch.zeros(0, dtype=torch.long)
+    new = on_backbone(old, locate_module.locate(str(tiny_lm("gemma3", 48))))
+    made, nothing = vocabulary_module.shared_vocabulary, torch.zeros(0, dtype=torch.long)
     among = lambda a, b: (nothing, nothing) if a is old[0].tokenizer else made(a, b)  # noqa: E731
-    monkeypatch.setattr(alignment, "shared_vocabulary", among)
+    monkeypatch.setattr(vocabulary_module, "shared_vocabulary", among)
     names = {start.name for start in closed_forms(old[0], new[0], [INSTRUCTION])}
     assert {"ridge", "weighted", "mixture"} <= names
     assert not {"through_old", "mixture_and_drift"} & names
@@ -531,14 +531,14 @@ def test_closed_forms_need_no_words_shared_with_the_old_backbone(tiny_model, tin
 def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, config, monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000, "total": 1000})())
-    monkeypatch.setattr(base_models, "locate", lambda *a: pytest.fail("fetched"))
+    monkeypatch.setattr(locate_module, "locate", lambda *a: pytest.fail("fetched"))
     with pytest.raises(PromptEmbedderError, match=r"GiB of weights in float32, 0\.0 GiB are free on cpu"):
         transfer(model, config())
 
 
 def test_without_a_shared_vocabulary(tiny_model, config, tmp_path, monkeypatch, caplog):
     nothing = torch.zeros(0, dtype=torch.long)
-    monkeypatch.setattr(alignment, "shared_vocabulary", lambda *a: (nothing, nothing))
+    monkeypatch.setattr(vocabulary_module, "shared_vocabulary", lambda *a: (nothing, nothing))
     with pytest.raises(PromptEmbedderError, match="shares too few tokens with the prompter for a closed-form start"):
         transfer(tiny_model("llama"), config())
     result = transfer(tiny_model("llama"), config(rows=True))
@@ -744,7 +744,7 @@ def test_a_prompter_to_share_is_compared_by_value_before_anything_is_done(tiny_m
     other = tiny_model("llama")
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if "lora_B" in n).add_(1)
-    monkeypatch.setattr("promptembedder.base_models.locate", None)
+    monkeypatch.setattr("promptembedder.llms.locate.locate", None)
     with pytest.raises(PromptEmbedderError, match="is another one than the model's; it cannot be shared"):
         transfer(other, config(), share_prompter=tmp_path / "old")
 

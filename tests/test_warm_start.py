@@ -11,11 +11,11 @@ import torch
 
 from conftest import CUE, INSTRUCTION, SECOND
 from promptembedder import PromptEmbedderError
-from promptembedder.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
-from promptembedder.config import WarmStartConfig
-from promptembedder.explain import explain
-from promptembedder.training import train
-from promptembedder.warm_start import warm_start
+from promptembedder.data.aspects import ASPECTS, MEANING, VALUES, made_up_instructions
+from promptembedder.model.explain import explain
+from promptembedder.training.settings import WarmStartConfig
+from promptembedder.training.train import train
+from promptembedder.training.warm_start import warm_start
 
 
 def test_warm_start_writes_the_cue(tiny_model):
@@ -32,8 +32,8 @@ def test_warm_start_writes_the_cue(tiny_model):
 
 def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
     """Made-up instructions too, whose aspects are in the cue; words of one token in the tiny vocabulary stand in."""
-    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("in", "a", "the", "splits-into-many"))
-    monkeypatch.setattr("promptembedder.aspects.MEANING", "as")
+    monkeypatch.setattr("promptembedder.data.aspects.ASPECTS", ("in", "a", "the", "splits-into-many"))
+    monkeypatch.setattr("promptembedder.data.aspects.MEANING", "as")
     model = tiny_model(prompter_training="full", num_soft_tokens=2)
     config = WarmStartConfig(cue="{aspect} and", steps=300, learning_rate=5e-3, target_probability=0.8)
     warm_start(model[0], {INSTRUCTION: "the", SECOND: "in", "Not said.": None}, config, seed=0)
@@ -66,7 +66,7 @@ def test_warm_start_that_falls_short_says_so(tiny_model, caplog):
 
 def test_a_few_words_missed_in_the_warm_start_are_not_worth_a_warning(tiny_model, caplog, monkeypatch):
     weights = torch.full((8, 5), 0.99).log().requires_grad_()
-    monkeypatch.setattr("promptembedder.warm_start._log_weights", lambda *_: weights + few)
+    monkeypatch.setattr("promptembedder.training.warm_start._log_weights", lambda *_: weights + few)
     few = torch.zeros(8, 5)
     few[0, 0] = -3
     assert warm_start(tiny_model()[0], {INSTRUCTION: None}, WarmStartConfig(cue=CUE, steps=9), seed=0) < 0.1
@@ -74,8 +74,8 @@ def test_a_few_words_missed_in_the_warm_start_are_not_worth_a_warning(tiny_model
 
 
 def test_warm_start_refuses_an_aspect_of_several_tokens(tiny_model, monkeypatch):
-    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("in", "a"))
-    monkeypatch.setattr("promptembedder.aspects.MEANING", "as")
+    monkeypatch.setattr("promptembedder.data.aspects.ASPECTS", ("in", "a"))
+    monkeypatch.setattr("promptembedder.data.aspects.MEANING", "as")
     module = tiny_model(num_soft_tokens=2)[0]
     config = WarmStartConfig(cue="{aspect} and")
     with pytest.raises(PromptEmbedderError, match=r"aspect 'splits' is not one token"):
@@ -86,8 +86,8 @@ def test_warm_start_refuses_an_aspect_of_several_tokens(tiny_model, monkeypatch)
 
 def test_warm_start_leaves_out_known_aspects_that_the_vocabulary_splits(tiny_model, monkeypatch, caplog):
     module = tiny_model(num_soft_tokens=2)[0]
-    monkeypatch.setattr("promptembedder.aspects.ASPECTS", ("the", "a", "in", "topic"))
-    monkeypatch.setattr("promptembedder.aspects.MEANING", "as")
+    monkeypatch.setattr("promptembedder.data.aspects.ASPECTS", ("the", "a", "in", "topic"))
+    monkeypatch.setattr("promptembedder.data.aspects.MEANING", "as")
     config = WarmStartConfig(cue="{aspect} and", steps=1)
     warm_start(module, {INSTRUCTION: "the", SECOND: "topic"}, config, seed=0)
     assert "splits topic: no warm start for these" in caplog.text

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
-from promptembedder import widened
-from promptembedder.widened import WidenedLinear
+from promptembedder.llms import widened
+from promptembedder.llms.widened import WidenedLinear
 
 
 @pytest.fixture

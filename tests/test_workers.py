@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import INSTRUCTION
-from promptembedder import PromptEmbedderError, workers
-from promptembedder.config import DataConfig, dump_yaml
-from promptembedder.module import SoftPromptLeaves
+from promptembedder import PromptEmbedderError
+from promptembedder.config import dump_yaml
+from promptembedder.data.settings import DataConfig
+from promptembedder.model.leaves import SoftPromptLeaves
+from promptembedder.training import workers
 
 SCRIPT = Path(__file__).with_name("worker_run.py")
 

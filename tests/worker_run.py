@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from promptembedder.config import load_run
-from promptembedder.training import train
+from promptembedder.training.settings import load_run
+from promptembedder.training.train import train
 
 
 def gloo_threads() -> list[str]:
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     at_exit = folder / f"at-exit-{os.environ.get('RANK', '0')}"
     atexit.register(lambda: at_exit.write_text(f"{gloo_threads()} {dist.is_initialized()}"))
     if doomed and os.environ["RANK"] == "1":
-        from promptembedder.callbacks import SoftPromptLeafCallback
+        from promptembedder.training.callbacks import SoftPromptLeafCallback
 
         SoftPromptLeafCallback.on_step_end = lambda *a, **k: os._exit(9)
     result = train(load_run(folder / "run.yaml"))

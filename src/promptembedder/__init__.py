@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 from promptembedder.errors import PromptEmbedderError
 
 if TYPE_CHECKING:
-    from promptembedder.building import build
-    from promptembedder.config import ModelConfig, RunConfig
-    from promptembedder.model import encode, load, save
-    from promptembedder.module import SoftPromptTransformer
+    from promptembedder.model.build import build
+    from promptembedder.model.encode import encode
+    from promptembedder.model.module import SoftPromptTransformer
+    from promptembedder.model.settings import ModelConfig
+    from promptembedder.model.store import load, save
+    from promptembedder.training.settings import RunConfig
 
 # Opened on first use: the libraries behind them take seconds, which `promptembedder --help` need not wait for.
 _PLACES = {
-    "ModelConfig": "config",
-    "RunConfig": "config",
-    "SoftPromptTransformer": "module",
-    "build": "building",
-    "encode": "model",
-    "load": "model",
-    "save": "model",
+    "ModelConfig": "model.settings",
+    "RunConfig": "training.settings",
+    "SoftPromptTransformer": "model.module",
+    "build": "model.build",
+    "encode": "model.encode",
+    "load": "model.store",
+    "save": "model.store",
 }
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
-_PROBE = "a"
+from promptembedder.errors import PromptEmbedderError
 
 
 def is_unicode(text: str) -> bool:
@@ -16,22 +16,15 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a tokenizer puts before a text; those it puts after would end it before what follows."""
-    plain, whole = plain_ids(tokenizer, _PROBE), list(tokenizer(_PROBE)["input_ids"])
-    starts = range(len(whole) - len(plain) + 1)
-    return next((whole[:n] for n in starts if whole[n : n + len(plain)] == plain), [])
+def check_text(text: Any, n: int) -> None:
+    """Refuse what is no text to embed; `n`: its place, to be said.
 
-
-def plain_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Tokens of words, no special ones."""
-    return list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def continuing_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Tokens of words, which begin with a blank, as they go on from others.
-
-    By themselves some tokenizers put a blank of their own before them, and make one token more of it.
+    Raises:
+        PromptEmbedderError: it is empty or no string.
     """
-    before, both = plain_ids(tokenizer, _PROBE), plain_ids(tokenizer, _PROBE + words)
-    return both[len(before) :] if both[: len(before)] == before else plain_ids(tokenizer, words)
+    if not isinstance(text, str):
+        raise PromptEmbedderError(f"text {n} is {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise PromptEmbedderError(f"text {n} is empty, expected at least one word")
+    if not is_unicode(text):
+        raise PromptEmbedderError(f"text {n} holds lone surrogates, expected valid Unicode")

@@ -17,15 +17,17 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from promptembedder import base_models, hub, shipped
-from promptembedder.baselines import PROMPT_EOL
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.tasks import LOCAL
-from promptembedder.model import load, soft_prompt_module
-from promptembedder.module import SoftPromptTransformer
-from promptembedder.saved import may_be_hub_id
-from promptembedder.saved_names import CONFIG_FILE
-from promptembedder.training_facts import read_facts
+from promptembedder.llms.device import check_device
+from promptembedder.llms.locate import CARRIED_MODELS, locate
+from promptembedder.llms.quiet import quiet_transformers
+from promptembedder.model import folder as shipped
+from promptembedder.model.baselines import PROMPT_EOL
+from promptembedder.model.folder import CONFIG_FILE, may_be_hub_id, saved_model
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.store import load
+from promptembedder.training.curves import read_facts
 
 logger = logging.getLogger(__name__)
 
@@ -163,13 +165,13 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
     Raises:
         PromptEmbedderError: the model cannot be opened, the baseline is unknown.
     """
-    base_models.check_device(device)
+    check_device(device)
     if baseline is not None:
         if baseline not in BASELINES:
             raise PromptEmbedderError(f"unknown baseline {baseline!r}; valid: {', '.join(BASELINES)}")
         pooling, template = BASELINES[baseline]
-        located = base_models.locate(model)
-        with base_models.quiet_transformers():
+        located = locate(model)
+        with quiet_transformers():
             lm = plain_reader(str(located.folder), torch.float32)
         lm.tokenizer.padding_side = "right"
         width = lm.get_embedding_dimension()
@@ -181,8 +183,8 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
             _filled(template),
             instructed="{instruction}" in template,
         )
-    folder = shipped.folder_of(model)
-    fetched = hub.saved_model(model) if may_be_hub_id(model) else None
+    folder = shipped.shipped_folder(model)
+    fetched = saved_model(model) if may_be_hub_id(model) else None
     if fetched is not None:
         return InstructedEncoder(load(fetched, device=device), model, _content(fetched), training=read_facts(fetched))
     if (folder / CONFIG_FILE).is_file():
@@ -192,12 +194,14 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         name = f"promptembedder/{place.parent.name if place.name == 'model' and place.parent.name else place.name}"
         revision = _content(folder)
         return InstructedEncoder(opened, name, revision, training=read_facts(folder))
-    if model in base_models.CARRIED_MODELS:
+    if model in CARRIED_MODELS:
         raise PromptEmbedderError(f"{model} is an untrained LLM; add --baseline, one of {', '.join(BASELINES)}")
     if not folder.exists() and not may_be_hub_id(model):
-        raise PromptEmbedderError(f"no model at {model}: give a folder or a hub id such as owner/name{shipped.hint()}")
+        raise PromptEmbedderError(
+            f"no model at {model}: give a folder or a hub id such as owner/name{shipped.shipped_hint()}"
+        )
     try:
-        with base_models.quiet_transformers():
+        with quiet_transformers():
             opened = SentenceTransformer(model, device=device)
     except (OSError, ValueError) as error:
         raise PromptEmbedderError(f"cannot open {model}: {' '.join(str(error).split())[:300]}") from error

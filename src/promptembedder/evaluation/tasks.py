@@ -29,7 +29,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.abstasks.text.summarization import AbsTaskSummarization
 
-from promptembedder.data import parse_json, read_jsonl, read_lines
+from promptembedder.data.readers import parse_json, read_jsonl, read_lines
 from promptembedder.errors import PromptEmbedderError
 
 # At most ten minutes for SmolLM2-135M on two cores: name and how many rows (texts, pairs, queries, documents) at most.

@@ -1,0 +1,1 @@
+"""Training rows, scored pairs and texts, from files or the hub, checked."""

@@ -1,0 +1,5 @@
+"""The main job on real text."""
+
+from promptembedder.demo.run import run_demo
+
+__all__ = ["run_demo"]

@@ -1,0 +1,1 @@
+"""Find, convert, open and run a base LLM."""

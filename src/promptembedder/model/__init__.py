@@ -1,0 +1,1 @@
+"""The embedder: made, read, written, used."""

@@ -1,0 +1,59 @@
+"""What the prompter wrote, in words: the tokens every soft token mixes, with their weights and its entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.model.module import soft_prompt_module
+
+
+@dataclass(frozen=True)
+class SoftTokenReading:
+    """One soft token, read.
+
+    Attributes:
+        words: (token as text, its weight in the mixture), heaviest first.
+        entropy: of the whole mixture, in nats; 0 is a single word, log V an even mixture of all.
+    """
+
+    words: tuple[tuple[str, float], ...]
+    entropy: float
+
+
+def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[SoftTokenReading]:
+    """Read the K soft tokens that a model's prompter writes for an instruction.
+
+    Args:
+        model: made by `build` or `load`, conditioned on the instruction alone.
+        instruction: as in `encode(prompt=...)`.
+        top: words listed per soft token.
+
+    Raises:
+        PromptEmbedderError: the instruction is empty; `top` is larger than the vocabulary; the soft prompt depends
+            on the text too.
+    """
+    module = soft_prompt_module(model)
+    if not instruction.strip():
+        raise PromptEmbedderError("instruction is empty, expected a sentence")
+    if module.settings.condition_on != "instruction":
+        raise PromptEmbedderError(f"soft prompts of this model depend on {module.settings.condition_on}")
+    with torch.inference_mode():
+        weights_KV = module.soft_tokens(instruction).weights_NKV[0]
+        if not 1 <= top <= weights_KV.shape[-1]:
+            raise PromptEmbedderError(f"top = {top}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
+        entropy_K = torch.special.entr(weights_KV).sum(-1)
+        heaviest = weights_KV.topk(top, dim=-1)
+    tokenizer = module.prompter.tokenizer
+    return [
+        SoftTokenReading(
+            tuple((tokenizer.decode([i]), w) for i, w in zip(ids, weights, strict=True)),
+            entropy,
+        )
+        for ids, weights, entropy in zip(
+            heaviest.indices.tolist(), heaviest.values.tolist(), entropy_K.tolist(), strict=True
+        )
+    ]

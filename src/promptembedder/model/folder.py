@@ -1,0 +1,249 @@
+"""What a saved model's folder holds, read without opening an LLM."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from promptembedder.config import parse
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.hub import fetched
+from promptembedder.model import folder as shipped
+from promptembedder.model.settings import ModelConfig
+
+FORMAT_VERSION = 1
+# What a run or transfer began with, in its folder.
+BEGUN_FILE = "begun.yaml"
+CONFIG_FILE = "promptembedder.json"
+ALIGNMENT_FILE = "alignment.safetensors"
+# Beside the alignment's matrices: what is subtracted from embeddings.
+CENTRE = "centre"
+PROMPTER_FOLDER = "prompter"
+PROMPTER_WEIGHTS = "adapter_model.safetensors"
+# In the settings file: another saved model that holds the prompter's weights.
+SHARED_PROMPTER = "shared_prompter"
+
+
+@dataclass(frozen=True)
+class BaseModels:
+    """Identity of the two LLMs under a model: what to open, and what it must turn out to be."""
+
+    prompter: str
+    prompter_revision: str | None
+    prompter_fingerprint: str
+    backbone: str
+    backbone_revision: str | None
+    backbone_fingerprint: str
+
+
+PLACE = Path(__file__).parents[1] / "models"
+
+
+def shipped_names() -> list[str]:
+    """Names that `load` and the commands take in place of a folder."""
+    return sorted(settings.parent.name for settings in PLACE.glob(f"*/{CONFIG_FILE}"))
+
+
+def shipped_folder(model: str | Path) -> Path:
+    """The folder of a saved model, given as that folder or as the name of one that comes with the package.
+
+    A saved model in a folder of that name goes first. What is neither is given back as it is.
+    """
+    folder = Path(model)
+    return PLACE / folder if str(folder) in shipped_names() and not (folder / CONFIG_FILE).is_file() else folder
+
+
+def shipped_hint() -> str:
+    """What to add to an error about a model that is not there."""
+    return f"; models by name: {', '.join(shipped_names())}" if shipped_names() else ""
+
+
+def saved_model(hub_id: str, revision: str | None = None) -> Path | None:
+    """A saved model's folder, fetched from the hub: settings and safetensors, no code and no pickle.
+
+    Args:
+        hub_id: `owner/name`.
+        revision: branch, tag or commit; unset: the main branch.
+
+    Returns:
+        None where there is no such model, or it is not one of ours.
+
+    Raises:
+        PromptEmbedderError: it is one of ours, and not all of it can be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # without a network it would tell of every try
+    try:
+        hf_hub_download(hub_id, CONFIG_FILE, revision=revision)
+    except Exception:  # as above; whatever it is, there is no model to open
+        return None
+    finally:
+        logging.set_verbosity(before)
+    return fetched(hub_id, ["*.json", "*.safetensors", "*.md"], revision)[0]
+
+
+def folder_of(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a saved model, given as that, as the name of one of the package, or as a hub id.
+
+    Args:
+        model: which.
+        revision: of a hub id: branch, tag or commit.
+
+    Raises:
+        PromptEmbedderError: it has to come from the hub, and does not.
+    """
+    folder = shipped.shipped_folder(model)
+    if not may_be_hub_id(model):
+        return folder
+    fetched = saved_model(str(model), revision)
+    if fetched is None:
+        raise PromptEmbedderError(
+            f"no model at {model}: no such folder, and the hub has none of ours by that id; check the id, your network "
+            f"and HF_TOKEN{shipped.shipped_hint()}"
+        )
+    return fetched
+
+
+def may_be_hub_id(model: str | Path) -> bool:
+    """Whether a model's name is one that the hub could know: `owner/name`, which is no folder here, nor beside ours."""
+    folder, name = shipped.shipped_folder(model), str(model)
+    if folder.exists() or folder.is_absolute() or name.count("/") != 1 or name[0] in ".~":
+        return False
+    signs = (CONFIG_FILE, f"model/{CONFIG_FILE}", BEGUN_FILE)
+    return not any(any(folder.parent.glob(f"*/{sign}")) for sign in signs)  # else `runs/mistyped`
+
+
+def prompter_owner(path: str | Path) -> Path:
+    """The folder that holds the prompter weights of a saved model: its own, or the one it shares them with.
+
+    Raises:
+        PromptEmbedderError: not a saved model, or one of the package; the weights are not there or altered.
+    """
+    folder = shipped.shipped_folder(path).resolve()
+    if folder.is_relative_to(shipped.PLACE.resolve()):
+        raise PromptEmbedderError(f"{path} comes with the package, which may move; its prompter cannot be shared")
+    weights = prompter_weights(folder, read_settings(folder))
+    if not weights.is_file():
+        raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
+    return weights.parent.parent
+
+
+def prompter_weights(folder: Path, saved: dict[str, Any]) -> Path:
+    """Where a saved model's prompter weights are: in its folder, or in that of the model it shares them with."""
+    pointer = saved.get(SHARED_PROMPTER)
+    if pointer is None:
+        return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
+        raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'")
+    weights: Path = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+    if not weights.is_file():
+        raise PromptEmbedderError(f"{folder} shares the prompter of {weights.parent.parent}, which is not there")
+    if sha256(weights) != pointer["sha256"]:
+        raise PromptEmbedderError(
+            f"{folder} shares the prompter of {weights.parent.parent}, which has been altered since "
+            f"(sha256 is not {pointer['sha256'][:12]})"
+        )
+    return weights
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a saved model is made of, read from its files alone; no LLM is opened.
+
+    Raises:
+        PromptEmbedderError: not a saved model, or a file is missing.
+    """
+    folder = folder_of(path)
+    saved = read_settings(folder)
+    where = str(folder / CONFIG_FILE)
+    settings = asdict(parse(ModelConfig, saved["model"], where=where))
+    bases = asdict(parse(BaseModels, saved["base_models"], where=where))
+    truncate_dim = library_settings(folder).get("truncate_dim")
+    width = saved["embedding_dimension"]
+    sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        "prompter": _origin(bases, "prompter"),
+        "backbone": _origin(bases, "backbone"),
+        "layout": settings["layout"],
+        "readout": settings["readout"],
+        "soft_tokens": settings["num_soft_tokens"],
+        "dimensions": min(width, truncate_dim or width),
+        "alignment": f"{saved['prompter_dimension']} x {saved['embedding_dimension']}",
+        "conditioned_on": settings["condition_on"],
+        "prompter_training": settings["prompter_training"]
+        + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
+        "backbone_layers": settings["backbone_layers"] or "all",
+        "readout_layers": settings.get("readout_layers") or "last",
+        "deep_soft_prompt": settings["deep_soft_prompt"],
+        "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],
+        "linear_head": settings["linear_head"],
+        "centred": settings["centred"],
+        "instruction_guidance": settings["instruction_guidance"],
+        "softmax_temperature": settings["softmax_temperature"],
+        "text_template": settings["text_template"],
+        "instruction_template": settings["instruction_template"],
+        "max_text_tokens": settings["max_text_tokens"],
+        "default_instruction": settings["default_instruction"],
+        "document_instruction": settings["document_instruction"],
+        "dtype": settings["dtype"],
+        "text_pass": settings["text_pass"],
+        "format_version": saved["format_version"],
+        "size_mb": round(sum(sizes.values()) / 1e6, 1),
+    }
+
+
+def _origin(bases: dict[str, Any], role: str) -> str:
+    revision = f" @ {bases[f'{role}_revision'][:12]}" if bases[f"{role}_revision"] else ""
+    return f"{bases[role]}{revision} (fingerprint {bases[f'{role}_fingerprint'][:12]})"
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings file of a saved model, its format version checked."""
+    saved: dict[str, Any] = read_json(folder / CONFIG_FILE)
+    if not isinstance(saved, dict):
+        raise PromptEmbedderError(f"{folder / CONFIG_FILE} is not a settings file: expected an object")
+    version = saved.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise PromptEmbedderError(
+            f"{folder}: format version {version!r}, this promptembedder reads up to {FORMAT_VERSION}; upgrade it"
+        )
+    for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
+        if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
+            raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {name!r} is missing or not what it should be")
+    return saved
+
+
+def library_settings(folder: Path) -> dict[str, Any]:
+    """What sentence-transformers keeps of a saved model."""
+    path = folder / "config_sentence_transformers.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise PromptEmbedderError(f"{path} must hold an object")
+    return saved
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file of a model's folder.
+
+    Raises:
+        PromptEmbedderError: the file or the folder is not there, or it is not JSON.
+    """
+    if not path.is_file():
+        if path.parent.is_dir():
+            raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
+        raise PromptEmbedderError(f"no model at {path.parent}{shipped.shipped_hint()}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PromptEmbedderError(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,169 @@
+"""Put a new model together from two base LLMs and its settings.
+
+Shapes: V vocabulary, P prompter width, D backbone width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.copies import sharing_copy, tensors
+from promptembedder.llms.device import check_device, resolve_dtype
+from promptembedder.llms.identity import fingerprint
+from promptembedder.llms.locate import LocatedModel
+from promptembedder.llms.open import input_embeddings, load_causal_lm, load_tokenizer
+from promptembedder.model.alignment import Alignment
+from promptembedder.model.backbone import Backbone
+from promptembedder.model.fits import identity_start, least_squares, matched_norm, moments, random_start
+from promptembedder.model.folder import BaseModels
+from promptembedder.model.module import SoftPromptTransformer
+from promptembedder.model.prompter import Prompter
+from promptembedder.model.settings import ModelConfig
+from promptembedder.model.vocabulary import shared_vocabulary
+
+_LORA_TARGETS = "all-linear"
+
+
+def build_module(
+    config: ModelConfig,
+    prompter_at: LocatedModel,
+    backbone_at: LocatedModel,
+    device: str | None,
+    seed: int,
+    weight_PD: Tensor | None = None,
+) -> SoftPromptTransformer:
+    """Both LLMs opened and joined; errors as in `build`.
+
+    Args:
+        config: the model's settings.
+        prompter_at: where the Prompting LLM is; in the backbone's folder, they share their weights.
+        backbone_at: where the Embedding LLM is.
+        device: where it is to run.
+        seed: of LoRA's and a random alignment's start.
+        weight_PD: the alignment; unset: as the settings want it.
+    """
+    check_device(device)
+    dtype = resolve_dtype(config.dtype, device)
+    backbone_lm = load_causal_lm(backbone_at, dtype)
+    same = prompter_at.folder == backbone_at.folder
+    if config.prompter_training == "full":
+        # Trained weights are kept in float32: bfloat16 swallows small updates.
+        prompter_lm = load_causal_lm(prompter_at, torch.float32)
+    else:
+        # LoRA may go into the one tree and leaves the other untouched.
+        prompter_lm = sharing_copy(backbone_lm, tensors(backbone_lm)) if same else load_causal_lm(prompter_at, dtype)
+    tokenizer = load_tokenizer(backbone_at)
+    prompter_tokenizer = tokenizer if same else load_tokenizer(prompter_at)
+    backbone_fingerprint = fingerprint(backbone_lm)
+    identity = BaseModels(
+        prompter=prompter_at.name,
+        prompter_revision=prompter_at.revision,
+        prompter_fingerprint=backbone_fingerprint if same else fingerprint(prompter_lm),
+        backbone=backbone_at.name,
+        backbone_revision=backbone_at.revision,
+        backbone_fingerprint=backbone_fingerprint,
+    )
+    start = weight_PD
+    if start is None:
+        start = _alignment_start(config, prompter_lm, prompter_tokenizer, backbone_lm, tokenizer, same, seed)
+    widths = tuple(lm.get_input_embeddings().weight.shape[1] for lm in (prompter_lm, backbone_lm))
+    if tuple(start.shape) != widths:
+        raise PromptEmbedderError(
+            f"alignment is {tuple(start.shape)}, but prompter {prompter_at.name} and backbone {backbone_at.name} "
+            f"need {widths}"
+        )
+    prompter = Prompter(
+        _trainable(prompter_lm, config, seed),
+        prompter_tokenizer,
+        num_soft_tokens=config.num_soft_tokens,
+        temperature=config.softmax_temperature,
+        max_request_tokens=config.max_instruction_tokens,
+    )
+    matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
+    return SoftPromptTransformer(prompter, matrix, backbone, tokenizer, config, identity)
+
+
+def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str) -> tuple[Alignment, Backbone]:
+    """Backbone and alignment that fit each other, as the settings want them.
+
+    Raises:
+        PromptEmbedderError: more layers asked for than there are, or layers that cannot be reached.
+    """
+    decoder: Any = lm.base_model
+    settings = decoder.config.get_text_config(decoder=True)
+    if config.backbone_layers is not None or config.deep_soft_prompt or config.readout_layers:
+        layers = getattr(decoder, "layers", None)
+        if layers is None or len(layers) != settings.num_hidden_layers:
+            raise PromptEmbedderError(f"{name}: single layers are asked for, but it has no list of them")
+    if config.backbone_layers is not None:
+        if config.backbone_layers > settings.num_hidden_layers:
+            raise PromptEmbedderError(
+                f"backbone_layers = {config.backbone_layers}, but {name} has {settings.num_hidden_layers}"
+            )
+        decoder.layers = decoder.layers[: config.backbone_layers]
+        settings.num_hidden_layers = config.backbone_layers
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[: config.backbone_layers]
+    if config.readout_layers and not max(config.readout_layers) < settings.num_hidden_layers:
+        raise PromptEmbedderError(
+            f"readout_layers = {list(config.readout_layers)}, but {name} reads with {settings.num_hidden_layers} "
+            "layers, the last of which counts anyway"
+        )
+    backbone = Backbone(
+        decoder,
+        layout=config.layout,
+        readout=config.readout,
+        text_pass=config.text_pass,
+        num_soft_tokens=config.num_soft_tokens,
+        readout_layers=config.readout_layers,
+    )
+    layers = settings.num_hidden_layers if config.deep_soft_prompt else 0
+    return Alignment(weight_PD, layers, config.deep_soft_prompt_rank), backbone
+
+
+def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:
+    """The prompter's LLM with LoRA inside, or with every weight open to training."""
+    if config.prompter_training == "full":
+        return lm.requires_grad_(True)  # type: ignore[no-any-return]
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # peft asks an LLM for an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(lm, settings)  # type: ignore[no-any-return]
+
+
+def _alignment_start(
+    config: ModelConfig,
+    prompter_lm: PreTrainedModel,
+    prompter_tokenizer: Any,
+    backbone_lm: PreTrainedModel,
+    tokenizer: Any,
+    same: bool,
+    seed: int,
+) -> Tensor:
+    prompter_VP, prompter_scale = input_embeddings(prompter_lm)
+    backbone_VD, backbone_scale = input_embeddings(backbone_lm)
+    P, D = prompter_VP.shape[1], backbone_VD.shape[1]
+    kind = config.alignment_start
+    if kind == "auto":
+        kind = "identity" if same else "least_squares"
+    if kind == "identity":
+        return identity_start(P, D)
+    if kind == "random":
+        return random_start(P, D, torch.Generator().manual_seed(seed))
+    ids_prompter, ids_backbone = shared_vocabulary(prompter_tokenizer, tokenizer)
+    words_SP, words_SD = prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
+    # Least squares shrinks words, the more so the worse the prompter's embeddings predict the backbone's.
+    fitted_PD = least_squares(moments(words_SP, words_SD))
+    return matched_norm(fitted_PD, words_SP, words_SD)

@@ -1,0 +1,235 @@
+"""Prompting LLM: instruction -> soft tokens, by differentiable generation with continuous relaxation.
+
+Shapes: N requests, S request tokens, K soft tokens, P prompter width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.open import input_embeddings
+from promptembedder.llms.states import CACHE_ARGUMENT
+from promptembedder.llms.tokens import opening_ids, plain_ids
+
+logger = logging.getLogger(__name__)
+
+
+# Some chat templates print today's date (Llama 3.2); soft prompts of one instruction must not change overnight. The day
+# is the one that Llama's template falls back to.
+_SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
+class SoftTokens(NamedTuple):
+    """What the prompter wrote.
+
+    Attributes:
+        tokens_NKP: soft tokens in the prompter's input-embedding space.
+        weights_NKV: of every token of the vocabulary in each mixture; they sum to 1.
+    """
+
+    tokens_NKP: Tensor
+    weights_NKV: Tensor
+
+
+class Prompter(nn.Module):
+    """Generates K soft tokens for a request; each is the softmax-weighted mixture of the LLM's own embeddings.
+
+    Args:
+        lm: a causal LM, plain or wrapped by peft.
+        tokenizer: its tokenizer; the chat template is used when there is one.
+        num_soft_tokens: K.
+        temperature: divides the logits before the softmax.
+        max_request_tokens: longer requests are cut at the end, before the template closes.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        num_soft_tokens: int,
+        temperature: float,
+        max_request_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.lm = lm.eval()
+        self.tokenizer = tokenizer
+        self.num_soft_tokens = num_soft_tokens
+        self.temperature = temperature
+        self.max_request_tokens = max_request_tokens
+        self._holders: list[tuple[nn.Module, str]] | None = None
+
+    def train(self, mode: bool = True) -> Prompter:
+        """Keep the LLM in eval mode: dropout would make the soft prompt of a step depend on chance.
+
+        It is there already, so its thousands of modules are not visited: `encode` calls this every time.
+        """
+        self.training = mode
+        if self.lm.training:
+            self.lm.eval()
+        return self
+
+    def tokenize(self, requests: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (N, S) int64 each, of the requests in the LLM's chat template.
+
+        Padding stands after what all of them begin with, the template's opening, so that `begin` reads that once.
+        """
+        lm: Any = self.lm
+        rows = [self._request_ids(request) for request in requests]
+        length = max(len(row) for row in rows)
+        alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))
+        shared = min(sum(1 for _ in alike), min(len(row) for row in rows) - 1)
+        window = getattr(lm.config.get_text_config(decoder=True), "sliding_window", None)
+        if length + self.num_soft_tokens > (window or sys.maxsize):
+            shared = 0  # padding in the middle would push the opening out of the window
+        ids_NS = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
+        mask_NS = torch.zeros_like(ids_NS)
+        for n, row in enumerate(rows):
+            ids = torch.tensor(row)
+            ids_NS[n, :shared], ids_NS[n, length - len(row) + shared :] = ids[:shared], ids[shared:]
+            mask_NS[n, :shared] = mask_NS[n, length - len(row) + shared :] = 1
+        return ids_NS, mask_NS
+
+    def begin(self, ids_NS: Tensor, mask_NS: Tensor) -> tuple[DynamicCache, int]:
+        """Read what all requests begin with once, in place of N times; gradients pass.
+
+        Args:
+            ids_NS: request token ids, as `tokenize` pads them.
+            mask_NS: 1 for tokens, 0 for padding.
+
+        Returns:
+            The cache to read the rest with, and how many tokens are in it; at least one is left to read.
+        """
+        lm: Any = self.lm
+        cache = DynamicCache(config=lm.config)
+        alike_S = (mask_NS != 0).all(0) & (ids_NS == ids_NS[:1]).all(0)
+        shared = min(int(alike_S.cumprod(0).sum()), ids_NS.shape[1] - 1)
+        if len(ids_NS) == 1 or shared == 0:
+            return cache, 0
+        lm(input_ids=ids_NS[:1, :shared], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids_NS))
+        return cache, shared
+
+    def forward(self, ids_NS: Tensor, mask_NS: Tensor) -> SoftTokens:
+        """Generate K soft tokens per request, keeping gradients through all K steps.
+
+        No sampling and no argmax: soft token k = softmax(logits_k / temperature) @ embeddings, fed back as the
+        next input (PromptEmbedder, arXiv 2605.28066; the relaxation as in GIRCSE).
+
+        Args:
+            ids_NS: request token ids, as `tokenize` pads them.
+            mask_NS: 1 for tokens, 0 for padding.
+        """
+        lm: Any = self.lm
+        embeddings_VP, scale = input_embeddings(lm)
+        cache, shared = self.begin(ids_NS, mask_NS)
+        inputs_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
+        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        tokens, weights = [], []
+        for step in range(self.num_soft_tokens):
+            output = lm(
+                inputs_embeds=inputs_NSP,
+                attention_mask=mask_NS,
+                position_ids=positions_NS,
+                **{CACHE_ARGUMENT: cache},
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits_NV = output.logits[:, -1]
+            logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+            weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
+            token_NP = (weights_NV.to(embeddings_VP.dtype) @ embeddings_VP) * scale
+            tokens.append(token_NP)
+            weights.append(weights_NV)
+            if step + 1 < self.num_soft_tokens:
+                inputs_NSP = token_NP[:, None]
+                mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
+                positions_NS = positions_NS[:, -1:] + 1
+        return SoftTokens(torch.stack(tokens, 1), torch.stack(weights, 1))
+
+    @property
+    def embeddings_dtype(self) -> torch.dtype:
+        """What its frozen weights are kept in."""
+        return input_embeddings(self.lm)[0].dtype  # type: ignore[arg-type]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of which `is_trained`; where they are is looked up once, what is there now every time."""
+        if self._holders is None:
+            self._holders = [
+                (module, name)
+                for place, module in self.named_modules()
+                for name, _ in module.named_parameters(recurse=False)
+                if self.is_trained(f"{place}.{name}")
+            ]
+        return [getattr(module, name) for module, name in self._holders]
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter of this module is one of those that training changes and `save` stores."""
+        return name.startswith("lm.") and (not hasattr(self.lm, "peft_config") or "lora_" in name)
+
+    def _request_ids(self, request: str) -> list[int]:
+        cut = plain_ids(self.tokenizer, request)
+        if len(cut) > self.max_request_tokens:
+            _say_cut(len(cut), self.max_request_tokens)
+            request = self.tokenizer.decode(cut[: self.max_request_tokens])
+        if not self.tokenizer.chat_template:
+            return opening_ids(self.tokenizer) + plain_ids(self.tokenizer, request + "\n")
+        template = self.tokenizer.get_chat_template()
+        encoded = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": request}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            chat_template=_SAME_EVERY_DAY + template if "strftime_now" in template else template,
+        )
+        return list(encoded["input_ids"])
+
+
+@cache
+def _say_cut(tokens: int, limit: int) -> None:
+    logger.warning("an instruction of %d tokens is read up to %d", tokens, limit)
+
+
+def trained_state(prompter: Prompter) -> dict[str, Tensor]:
+    """The prompter's trained weights on the CPU: LoRA in peft's naming, or every weight when fully trained."""
+    lm: Any = prompter.lm
+    if hasattr(lm, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(lm, save_embedding_layers=False)
+    else:
+        state = dict(lm.named_parameters())
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def load_trained_state(prompter: Prompter, path: Path) -> None:
+    """Put weights written by `trained_state` back.
+
+    Raises:
+        PromptEmbedderError: names or shapes do not fit the prompter.
+    """
+    state = load_file(path)
+    expected = {name: tuple(value.shape) for name, value in trained_state(prompter).items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if expected != found:
+        differing = sorted(set(expected.items()) ^ set(found.items()))[0]
+        raise PromptEmbedderError(f"{path}: weights do not fit the prompter, first difference {differing}")
+    lm: Any = prompter.lm
+    if hasattr(lm, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(lm, state)
+    else:
+        lm.load_state_dict(state, strict=False)

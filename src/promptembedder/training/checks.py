@@ -1,0 +1,106 @@
+"""What a run refuses or warns of, before a model is opened."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+from promptembedder.data.rows import TrainingData
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.model.store import refuse_foreign
+from promptembedder.training import workers
+from promptembedder.training.settings import RunConfig, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def largest(data: TrainingData) -> int:
+    """Rows of the instruction that has most.
+
+    Raises:
+        PromptEmbedderError: no instruction has two.
+    """
+    most = max(len(rows) for rows in data.datasets.values())
+    if most < 2:
+        raise PromptEmbedderError(
+            "no instruction has two rows to tell apart; give more training rows (with and without `neg` count apart)"
+        )
+    return most
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse settings that contradict each other, before anything is read or made.
+
+    Raises:
+        PromptEmbedderError: they do.
+    """
+    settings, layout = config.training, config.model.layout
+    if not (settings.train_prompter or settings.train_alignment):
+        raise PromptEmbedderError("nothing to train: training.train_prompter and training.train_alignment are both off")
+    if settings.early_stop_patience is not None and config.evaluation.dev is None:
+        raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
+    if settings.softmax_temperature_start is not None and not settings.train_prompter:
+        raise PromptEmbedderError("training.softmax_temperature_start needs training.train_prompter")
+    if settings.text_state_cache is not None and layout != "suffix":
+        raise PromptEmbedderError(
+            f"training.text_state_cache needs model.layout 'suffix', found {layout!r}: there a text's states "
+            "depend on the soft prompt"
+        )
+    if settings.text_state_folder is not None and settings.text_state_cache is None:
+        raise PromptEmbedderError("training.text_state_folder needs training.text_state_cache, its size")
+    refuse_foreign(Path(settings.output) / "model")
+
+
+def rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
+    """Rows of each dataset; where texts that repeat leave no full batch, as many as go together.
+
+    Small batches are said. A batch of rows with in-batch negatives holds a text once, and an epoch has as many batches
+    as rows that are all different would fill.
+    """
+    found = {}
+    for name, rows in data.datasets.items():
+        said = f"{name} ({data.prompts.get(name, {}).get('anchor', '')})"
+        found[said] = len(rows)
+        columns = [Counter(rows[column]) for column in rows.column_names if isinstance(rows[0][column], str)]
+        if name in data.own_negatives or not columns:
+            continue
+        (text, times), *_ = sum(columns, Counter()).most_common(1)
+        times = min(times, len(rows))  # a row may hold a text twice
+        batches = max(1, len(rows) // batch_size)
+        if (most := _most_rows(columns, len(rows), times, 1)) < min(batch_size, len(rows)):
+            found[said] = most
+        together = _most_rows(columns, len(rows), times, batches) // batches
+        if 2 * together <= min(batch_size, len(rows)) and workers.number() == 0:
+            logger.warning(
+                "%s: batches hold about %d rows, because a batch holds a text once (%r stands in %d of %d); rows of "
+                "few classes want in_batch_negatives: false and a `neg` each",
+                *(said, together, text[:60], times, len(rows)),
+            )
+    return found
+
+
+def _most_rows(columns: list[Counter[str]], rows: int, times: int, batches: int) -> int:
+    """A bound on the rows in so many batches: every text of a column comes in each once, as the commonest of all."""
+    by_column = (sum(min(found, batches) for found in counts.values()) for counts in columns)
+    return max(1, min(rows - times + min(times, batches), *by_column))
+
+
+def check_losses(config: TrainingConfig, data: TrainingData) -> None:
+    """Refuse what a loss cannot do with these rows, before a model is opened.
+
+    Raises:
+        PromptEmbedderError: a cached loss where rows do without in-batch negatives; several hard negatives a row where
+            false negatives are masked without a cache.
+    """
+    several = any("negative_2" in rows.column_names for rows in data.datasets.values())
+    if several and config.mask_false_negatives and config.loss == "infonce":
+        raise PromptEmbedderError(
+            "training.mask_false_negatives takes one hard negative a row: set data.max_negatives=1, or "
+            "training.loss=cached_infonce"
+        )
+    if data.own_negatives and config.loss == "cached_infonce":
+        raise PromptEmbedderError(
+            "training.loss cached_infonce is for large batches of in-batch negatives; take infonce, or leave "
+            "in_batch_negatives and contrast_in_batch_negatives on"
+        )

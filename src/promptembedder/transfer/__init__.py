@@ -1,0 +1,1 @@
+"""Move a trained model to another backbone."""

@@ -1,0 +1,391 @@
+"""Move a trained model to another backbone: the prompter stays, only the alignment `W` is new.
+
+First in closed form from what the vocabularies share; then, if there is something to train on, by training `W` alone:
+on plain texts by making the new model's similarities agree with the old one's, on labelled rows, or on one after the
+other.
+
+Shapes: P prompter width, D width of the new backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pydantic import ByteSize
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from tqdm import tqdm
+
+from promptembedder import atomic
+from promptembedder.config import dump_yaml
+from promptembedder.data.readers import data_path
+from promptembedder.data.rows import TrainingData, load_training_data
+from promptembedder.data.texts import read_texts
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.copies import sharing_copy
+from promptembedder.llms.device import resolve_dtype
+from promptembedder.llms.identity import digest
+from promptembedder.llms.locate import locate, peek_config
+from promptembedder.model.fits import random_start
+from promptembedder.model.folder import CENTRE
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.prompter import Prompter, trained_state
+from promptembedder.model.settings import ModelConfig
+from promptembedder.model.store import save
+from promptembedder.training.checks import check_losses, check_run, largest
+from promptembedder.training.curves import seconds_of, write_facts
+from promptembedder.training.distillation import SimilarityDistillation, distillation_rows
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.fit import text_cache
+from promptembedder.training.run_folder import last_checkpoint, make_folder, note_settings
+from promptembedder.training.settings import RunConfig, TrainingConfig
+from promptembedder.training.train import train
+from promptembedder.transfer.centring import FEWEST, Sample, centre, sample_of_rows, sample_of_texts
+from promptembedder.transfer.checks import (
+    TRAINED_STAGES,
+    check_memory,
+    check_settings,
+    check_shape,
+    say_what_stays_behind,
+)
+from promptembedder.transfer.closed_forms import Start, closed_forms
+from promptembedder.transfer.rebase import on_backbone
+from promptembedder.transfer.report import Stage, TransferResult, write_report
+from promptembedder.transfer.settings import TransferConfig
+
+logger = logging.getLogger(__name__)
+
+
+_MOST_INSTRUCTIONS = 40
+_MOST_STATES = 8 * 2**30  # a container may have less memory than the machine says
+
+
+def transfer(
+    model: SentenceTransformer,
+    config: TransferConfig,
+    *,
+    share_prompter: str | Path | None = None,
+    resume: bool = False,
+) -> TransferResult:
+    """Move a trained model to another backbone, save it to `<output>/model` and report on it.
+
+    The prompter's weights are not touched. The two models share one prompter in memory, so what moves, casts or trains
+    the prompter of one does so for both; with `unfrozen_steps` the new model has trained weights of its own.
+
+    Args:
+        model: the trained model.
+        config: all settings; the output folder is `config.training.output`.
+        share_prompter: see `promptembedder.save`.
+        resume: go on from the last checkpoint of an interrupted transfer with the same settings.
+
+    Raises:
+        PromptEmbedderError: the same backbone again, one that does not fit into memory or shares no vocabulary;
+            bad data or settings; nothing to resume, or an interrupted transfer in the way.
+    """
+    old = soft_prompt_module(model)
+    output = Path(config.training.output)
+    check_settings(model, config, share_prompter, resume)
+    check_run(RunConfig(model=old.settings, training=config.training, evaluation=config.evaluation))
+    dev = pair_evaluator(config.evaluation, config.data.root, "dev")
+    test = pair_evaluator(config.evaluation, config.data.root, "test")
+    texts = _read_texts(config)
+    read = _enough(texts, config)
+    rows = _read_rows(config, old.settings)
+    if rows is not None:
+        check_losses(config.training, rows)
+    make_folder(output, fresh=False)
+    # A model that has learnt since would teach other similarities, or have W aligned with another prompter's words.
+    learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
+    if old.settings.centred:
+        learnt[CENTRE] = old.centre_E
+    drawn = hashlib.sha256("\n".join(read).encode()).hexdigest()  # how many depends on the steps
+    note_settings(output, config, resumed=resume, old_model=digest(learnt), sample_of_texts=drawn)
+    for stage in TRAINED_STAGES:
+        if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
+            make_folder(output / stage, fresh=not resume)
+    device = old.alignment.weight.device
+    dtype = resolve_dtype(config.dtype or old.settings.dtype, device)
+    if (peeked := peek_config(config.backbone, config.backbone_revision)) is not None:
+        check_memory(config.backbone, peeked, dtype, device)
+    located = locate(config.backbone, config.backbone_revision)
+    check_shape(located, config)
+    # No device is asked for: the new model goes where the old one is.
+    moved = on_backbone(model, located, dtype=config.dtype, backbone_layers=config.backbone_layers)
+    new = soft_prompt_module(moved)
+    say_what_stays_behind(old.settings, config)
+    if config.unfrozen_steps:
+        new.prompter = _own_copy(old)
+    trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
+    try:
+        starts, fitting = _starts(old, new, config, _instructions(old, config, rows))
+        if starts[0].name == "random" and config.centred is None:
+            config = replace(config, centred=False)  # the mean would be that of noise
+        sample = _sample(old, config, rows, texts)
+        with _states_held(new, config.training, again=dev is not None or rows is not None):
+            starts, centring = _begin_with_best(moved, starts, dev, sample, config.data.max_text_tokens)
+            name = "random" if starts[0].name == "random" else "closed_form"
+            stages = [Stage(name, starts[0].dev, fitting + centring, 0)]
+            stages += _train_stages(model, moved, config, rows, read, stages[0], resume)
+            scores = {} if stages[-1].dev is None else {"dev": stages[-1].dev}
+            if test is not None:
+                scores["test"] = 100 * test(moved)["test_spearman_cosine"]
+    finally:
+        # The two models share the prompter: what is open to training stays as the caller had it.
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+    save(moved, output / "model", share_prompter=share_prompter)
+    atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
+    _note(moved, stages, output / "model", with_prompter=config.unfrozen_steps > 0)
+    result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
+    write_report(result, output, located.name)
+    return result
+
+
+def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with_prompter: bool) -> None:
+    """Write what the transfer took beside the model."""
+    steps = sum(stage.steps for stage in stages)
+    trained = [
+        p
+        for name, p in model.named_parameters()
+        if steps and p.requires_grad and (with_prompter or ".prompter." not in name)
+    ]
+    write_facts(
+        folder,
+        trained_parameters=sum(p.numel() for p in trained),
+        steps=steps,
+        examples=sum(stage.examples for stage in stages),
+        seconds=sum(stage.seconds for stage in stages),
+    )
+
+
+def _starts(
+    old: SoftPromptTransformer,
+    new: SoftPromptTransformer,
+    config: TransferConfig,
+    instructions: list[str],
+) -> tuple[list[Start], float]:
+    """Closed forms, or a random start where there are none and something to train on; seconds it took."""
+    begin = time.perf_counter()
+    starts = closed_forms(old, new, instructions, only=config.starts)
+    if not starts:
+        if not config.trains:
+            raise PromptEmbedderError(
+                f"{config.backbone} shares too few tokens with the prompter for a closed-form start; give rows or "
+                "texts, and training.max_steps, to train the alignment on"
+            )
+        logger.warning("the vocabularies share too little for a closed-form start; W starts at random")
+        P, D = new.alignment.weight.shape
+        generator = torch.Generator().manual_seed(config.training.seed)
+        starts = [Start("random", random_start(P, D, generator), None)]
+    return starts, time.perf_counter() - begin
+
+
+def _train_stages(
+    model: SentenceTransformer,
+    moved: SentenceTransformer,
+    config: TransferConfig,
+    rows: TrainingData | None,
+    texts: list[str],
+    start: Stage,
+    resume: bool,
+) -> list[Stage]:
+    """The steps with training that the settings ask for."""
+    settings, output = config.training, Path(config.training.output)
+    module = soft_prompt_module(moved)
+    run = RunConfig(
+        model=module.settings,
+        data=config.data,
+        training=replace(
+            settings,
+            train_prompter=False,
+            train_alignment=True,
+            # The closed form is a good start, and Adam's first steps are as long as the later ones, not longer.
+            warmup=0.0 if settings.warmup is None else settings.warmup,
+        ),
+        evaluation=replace(config.evaluation, test=None),
+    )
+    stages = [start]
+    if texts and settings.max_steps:
+        begin = time.perf_counter()
+        instructions = config.text_instructions or _instructions(soft_prompt_module(model), config)
+        taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
+        teacher = time.perf_counter() - begin
+        loss = SimilarityDistillation(moved, config.distillation_temperature)
+        on_texts = replace(run, training=replace(run.training, alignment_learning_rate=config.learning_rate_on_texts))
+        stages.append(_trained("alignment_unlabelled", moved, on_texts, output, stages, resume, taught, loss, teacher))
+    if rows is not None and settings.max_steps:
+        stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
+    if config.unfrozen_steps and rows is not None:
+        opened = replace(run.training, train_prompter=True, warmup=settings.warmup, max_steps=config.unfrozen_steps)
+        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, stages, resume, rows))
+    return stages[1:]
+
+
+def _trained(
+    name: str,
+    model: SentenceTransformer,
+    run: RunConfig,
+    output: Path,
+    stages: list[Stage],
+    resume: bool,
+    data: TrainingData,
+    loss: nn.Module | None = None,
+    preparing: float = 0.0,
+) -> Stage:
+    """Train, or leave the model as it was where that was better on dev.
+
+    The curve's times count from the beginning of the first of the `stages` before; `preparing`: seconds beside steps.
+    """
+    run = replace(run, training=replace(run.training, output=str(output / name)))
+    before = [(parameter, parameter.detach().clone()) for parameter in _trainable(model)]
+    result = train(run, model=model, data=data, loss=loss, resume=resume and last_checkpoint(output / name) is not None)
+    dev, was = result.scores.get("dev"), stages[-1].dev
+    worse = dev is not None and was is not None and dev < was
+    if worse:
+        logger.warning("%s: dev fell from %.2f to %.2f, so the weights before it are kept", name, was, dev)
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        dev = was
+    return Stage(
+        name,
+        dev,
+        preparing + seconds_of(result.history),
+        result.examples,
+        result.steps,
+        [
+            (sum(stage.examples for stage in stages) + examples, seconds, score)
+            for examples, seconds, score in result.curve(sum(stage.seconds for stage in stages) + preparing)
+        ],
+        kept=not worse,
+    )
+
+
+def _trainable(model: SentenceTransformer) -> list[nn.Parameter]:
+    """Every weight that a step may train: all but those of the two LLMs."""
+    module = soft_prompt_module(model)
+    frozen = {id(p) for p in module.backbone.parameters()}
+    frozen |= {id(p) for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name)}
+    return [p for p in model.parameters() if id(p) not in frozen]
+
+
+def _own_copy(module: SoftPromptTransformer) -> Prompter:
+    """The prompter with trained weights of its own; frozen ones are shared."""
+    frozen = (p for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name))
+    return sharing_copy(module.prompter, frozen)
+
+
+def _begin_with_best(
+    model: SentenceTransformer, starts: list[Start], dev: Any, sample: Sample, max_text_tokens: int | None
+) -> tuple[list[Start], float]:
+    """Set the best start: by dev score, or by reconstruction with the mixtures of words before all that are fitted.
+
+    Returns:
+        Starts, best first, and the seconds it takes to set one and read what embeddings are centred on.
+    """
+    module = soft_prompt_module(model)
+    if dev is None:
+        # Nothing to measure mixtures of words by. Where there was, the plain one was among the best, the one with a
+        # drift among the worst (docs/research-log.md).
+        known = {"mixture": 2.0, "mixture_and_drift": -2.0}
+        ranked = sorted(starts, key=lambda s: known.get(s.name, s.reconstruction or 0.0), reverse=True)
+        return ranked, _begin_with(module, ranked[0], sample, max_text_tokens)
+    scored, seconds = [], []
+    for start in tqdm(starts, desc="Closed forms"):
+        seconds.append(_begin_with(module, start, sample, max_text_tokens))
+        scored.append(replace(start, dev=100 * dev(model)["dev_spearman_cosine"]))
+    ranked = sorted(scored, key=lambda s: s.dev if s.dev is not None and s.dev == s.dev else -1e9, reverse=True)
+    _begin_with(module, ranked[0], sample, max_text_tokens)
+    return ranked, seconds[0]  # the later ones find the sample's states
+
+
+@contextmanager
+def _states_held(module: SoftPromptTransformer, settings: TrainingConfig, *, again: bool) -> Iterator[None]:
+    """While inside, a text whose states are held is not read again, for whatever start, step or score.
+
+    In layout `suffix` only, where a text's states depend on nothing that is trained.
+
+    Args:
+        module: the new model's.
+        settings: say what may be held; where they do not, it is some of the memory.
+        again: whether texts come up more than once; if not, nothing is held that the settings do not ask for.
+    """
+    budget = settings.text_state_cache
+    if budget is None and again:
+        budget = ByteSize(min(psutil.virtual_memory().available // 3, _MOST_STATES))
+    if module.settings.layout == "suffix" and budget:
+        module.backbone.text_cache = text_cache(module, replace(settings, text_state_cache=budget))
+    try:
+        yield
+    finally:
+        module.backbone.text_cache = None
+
+
+def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max_text_tokens: int | None) -> float:
+    """Set W, and what is subtracted from embeddings made with it; seconds it took."""
+    begin = time.perf_counter()
+    with torch.no_grad():
+        module.alignment.weight.copy_(start.weight_PD)
+    if sample:
+        centre(module, sample, max_text_tokens)
+    return time.perf_counter() - begin
+
+
+def _sample(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
+    """Texts to centre embeddings on: plain ones where there are some, as they are likelier the user's own."""
+    if not config.centres:
+        return []
+    if rows is None or texts:
+        return sample_of_texts(texts, config.text_instructions or _instructions(old, config), config.training.seed)
+    return sample_of_rows(rows, config.training.seed)
+
+
+def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
+    """Those that matter in this transfer: of the rows or texts, the evaluation and the model."""
+    scored = config.evaluation.dev or config.evaluation.test
+    named = [*config.text_instructions, config.evaluation.instruction if scored else None]
+    named += [old.settings.default_instruction, old.settings.document_instruction]
+    named += [] if rows is None else rows.instructions
+    return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
+
+
+def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
+    if not config.data.has_rows:
+        return None
+    data = load_training_data(config.data, old.document_instruction, config.training.seed)
+    if config.trains:
+        largest(data)
+    return data
+
+
+def _read_texts(config: TransferConfig) -> list[str]:
+    texts: list[str] = []
+    for source in config.texts:
+        texts += [text for _, text in read_texts(str(data_path(source, config.data.root)), None, ids=False)]
+    texts = list(dict.fromkeys(texts))
+    if config.texts and config.training.max_steps and len(texts) < config.training.batch_size:
+        raise PromptEmbedderError(
+            f"{len(texts)} different texts for batches of {config.training.batch_size}; give more or smaller batches"
+        )
+    if config.texts and config.centres and len(texts) < FEWEST:
+        raise PromptEmbedderError(
+            f"{len(texts)} different texts to centre embeddings on; give at least {FEWEST}, or centred=false"
+        )
+    return texts
+
+
+def _enough(texts: list[str], config: TransferConfig) -> list[str]:
+    """Those to train on: the old model reads every one of them, so no more than the steps take."""
+    steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
+    most = min(config.max_texts, steps or config.max_texts)
+    return texts if len(texts) <= most else random.Random(config.training.seed).sample(texts, most)
