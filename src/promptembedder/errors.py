@@ -1,6 +1,9 @@
-"""The one exception type that means "the caller gave us something we cannot use"."""
+"""Exceptions that mean "the caller gave us something we cannot use"."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PromptEmbedderError(ValueError):
@@ -9,3 +12,37 @@ class PromptEmbedderError(ValueError):
     The command line prints the message alone and exits with code 2. It is a `ValueError` so that library
     users need not know it.
     """
+
+
+class MissingExtraError(PromptEmbedderError, ImportError):
+    """A package of an extra is not installed; the message names the command that installs the extra."""
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Name the extra to install where an import in the block fails.
+
+    Args:
+        extra: name of the extra in `pyproject.toml`.
+        what: what needs the extra, the first words of the message.
+
+    Raises:
+        MissingExtraError: a third-party package is not installed.
+
+    Example:
+        >>> with needs_extra("train", "training"):
+        ...     import no_such_package
+        Traceback (most recent call last):
+        ...
+        promptembedder.errors.MissingExtraError: training needs no_such_package, which is not installed: \
+pip install 'promptembedder[train]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        if package == __name__.partition(".")[0]:
+            raise  # a mistake of ours
+        raise MissingExtraError(
+            f"{what} needs {package}, which is not installed: pip install 'promptembedder[{extra}]'"
+        ) from error
