@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import pictures
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
 from promptembedder.data.made_up import FAMILIES, Family, contrast_rows
@@ -73,7 +74,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no warm start, prompter rate 2e-4, no deep soft prompt": (
         "training.warm_start.steps=0",
         f"{RATE}=2e-4",
-        "model.deep_soft_prompt=false",
+        "model.deep_rank=null",
     ),
     "warm start to 0.5": ("training.warm_start.target_probability=0.5",),
     "prompter rate 5e-6": (f"{RATE}=5e-6",),
@@ -85,7 +86,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     # Compare with `no warm start, prompter rate 2e-4, no deep soft prompt`; here the cue stands in the text.
     "layout prefix, no warm start, prompter rate 2e-4, no deep soft prompt": (
         "model.layout=prefix",
-        "model.deep_soft_prompt=false",
+        "model.deep_rank=null",
         f"model.text_template={json.dumps(TEXT + ' means in one word:' + chr(34))}",
         "training.warm_start.steps=0",
         f"{RATE}=2e-4",
@@ -101,31 +102,18 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     ),
     "softmax temperature 0.5": ("model.softmax_temperature=0.5",),
     "softmax temperature 2": ("model.softmax_temperature=2",),
-    "softmax temperature from 4 to 1": ("training.softmax_temperature_start=4",),
     "read-out mean": ("model.readout=mean",),
-    "read-out of layers 20, 25 and 30": ("model.readout_layers=[20,25]",),
-    "20 of 30 layers": ("model.backbone_layers=20",),
-    "25 of 30 layers": ("model.backbone_layers=25",),
-    "instruction in words": (
-        f"model.text_template={json.dumps(TEXT)}",
-        f"model.instruction_template={json.dumps(chr(10) + '{instruction}' + chr(10) + 'The')}",
-    ),
-    "LoRA rank 4": ("model.lora_rank=4", "model.lora_alpha=8"),
-    "LoRA rank 64": ("model.lora_rank=64", "model.lora_alpha=128"),
+    "LoRA rank 4": ("model.lora_rank=4",),
+    "LoRA rank 64": ("model.lora_rank=64",),
     "whole prompter": ("model.prompter_training=full", f"{RATE}=5e-6", "training.warm_start.learning_rate=5e-5"),
-    "alignment frozen, no deep soft prompt": ("training.train_alignment=false", "model.deep_soft_prompt=false"),
-    "conditioned on text too": ("model.condition_on=instruction_and_text",),
     "contrastive temperature 0.02": ("training.temperature=0.02",),
     "contrastive temperature 0.1": ("training.temperature=0.1",),
     "no hard negatives": ("data.max_negatives=0",),
     "2 hard negatives": ("data.max_negatives=2",),
     "false negatives masked": ("training.mask_false_negatives=true",),
-    "no deep soft prompt": ("model.deep_soft_prompt=false",),
+    "no deep soft prompt": ("model.deep_rank=null",),
     "no linear head": ("model.linear_head=false",),
-    "neither": ("model.deep_soft_prompt=false", "model.linear_head=false"),
-    "deep soft prompt of rank 32": ("model.deep_soft_prompt_rank=32",),
-    "instruction guidance 1.33": ("model.instruction_guidance=1.33",),
-    "texts in int8": ("model.text_pass=int8",),
+    "neither": ("model.deep_rank=null", "model.linear_head=false"),
     "prompter SmolLM2, backbone Qwen2.5-Coder-0.5B": (f"model.backbone={QWEN}",),
     "prompter Qwen2.5-Coder-0.5B, backbone SmolLM2": (f"model.prompter={QWEN}",),
     "no contrast rows": ("data.contrast_rows=0",),
@@ -216,12 +204,11 @@ def config_of(name: str, seed: int, arguments: argparse.Namespace) -> RunConfig:
         output=str(arguments.output / "models" / f"{name.replace(' ', '-')}-{seed}"),
         max_steps=arguments.steps,
         batch_size=arguments.batch,
-        save_every_steps=arguments.steps,
+        arguments={**config.training.arguments, "save_steps": arguments.steps},
         seed=seed,
     )
     if config.model.layout == "suffix":
-        read_by = (config.model.backbone, config.model.backbone_layers or "all", config.model.text_pass)
-        states = arguments.output / "-".join(map(str, ("states", *read_by)))
+        states = arguments.output / f"states-{config.model.backbone}"
         training = replace(training, text_state_cache=arguments.states, text_state_folder=str(states))
     data: DataConfig = replace(config.data, files=files)
     evaluation = replace(config.evaluation, dev="sts/STSBenchmark.dev.jsonl.gz", every_steps=arguments.steps)
@@ -315,7 +302,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 OF_THE_PROMPTER = (
     *("prompter", "prompter_revision", "num_soft_tokens", "softmax_temperature", "prompter_training", "lora_rank"),
-    *("lora_alpha", "max_instruction_tokens", "dtype"),
+    *("max_instruction_tokens", "dtype"),
 )
 
 
@@ -367,6 +354,13 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def against_base(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Change of three scores of every run but the base."""
+    base = mean_of(found["base"])
+    means = {name: mean_of(runs) for name, runs in found.items() if name != "base"}
+    return {name: {key: mean[key] - base[key] for key in ("sts", "seen", "unseen")} for name, mean in means.items()}
+
+
 def mean_of(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
 
@@ -396,7 +390,11 @@ def main() -> None:
     print(table(found))
     if arguments.report:
         record = {"command": command(), "runs": found}
-        atomic.write_text(arguments.report / "ablations.md", f"`{command()}`\n\n{table(found)}\n")
+        picture = ""
+        if "base" in found and len(found) > 1:
+            pictures.changes(arguments.report / "ablations.png", against_base(found), "change against the base, points")
+            picture = "\n![Change of each score against the base](ablations.png)\n"
+        atomic.write_text(arguments.report / "ablations.md", f"`{command()}`\n\n{table(found)}\n{picture}")
         atomic.write_text(arguments.report / "ablations.json", json.dumps(record, indent=1) + "\n")
     print(json.dumps({name: mean_of(runs)["sts"] for name, runs in found.items()}))
 

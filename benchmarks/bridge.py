@@ -23,6 +23,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+import pictures
 import promptembedder
 from kept_results import command, parsed, parser_of, say
 from promptembedder import atomic, evaluation
@@ -92,6 +93,23 @@ def measure(
     return found | {"bridge": over.facts}
 
 
+def write_report(folder: Path, made_by: str, figures: dict[str, Any]) -> None:
+    """Write `bridge.md`, `bridge.json` and `bridge.png`."""
+    shown = ("old", "new", "bridged", "bridged_as_documents", "unmapped")
+    present = [name for name in shown if any(name in found for found in figures.values())]
+    lines = [f"| task | {' | '.join((*present, 'kept'))} |", "| --- |" + " ---: |" * (len(present) + 1)]
+    lines += [
+        f"| {task} | {' | '.join(str(found.get(name, '-')) for name in (*present, 'kept'))} |"
+        for task, found in figures.items()
+    ]
+    series = {name: [found.get(name) for found in figures.values()] for name in present}
+    pictures.bars(folder / "bridge.png", list(figures), series, "nDCG@10 x 100")
+    table = "\n".join(lines)
+    atomic.write_text(folder / "bridge.md", f"`{made_by}`\n\n{table}\n\n![nDCG@10 by task](bridge.png)\n")
+    record = {"command": made_by, "figures": figures}
+    atomic.write_text(folder / "bridge.json", json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = parser_of(__doc__, None)
     parser.add_argument("--old", required=True, help="the model that made the index")
@@ -108,8 +126,7 @@ def main() -> None:
         say(name)
         figures[name] = measure(task, given[name], old, new)
     if arguments.report:
-        record = {"command": command(), "figures": figures}
-        atomic.write_text(Path(arguments.report) / "bridge.json", json.dumps(record, indent=1) + "\n")
+        write_report(Path(arguments.report), command(), figures)
     print(json.dumps(figures))
 
 

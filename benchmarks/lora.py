@@ -25,8 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from promptembedder import atomic, evaluation
 from promptembedder.data.rows import TrainingData, load_training_data
 from promptembedder.data.scored_pairs import read_scored_pairs
-from promptembedder.llms import device as device_module
-from promptembedder.llms import locate as locate_module
+from promptembedder.llms.device import resolve_dtype
+from promptembedder.llms.locate import locate
 from promptembedder.training.callbacks import TrainingClock
 from promptembedder.training.curves import Curve, dev_curve, read_facts, seconds_of, write_facts
 from promptembedder.training.evaluators import spread
@@ -55,7 +55,7 @@ class Float32Normalize(Normalize):
 
 def build(llm: str, dtype: torch.dtype, device: str, *, checkpointing: bool = False) -> SentenceTransformer:
     """A frozen LLM with LoRA on all its linear layers."""
-    folder = str(locate_module.locate(llm).folder)
+    folder = str(locate(llm).folder)
     transformer = evaluation.plain_reader(folder, dtype)
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     # peft's own way in, which keeps the adapter in float32; `SentenceTransformer.add_adapter` goes through
@@ -171,7 +171,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     set_seed(settings.seed)
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(config.model.backbone, device_module.resolve_dtype(config.model.dtype, device), device)
+    model = build(config.model.backbone, resolve_dtype(config.model.dtype, device), device)
     limit = config.data.max_text_tokens or config.model.max_text_tokens
     model.max_seq_length = config.model.max_text_tokens + INSTRUCTION_TOKENS
     checkpoints = (output or Path(settings.output)).with_name("checkpoints")
@@ -253,7 +253,7 @@ def load(llm: str, adapter: Path, dtype: torch.dtype, device: str) -> SentenceTr
 def encoder(config: RunConfig, adapter: Path, name: str, revision: str) -> evaluation.InstructedEncoder:
     """A saved adapter for mteb, instructions glued before the texts."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(config.model.backbone, adapter, device_module.resolve_dtype(config.model.dtype, device), device)
+    model = load(config.model.backbone, adapter, resolve_dtype(config.model.dtype, device), device)
     limit = config.model.max_text_tokens
 
     def wrap(text: str, instruction: str) -> str:

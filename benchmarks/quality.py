@@ -5,8 +5,7 @@
 Columns: mean pooling and PromptEOL of the untrained LLM; LoRA (`benchmarks/lora.py`); ours: `prefix` and `suffix`, the
 paper's plain configuration (K = 5) in both layouts, recipes `general-prefix.yaml` and `general-suffix.yaml`, and
 `best`, recipe `general.yaml`; `real_rows`, the same without its made-up rows, so on LoRA's; `lora_made_up`, LoRA with
-them; `guided`, `best` with `model.instruction_guidance`, in training too; for every seed. With
-`--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
+them; for every seed. With `--minilm FOLDER` all-MiniLM-L6-v2 for orientation.
 `--suite others`: the folder's tasks that are not in the quick suite, 200 rows each; recipes were chosen by STSBenchmark
 dev and, some of them, by the quick suite, never by these.
 Every step is kept in `--output` and not done again: stop and go on at will, or run columns in several processes
@@ -18,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,10 +48,9 @@ TRAINED = {
     "suffix": "general-suffix",
     "best": "general",
     "real_rows": "general",
-    "guided": "general",
 }
 LORA = ("lora", "lora_made_up")
-SETTINGS = {"real_rows": ["data.contrast_rows=0"], "guided": ["model.instruction_guidance=1.33"]}
+SETTINGS = {"real_rows": ["data.contrast_rows=0"]}
 TITLES = {
     "quick": "Quality on the quick suite",
     "others": "Quality on the tasks beside the quick suite",
@@ -95,7 +95,7 @@ def chosen_rate(column: str, arguments: argparse.Namespace) -> float:
     """The learning rate of a column: the best on dev after `--choose` steps; without `--choose` the recipe's."""
     found = kept(arguments.output / "rates" / f"{column}.json", partial(choice_of_rate, column, arguments))
     if found["steps"] != arguments.choose:
-        sys.exit(f"{column}: its learning rate was chosen with --choose {found['steps']}; say so again")
+        sys.exit(f"{column}: its learning rate was chosen with --choose {found['steps']}; give the same --choose")
     return float(found["rate"])
 
 
@@ -233,11 +233,24 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
         shown = evaluation.Comparison(
             comparison.columns, comparison.shared, to if to in comparison.columns else None, comparison.kinds
         )
-        evaluation.write_report(shown, arguments.report, TITLES[arguments.suite])
-        record = {"command": command(), "figures": figures}
-        atomic.write_text(arguments.report / "quality.json", json.dumps(record, indent=1) + "\n")
+        write_report(shown, figures, arguments)
     print(evaluation.markdown(comparison))
     return figures
+
+
+def write_report(comparison: evaluation.Comparison, figures: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write `report.md`, `quality.json` and `by-kind.png`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        evaluation.write_report(comparison, Path(scratch))
+        columns = json.loads((Path(scratch) / "comparison.json").read_text(encoding="utf-8"))
+        arguments.report.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(scratch) / "by-kind.png", arguments.report / "by-kind.png")
+    table = evaluation.markdown(comparison)
+    picture = "![Mean score by kind of task](by-kind.png)"
+    report = f"# {TITLES[arguments.suite]}\n\n`{command()}`\n\n{table}\n\n{picture}\n"
+    atomic.write_text(arguments.report / "report.md", report)
+    record = {"command": command(), "figures": figures, "columns": columns}
+    atomic.write_text(arguments.report / "quality.json", json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:

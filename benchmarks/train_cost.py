@@ -7,7 +7,7 @@
 Every variant runs in a process of its own, variants take turns over several rounds, ratios are of medians. The peer is
 what a user would do instead: the same LLM, LoRA of rank 16 in all linear layers, last-token pooling, the instruction
 as text in front; same loss, batch and text lengths. `suffix_cached` is a step of a later epoch, its texts' states in
-memory (they count); `suffix_int8` reads texts in dynamic int8. The last line is one JSON object, at 128 text tokens.
+memory (they count). The last line is one JSON object, at 128 text tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 import lora
 from kept_results import command
 from promptembedder import ModelConfig, atomic, build
-from promptembedder.llms import device as device_module
+from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.llms.tokens import plain_ids
 from promptembedder.model.leaves import SoftPromptLeaves
@@ -39,7 +39,7 @@ from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.settings import Precision
 
 INSTRUCTION = "Retrieve sentences that mean the same as the given sentence."
-VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_int8", "suffix_cached")
+VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_cached")
 WARM_UP_PAIRS = 2
 SHAPES = {  # published widths; weights are random, so nothing is downloaded
     "qwen3-0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16},
@@ -94,7 +94,7 @@ def frame_ids(module: SoftPromptTransformer) -> tuple[list[int], list[int]]:
 def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[str, float]:
     """One variant in this process: seconds of each step, bytes of the weights and at the peak."""
     torch.manual_seed(0)
-    dtype, device = device_module.resolve_dtype(arguments.dtype, arguments.device), arguments.device
+    dtype, device = resolve_dtype(arguments.dtype, arguments.device), arguments.device
     llm = prompter = "smollm2-135m-instruct"
     if arguments.shape:
         llm = random_llm(arguments.shape, dtype, arguments.scratch)
@@ -108,7 +108,6 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
             prompter=prompter,
             backbone=llm,
             layout="prefix" if variant == "prefix" else "suffix",
-            text_pass="int8" if variant == "suffix_int8" else "same",
             dtype=precision,
             alignment_start="random" if arguments.shape else "auto",
         )
@@ -176,10 +175,9 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
 def run_all(arguments: argparse.Namespace) -> dict[int, dict[str, dict[str, float]]]:
     """Rounds of processes, one per variant and length; medians over rounds."""
     found: dict[tuple[int, str], list[dict[str, float]]] = {}
-    variants = [v for v in arguments.variants if v != "suffix_int8" or arguments.device == "cpu"]
     for n in range(arguments.rounds):
         for length in arguments.lengths:
-            for variant in variants:
+            for variant in arguments.variants:
                 command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:]]
                 run = subprocess.run([*command, "--worker", variant, str(length)], capture_output=True, text=True)
                 if run.returncode:
@@ -190,7 +188,7 @@ def run_all(arguments: argparse.Namespace) -> dict[int, dict[str, dict[str, floa
     median: Callable[[list[dict[str, float]]], dict[str, float]] = lambda rows: {  # noqa: E731
         key: statistics.median(row[key] for row in rows) for key in rows[0]
     }
-    return {length: {v: median(found[length, v]) for v in variants} for length in arguments.lengths}
+    return {length: {v: median(found[length, v]) for v in arguments.variants} for length in arguments.lengths}
 
 
 def over_weights(row: dict[str, float]) -> float:
@@ -248,8 +246,6 @@ def summary(results: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
         "memory_ratio": round(ours["peak_bytes"] / peer["peak_bytes"], 3),
         "memory_over_weights_ratio": round(over_weights(ours) / over_weights(peer), 3),
     }
-    if "suffix_int8" in rows:
-        figures["speedup_int8"] = round(peer["seconds"] / rows["suffix_int8"]["seconds"], 2)
     longer = [length for length in lengths if length > 128]
     if 128 in results and longer:
         growth = {v: results[longer[-1]][v]["peak_bytes"] - results[128][v]["peak_bytes"] for v in ("suffix", "lora")}
@@ -317,8 +313,8 @@ def main() -> None:
     if arguments.output:
         record = {"command": command(), "hardware": hardware(arguments.device), "results": results, "summary": figures}
         atomic.write_text(arguments.output.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-        told = f"`{command()}`, {record['hardware']}\n\n{table(results)}\n\n{json.dumps(figures)}\n"
-        atomic.write_text(arguments.output.with_suffix(".md"), told)
+        text = f"`{command()}`, {record['hardware']}\n\n{table(results)}\n\n{json.dumps(figures)}\n"
+        atomic.write_text(arguments.output.with_suffix(".md"), text)
         draw(results, arguments.output.with_suffix(".png"))
     print(json.dumps(figures))
 

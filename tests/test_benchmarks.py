@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from transfer import of_few_rows, pairs_needed, ratios, smoothed  # of benchmarks/
+from transfer import of_few_rows  # of benchmarks/
+from transfer_report import pairs_needed, ratios, smoothed
 
 
 def curve(every, seconds_per_example=1.0, rate=0.05):
