@@ -1,11 +1,18 @@
-"""How fast a model embeds, beside its backbone without soft prompts (mean of the last hidden states, same precision).
+"""How fast a model embeds, next to the same backbone in sentence-transformers with the instruction in words.
 
-    python benchmarks/encode_speed.py smollm2-135m --report benchmarks/results/encode-speed-cpu
+    OMP_NUM_THREADS=1 python benchmarks/encode_speed.py smollm2-135m --report benchmarks/results/encode-speed-cpu
 
-Texts are made of random words. Per length: texts a second of the plain backbone, of the model under one instruction,
-and of texts times instructions under two at once; medians of `--rounds`, one after the other in turn. Then the
-milliseconds of one short query whose instruction is new, which the prompter has to read, and of one whose instruction
-is remembered. The last line is one JSON object.
+Figures are embeddings a second, at texts of random words. The variants run in turn, in one process and one precision;
+every figure is a median over `--rounds`, every ratio a median of the ratios within a round.
+
+- `backbone`: the LLM reads the bare text; mean of its last hidden states.
+- `words`: the LLM reads `Instruct: INSTRUCTION`, a line break and `Query: TEXT`; last token. A second instruction reads
+  every text again, so the figure holds for any number of instructions.
+- `soft_prompt`: the model, under one instruction.
+- `two_instructions`: the model, every text under two instructions in one call of `promptembedder.encode`.
+
+`query_ms` is the time of one short query: `words`, and the model under a `new` instruction, which the prompter has to
+read first, and under a `remembered` one. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,42 +23,55 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
+import pictures
 import promptembedder
 from kept_results import command, say
-from promptembedder import atomic, evaluation
+from promptembedder import atomic
 from promptembedder.data.aspects import ASPECTS
-from promptembedder.llms import locate as locate_module
-from promptembedder.llms import quiet as quiet_module
+from promptembedder.evaluation import plain_reader
+from promptembedder.llms.locate import locate
+from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.model.module import soft_prompt_module
 
-INSTRUCTIONS = ["Group the texts by topic.", "Group the texts by the feeling that they express."]
+# Of 15 tokens each, for SmolLM2.
+INSTRUCTIONS = [
+    "Group the texts by topic, and by nothing else that they may share.",
+    "Group the texts by the feeling that they express, whatever they are about.",
+]
+IN_WORDS = "Instruct: {instruction}\nQuery: {text}"
+INSTRUCTION_TOKENS = 64  # room beside the text, so that no instruction is truncated
+VARIANTS = ("backbone", "words", "soft_prompt", "two_instructions")
+BATCH: dict[str, Any] = {"batch_size": 32, "show_progress_bar": False}
 
 
 def texts_of(model: SentenceTransformer, tokens: int, count: int) -> list[str]:
-    """Texts of about so many tokens, none of them twice."""
+    """Different texts of about that many tokens."""
     drawn = random.Random(tokens)
     words = [" ".join(drawn.choices(ASPECTS, k=2 * tokens)) for _ in range(count)]
     encoded = [model.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens] for text in words]
     return [str(model.tokenizer.decode(ids)) for ids in encoded]
 
 
-def plain(model: SentenceTransformer) -> SentenceTransformer:
-    """The backbone alone, as sentence-transformers reads with an LLM."""
+def plain(model: SentenceTransformer, pooling_mode: str, max_tokens: int) -> SentenceTransformer:
+    """The model's backbone in sentence-transformers, in the same precision, without a chat template."""
     module = soft_prompt_module(model)
-    located = locate_module.locate(module.base_models.backbone, module.base_models.backbone_revision)
-    with quiet_module.quiet_transformers():
-        reader = evaluation.plain_reader(str(located.folder), module.backbone.lm.dtype)
+    located = locate(module.base_models.backbone, module.base_models.backbone_revision)
+    with quiet_transformers():
+        reader = plain_reader(str(located.folder), module.backbone.lm.dtype)
     reader.tokenizer.padding_side = "right"
-    pooling = Pooling(reader.get_embedding_dimension(), pooling_mode="mean")
-    return SentenceTransformer(modules=[reader, pooling, Normalize()], device=str(model.device))
+    pooling = Pooling(reader.get_embedding_dimension(), pooling_mode=pooling_mode)
+    built = SentenceTransformer(modules=[reader, pooling, Normalize()], device=str(model.device))
+    built.max_seq_length = max_tokens
+    return built
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -60,64 +80,100 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def speeds(runs: Mapping[str, Callable[[], object]], texts: int, rounds: int) -> dict[str, float]:
+    """Embeddings a second of each variant, and how many times as fast as `words` the model is."""
+    rows: list[dict[str, float]] = []
+    for turn in range(rounds + 1):
+        taken = {name: seconds(run) for name, run in runs.items()}
+        if turn:  # the first round warms up
+            made = {name: texts * (2 if name == "two_instructions" else 1) for name in taken}
+            row = {name: made[name] / spent for name, spent in taken.items()}
+            ours = ("soft_prompt", "two_instructions")
+            rows.append(row | {f"{name}_to_words": row[name] / row["words"] for name in ours})
+    return {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]}
+
+
+def query_ms(model: SentenceTransformer, words: SentenceTransformer, rounds: int) -> dict[str, float]:
+    """Milliseconds of one query of eight words."""
+    query = " ".join(ASPECTS[:8])
+    in_words = IN_WORDS.format(instruction=INSTRUCTIONS[0], text=query)
+    runs: dict[str, Callable[[int], object]] = {
+        "words": lambda n: words.encode([in_words], show_progress_bar=False),
+        "new": lambda n: model.encode([query], prompt=f"Find number {n}.", show_progress_bar=False),
+        "remembered": lambda n: model.encode([query], prompt=INSTRUCTIONS[0], show_progress_bar=False),
+    }
+    taken = {name: [seconds(partial(run, n)) for n in range(2 * rounds + 1)] for name, run in runs.items()}
+    return {name: round(1000 * statistics.median(spent[1:]), 1) for name, spent in taken.items()}
+
+
+def table(figures: Mapping[str, Mapping[str, float]], latency: Mapping[str, float]) -> str:
+    lines = [
+        "Embeddings a second:",
+        "",
+        "| tokens a text | backbone, no instruction | instruction in words | soft prompt | soft prompts, two at once |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        *(f"| {n} | {' | '.join(f'{row[name]:.1f}' for name in VARIANTS)} |" for n, row in figures.items()),
+        "",
+        "Times as fast as the instruction in words:",
+        "",
+        "| tokens a text | soft prompt | soft prompts, two at once |",
+        "| ---: | ---: | ---: |",
+        *(
+            f"| {n} | {row['soft_prompt_to_words']:.2f} | {row['two_instructions_to_words']:.2f} |"
+            for n, row in figures.items()
+        ),
+        "",
+        f"One query: {latency['words']} ms with the instruction in words, {latency['remembered']} ms with a soft prompt "
+        f"under a remembered instruction, {latency['new']} ms under a new one.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder, name or hub id of a saved model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128], metavar="TOKENS")
-    parser.add_argument("--texts", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", help="unset: the accelerator, if there is one")
-    parser.add_argument("--report", type=Path, help="folder of figures and table")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="unset: as saved")
+    parser.add_argument("--report", type=Path, help="folder of figures, table and picture")
     arguments = parser.parse_args()
-    model = promptembedder.load(arguments.model, device=arguments.device)
-    backbone = plain(model)
-    model.max_seq_length = backbone.max_seq_length = max(arguments.lengths)
-    rows, figures = [], {}
+    model = promptembedder.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    longest = max(arguments.lengths)
+    model.max_seq_length = longest
+    backbone, words = plain(model, "mean", longest), plain(model, "lasttoken", longest + INSTRUCTION_TOKENS)
+    figures: dict[str, dict[str, float]] = {}
     for length in arguments.lengths:
         texts = texts_of(model, length, arguments.texts)
-        batch = {"batch_size": arguments.batch, "show_progress_bar": False}
+        in_words = [IN_WORDS.format(instruction=INSTRUCTIONS[0], text=text) for text in texts]
         runs: dict[str, Callable[[], object]] = {
-            "plain": partial(backbone.encode, texts, **batch),
-            "one_instruction": partial(model.encode, texts, prompt=INSTRUCTIONS[0], **batch),
-            "two_instructions": partial(promptembedder.encode, model, texts, INSTRUCTIONS, **batch),
+            "backbone": partial(backbone.encode, texts, **BATCH),
+            "words": partial(words.encode, in_words, **BATCH),
+            "soft_prompt": partial(model.encode, texts, prompt=INSTRUCTIONS[0], **BATCH),
+            "two_instructions": partial(promptembedder.encode, model, texts, INSTRUCTIONS, **BATCH),
         }
-        taken: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(arguments.rounds + 1):
-            for name, run in runs.items():
-                spent = seconds(run)
-                if turn:  # the first is to warm up
-                    taken[name].append(spent)
-        count = {"plain": 1, "one_instruction": 1, "two_instructions": 2}
-        found = {name: count[name] * len(texts) / statistics.median(spent) for name, spent in taken.items()}
-        figures[str(length)] = {name: round(value, 1) for name, value in found.items()}
-        rows.append(f"| {length} | " + " | ".join(f"{found[name]:.1f}" for name in runs) + " |")
-        say(rows[-1])
-    query = [" ".join(ASPECTS[:8])]
-    ask = partial(model.encode, query, show_progress_bar=False)
-    new = [seconds(partial(ask, prompt=f"Find number {n}.")) for n in range(2 * arguments.rounds)]
-    known = [seconds(partial(ask, prompt=INSTRUCTIONS[0])) for _ in range(4 * arguments.rounds)]
-    latency = {"new": round(1000 * statistics.median(new), 1), "remembered": round(1000 * statistics.median(known), 1)}
+        figures[str(length)] = speeds(runs, len(texts), arguments.rounds)
+        say(f"{length} tokens: {json.dumps(figures[str(length)])}")
+    latency = query_ms(model, words, arguments.rounds)
     machine = {
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "dtype": str(soft_prompt_module(model).backbone.lm.dtype).removeprefix("torch."),
     }
-    result = {"texts_per_second": figures, "query_ms": latency} | machine
-    table = [
-        "| tokens a text | backbone alone, texts a second | under an instruction | texts x 2 instructions |",
-        "| ---: | ---: | ---: | ---: |",
-        *rows,
-        "",
-        f"One query: {latency['new']} ms under a new instruction, {latency['remembered']} ms under a remembered one.",
-    ]
+    result = {"embeddings_per_second": figures, "query_ms": latency} | machine
     if arguments.report:
-        arguments.report.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(arguments.report / "encode-speed.md", "\n".join(table) + "\n")
+        groups = [f"{length} tokens a text" for length in figures]
+        series = {name: [row[name] for row in figures.values()] for name in VARIANTS}
+        pictures.bars(arguments.report / "encode-speed.png", groups, series, "embeddings a second")
+        head = f"`{command()}`, {', '.join(f'{name} {value}' for name, value in machine.items())}"
+        picture = "![Embeddings a second by length](encode-speed.png)"
+        report = f"{head}\n\n{table(figures, latency)}\n\n{picture}\n"
+        atomic.write_text(arguments.report / "encode-speed.md", report)
         record = {"command": command(), **result}
         atomic.write_text(arguments.report / "encode-speed.json", json.dumps(record, indent=1) + "\n")
-    print("\n".join(table))
+    print(table(figures, latency))
     print(json.dumps(result))
 
 

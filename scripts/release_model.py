@@ -1,10 +1,9 @@
-"""Make a trained model small and neutral enough to come with the package: half precision, no paths, and a card.
+"""Prepare a trained model for the package: half precision, no paths, a model card.
 
-    python benchmarks/ship.py runs/general/model smollm2-135m --recipe general.yaml
+    python scripts/release_model.py runs/general/model smollm2-135m --recipe general.yaml
 
-Writes `src/promptembedder/models/NAME`, which cuts texts at `--max-text-tokens`; what other limits do is in
-docs/research-log.md. The card takes figures from `--results`, the folder that `promptembedder evaluate NAME` wrote; run
-it once without, evaluate, and once more with.
+Writes `src/promptembedder/models/NAME`. Its texts are truncated at `--max-text-tokens`. The card takes its figures from
+`--results`, the folder that `promptembedder evaluate NAME` wrote: release without, evaluate, release again with it.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from promptembedder import evaluation
 from promptembedder.config import dump_yaml, parse
-from promptembedder.model.alignment import thinned
 from promptembedder.model.folder import ALIGNMENT_FILE, CONFIG_FILE, PLACE, SHARED_PROMPTER
 from promptembedder.model.settings import ModelConfig
 from promptembedder.training.curves import read_facts
@@ -60,8 +59,8 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
     stems = [Path(source.path).name.split(".")[0] for source in run.data.files]
     if unknown := [stem for stem in stems if stem not in LICENCES]:
         sys.exit(f"no licence is known for {', '.join(unknown)}; add it to LICENCES")
-    rank = run.model.deep_soft_prompt_rank
-    thin_ones = f", those of the deep soft prompt in rank {rank} after the training" if rank else ""
+    rank = run.model.deep_rank
+    deep = f", those of the deep soft prompt in rank {rank}" if rank else ""
     cut = f", texts cut at {run.data.max_text_tokens} tokens" if run.data.max_text_tokens else ""
     lines = [
         "---",
@@ -90,7 +89,7 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         f"Recipe `recipes/{recipe}`: layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens, "
         f"{facts['steps']} steps of {run.training.batch_size} rows, {run.data.max_negatives} hard negative, "
         f"{run.data.contrast_rows:,} of the rows made up (`data.contrast_rows`){cut}; "
-        f"{facts['trained_parameters']:,} trained parameters. Weights are kept in float16{thin_ones}.",
+        f"{facts['trained_parameters']:,} trained parameters. Weights are kept in float16{deep}.",
         "",
         "| file | source | licence as stated at the source |",
         "| --- | --- | --- |",
@@ -122,21 +121,40 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
     return "\n".join(lines)
 
 
+def thinned(deep_JPD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the nearest matrices of a rank (Eckart and Young 1936), both of equal norm.
+
+    Args:
+        deep_JPD: J matrices, prompter width P by backbone width D.
+        rank: R.
+
+    Returns:
+        (J, P, R) and (J, R, D), float32.
+    """
+    left, values, right = torch.linalg.svd(deep_JPD.double(), full_matrices=False)
+    root_JR = values[:, :rank].sqrt()
+    first_JPR, second_JRD = left[..., :rank] * root_JR[:, None], root_JR[..., None] * right[:, :rank]
+    return first_JPR.float().contiguous(), second_JRD.float().contiguous()
+
+
 def thin(folder: Path, rank: int) -> None:
-    """Keep a deep soft prompt's matrices as products of two thin ones."""
+    """Reduce the rank of a saved model's deep soft prompt."""
     file, settings_at = folder / ALIGNMENT_FILE, folder / CONFIG_FILE
     stored, saved = load_file(file), json.loads(settings_at.read_text())
-    whole = stored.pop("deep")
+    before = saved["model"].get("deep_rank")
+    if before is None or before < rank:
+        sys.exit(f"--deep-rank {rank}: the model's deep_rank is {before}, and a rank can only be reduced")
+    whole = stored.pop("deep_in").float() @ stored.pop("deep_out").float()
     stored["deep_in"], stored["deep_out"] = thinned(whole, rank)
-    kept = (stored["deep_in"] @ stored["deep_out"]).square().sum() / whole.square().sum()
-    print(f"rank {rank} keeps {kept:.1%} of the deep soft prompt's squared norm")
+    share = (stored["deep_in"] @ stored["deep_out"]).square().sum() / whole.square().sum()
+    print(f"rank {rank} keeps {share:.1%} of the deep soft prompt's squared norm")
     save_file(stored, file)
-    saved["model"]["deep_soft_prompt_rank"] = rank
+    saved["model"]["deep_rank"] = rank
     settings_at.write_text(json.dumps(saved, indent=2) + "\n")
 
 
 def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
-    """Half precision, no trace of the maker's machine, a higher text limit; gives the run's settings."""
+    """Store half precision, remove local paths, set the text limit; returns the run's settings."""
     saved = json.loads((folder / CONFIG_FILE).read_text())
     if saved["model"]["layout"] != "suffix" or SHARED_PROMPTER in saved:
         sys.exit(f"{folder}: needs layout 'suffix' and a prompter of its own")
@@ -160,12 +178,13 @@ def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("name")
-    parser.add_argument("--recipe", required=True, help="that the model was made with, below recipes/")
+    parser.add_argument("--recipe", required=True, help="the recipe of the model, a file name below recipes/")
     parser.add_argument("--max-text-tokens", type=int, default=128)
-    parser.add_argument("--deep-rank", type=int, help="keep a deep soft prompt's matrices in this rank")
+    parser.add_argument("--deep-rank", type=int, help="reduce the rank of the deep soft prompt")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     facts = read_facts(arguments.model)
