@@ -123,8 +123,8 @@ def table(figures: Mapping[str, Mapping[str, float]], latency: Mapping[str, floa
             for n, row in figures.items()
         ),
         "",
-        f"One query: {latency['words']} ms with the instruction in words, {latency['remembered']} ms with a soft prompt "
-        f"under a remembered instruction, {latency['new']} ms under a new one.",
+        f"One query: {latency['words']} ms with the instruction in words, {latency['remembered']} ms with the soft "
+        f"prompt of a remembered instruction, {latency['new']} ms with that of a new one.",
     ]
     return "\n".join(lines)
 

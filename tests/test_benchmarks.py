@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from transfer import of_few_rows  # of benchmarks/
+# Of benchmarks/, which pytest has on its path.
+import encode_speed
+import quality
+import transfer_report
+from ablations import ABLATIONS
+from promptembedder.training.settings import load_run
+from transfer import of_few_rows
 from transfer_report import pairs_needed, ratios, smoothed
+
+ROOT = Path(__file__).parents[1]
 
 
 def curve(every, seconds_per_example=1.0, rate=0.05):
@@ -86,3 +99,66 @@ def test_few_pairs_are_of_two_files_and_kept_nowhere_on_disk(tmp_path):
     assert (config.training.batch_size, config.training.max_steps) == (12, 5)
     assert config.training.text_state_cache is config.training.text_state_folder is None
     assert of_few_rows(arguments, "gemma-3-270m", 64).training.batch_size == 16
+
+
+def test_a_transfer_leaves_one_report_one_json_and_one_picture(tmp_path):
+    theirs = {"test": 71.0, "curve": [(0, 0.0, 50.0), (100, 400.0, 70.0), (200, 800.0, 80.0)]}
+    ours = {"test": 72.5, "curve": [(0, 3.0, 60.0), (100, 103.0, 80.0), (200, 203.0, 82.0)]}
+    few = {16: {"alignment_only": {"test": 70.0, "curve": [(0, 1.0, None), (16, 2.0, 71.0), (32, 3.0, 71.0)]}}}
+    parts = {"start": {"hard_cue": 61.234, "starts_dev": {}}, "alignment_only": ours, "lora": theirs}
+    measured = transfer_report.Measured(parts, few, {"lora": 65.678})
+    transfer_report.write(tmp_path, "python benchmarks/transfer.py", {"llm": measured, "other": measured})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.md", "transfer.json", "transfer.png"]
+    report = (tmp_path / "report.md").read_text().splitlines()
+    assert "| hard_cue | 61.23 | 61.23 |" in report
+    assert "| examples_ratio | 2.0 | 2.0 |" in report
+    assert "| without_examples | no | no |" in report
+    assert "| quick_lora | 65.68 | 65.68 |" in report
+    assert "| 16 | alignment_only | 70.00 | 71.00 | 2 |" in report  # the first of two equal scores
+    assert not any("without_labels" in line for line in report)  # nothing was trained on texts alone
+    record = json.loads((tmp_path / "transfer.json").read_text())
+    assert record["backbones"]["llm"]["figures"]["time_ratio"] == round(800 / 103, 1)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_settings_of_ablations_are_valid(name):
+    load_run(ROOT / "recipes" / "general.yaml", ABLATIONS[name])
+
+
+@pytest.mark.parametrize("column", quality.TRAINED)
+def test_settings_of_quality_are_valid(column):
+    load_run(ROOT / "recipes" / f"{quality.TRAINED[column]}.yaml", quality.SETTINGS.get(column, []))
+
+
+def test_speeds_are_medians_and_ratios_are_taken_within_a_round(monkeypatch):
+    taken = iter(
+        [
+            *(9.0, 9.0, 9.0, 9.0),  # the round that warms up
+            *(1.0, 2.0, 1.0, 2.0),
+            *(2.0, 4.0, 4.0, 4.0),
+            *(4.0, 8.0, 2.0, 8.0),
+        ]
+    )
+    monkeypatch.setattr(encode_speed, "seconds", lambda run: next(taken))
+    found = encode_speed.speeds(dict.fromkeys(encode_speed.VARIANTS, lambda: None), texts=8, rounds=3)
+    assert found == {
+        "backbone": 4.0,
+        "words": 2.0,
+        "soft_prompt": 4.0,
+        "two_instructions": 4.0,
+        "soft_prompt_to_words": 2.0,  # of 2, 1 and 4
+        "two_instructions_to_words": 2.0,
+    }
+
+
+def test_a_deep_soft_prompt_is_reduced_to_the_nearest_rank():
+    spec = importlib.util.spec_from_file_location("release_model", ROOT / "scripts" / "release_model.py")
+    release_model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(release_model)
+    whole = torch.randn(3, 12, 9, generator=torch.Generator().manual_seed(0))
+    first, second = release_model.thinned(whole, 4)
+    assert (first.shape, second.shape) == ((3, 12, 4), (3, 4, 9))
+    for matrix, product in zip(whole.numpy(), (first @ second).numpy(), strict=True):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert np.linalg.norm(matrix - product) == pytest.approx(np.linalg.norm(values[4:]), rel=1e-4)
+    assert first.norm().item() == pytest.approx(second.norm().item(), rel=1e-4)
