@@ -9,20 +9,14 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from sentence_transformers import SentenceTransformer
-from tqdm import tqdm
-
-from promptembedder.bulk.bridge import PROBE
-from promptembedder.bulk.bridge import load as load_bridge
-from promptembedder.bulk.writers import embedding_writer
-from promptembedder.data.texts import TextFormat, read_texts
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, needs_extra
 from promptembedder.model.folder import describe
-from promptembedder.model.module import soft_prompt_module
-from promptembedder.model.store import load
+from promptembedder.progress import bar
+
+if TYPE_CHECKING:
+    from promptembedder.data.texts import TextFormat
 
 # How values are stored.
 Stored = Literal["float32", "float16", "ubinary"]
@@ -41,7 +35,6 @@ def encode_file(
     id_field: str = "id",
     batch_size: int = 32,
     max_text_tokens: int | None = None,
-    instruction_guidance: float | None = None,
     truncate_dim: int | None = None,
     precision: Stored = "float32",
     bridge: Path | None = None,
@@ -59,9 +52,8 @@ def encode_file(
         text_field: field of the text in JSONL and Parquet.
         id_field: field of the id; rows without one get their number.
         batch_size: texts per forward.
-        max_text_tokens: cut texts after so many tokens; unset: the model's limit.
-        instruction_guidance: see `SoftPromptTransformer.embeddings`; unset: the model's.
-        truncate_dim: keep the first so many dimensions, at unit length again.
+        max_text_tokens: truncate texts to this many tokens; unset: the model's limit.
+        truncate_dim: keep this many dimensions, the first ones, at unit length again.
         precision: how values are stored; `ubinary` keeps a bit of each, eight to a byte.
         bridge: map the embeddings into an older model's space (`promptembedder.bridge`).
         device: where the model runs; unset: the accelerator, if there is one.
@@ -70,27 +62,40 @@ def encode_file(
         N and E, the latter in values, not bytes.
 
     Raises:
-        PromptEmbedderError: options that contradict each other; a model, a text or the output that cannot be had.
+        PromptEmbedderError: options contradict each other; the model, a text or the bridge cannot be read; the output
+            cannot be written.
+        MissingExtraError: Parquet without pyarrow.
     """
-    _check(instruction, document, bridge, truncate_dim, precision, instruction_guidance)
+    _check(instruction, document, bridge, truncate_dim, precision)
+    dimensions = describe(model)["dimensions"]
+    # A missing model is reported before the libraries are imported, which takes seconds.
+    import numpy as np
+
+    from promptembedder.bulk.bridge import PROBE
+    from promptembedder.bulk.bridge import load as load_bridge
+    from promptembedder.bulk.writers import embedding_writer
+    from promptembedder.model.store import load
+
     over = None if bridge is None else load_bridge(bridge)
-    width = min(truncate_dim or sys.maxsize, describe(model)["dimensions"])
+    width = min(truncate_dim or sys.maxsize, dimensions)
     if over is not None:
         over(np.zeros((0, width)))  # refuses a bridge of another width before the model opens
         width = over.weight_DF.shape[1]
     stored, dtype = ((width + 7) // 8, np.uint8) if precision == "ubinary" else (width, np.dtype(precision))
 
     def rows() -> Iterator[tuple[str, str]]:
-        return read_texts(texts, kind, text_field, id_field)
+        return _rows(texts, kind, text_field, id_field)
 
-    # The writer comes first: an output that cannot be written is said before the model opens.
+    # The writer comes first: an output that cannot be written is reported before the model opens.
     with embedding_writer(output, stored, np.dtype(dtype)) as writer:
-        # A file is read twice: what is wrong in its last line is said before the model opens. Of other input the first
-        # chunk comes before.
+        # A file is read twice, so that an error in its last line is reported before the model opens. Of other input
+        # only the first chunk is read before.
         total = sum(1 for _ in rows()) if Path(texts).is_file() else None
         chunks = _chunked(rows(), _BATCHES_PER_CHUNK * batch_size)
         first = list(itertools.islice(chunks, 1))
-        embedder = _opened(model, device, max_text_tokens, instruction_guidance)
+        embedder = load(model, device=device)
+        if max_text_tokens is not None:
+            embedder.max_seq_length = max_text_tokens
         options: dict[str, Any] = {"prompt": instruction, "batch_size": batch_size, "show_progress_bar": False}
         options |= {"precision": "ubinary"} if precision == "ubinary" else {}
         options |= {"task": "document"} if document else {}
@@ -114,26 +119,19 @@ def _check(
     bridge: Path | None,
     truncate_dim: int | None,
     precision: Stored,
-    instruction_guidance: float | None,
 ) -> None:
     """Refuse options that contradict each other."""
     if instruction is not None and (document or not instruction.strip()):
         raise PromptEmbedderError("--instruction must be a sentence and cannot go with --document")
     if bridge is not None and (truncate_dim is not None or precision == "ubinary"):
         raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
-    if bridge is not None and instruction_guidance is not None:
-        raise PromptEmbedderError("--bridge was fitted on the model as it is: leave --instruction-guidance out")
 
 
-def _opened(
-    model: str | Path, device: str | None, max_text_tokens: int | None, instruction_guidance: float | None
-) -> SentenceTransformer:
-    embedder = load(model, device=device)
-    if max_text_tokens is not None:
-        embedder.max_seq_length = max_text_tokens
-    if instruction_guidance is not None:
-        soft_prompt_module(embedder).instruction_guidance = instruction_guidance
-    return embedder
+def _rows(texts: str, kind: TextFormat | None, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:
+    from promptembedder.data.texts import read_texts
+
+    with needs_extra("parquet", "reading Parquet"):
+        yield from read_texts(texts, kind, text_field, id_field)
 
 
 def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
@@ -143,7 +141,7 @@ def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[
 
 def _progress(chunks: Iterator[list[tuple[str, str]]], total: int | None) -> Iterator[list[tuple[str, str]]]:
     """Count texts on standard error; how many will come from standard input is unknown."""
-    with tqdm(unit=" texts", desc="Encoding", total=total) as bar:
+    with bar(unit=" texts", desc="Encoding", total=total) as shown:
         for chunk in chunks:
             yield chunk
-            bar.update(len(chunk))
+            shown.update(len(chunk))

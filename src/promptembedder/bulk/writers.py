@@ -1,4 +1,4 @@
-"""Texts in, embeddings out: streaming readers and atomic writers for the `encode` command.
+"""Embeddings to a file, batch by batch; the file appears when all are written.
 
 Shapes: B texts of a batch, N texts in all, E embedding width.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from promptembedder import atomic
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, needs_extra
 
 
 class EmbeddingWriter(Protocol):
@@ -46,18 +46,18 @@ def embedding_writer(path: Path, width: int, dtype: np.dtype[Any]) -> Iterator[E
     if path.suffix not in makers:
         raise PromptEmbedderError(f"output {path}: unknown ending {path.suffix!r}, expected .npy or .parquet")
     with ExitStack() as stack:
-        with _told(path):
+        with _naming(path):
             scratch = stack.enter_context(atomic.replacing(path))
             writer = makers[path.suffix](scratch, width, dtype)
-        # Errors of the block are the caller's: only what the writer does is told as a failure of the output.
+        # Errors of the block are the caller's: only the writer's own are reported as a failure of the output.
         yield _Checked(writer, path, width)
-        with _told(path):
+        with _naming(path):
             writer.close()
             stack.close()
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -74,7 +74,7 @@ class _Checked:
         """Append a batch."""
         if embeddings_BE.shape != (len(ids), self._width):
             raise ValueError(f"embeddings are {embeddings_BE.shape}, expected {(len(ids), self._width)}")
-        with _told(self._path):
+        with _naming(self._path):
             self._writer.write(ids, embeddings_BE)
 
 
@@ -106,8 +106,9 @@ class _NpyWriter:
 
 class _ParquetWriter:
     def __init__(self, path: Path, width: int, dtype: np.dtype[Any]) -> None:
-        import pyarrow
-        import pyarrow.parquet
+        with needs_extra("parquet", "writing Parquet"):
+            import pyarrow
+            import pyarrow.parquet
 
         self._arrow = pyarrow
         self._dtype = dtype

@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import safetensors.torch
 import torch
 from cachetools import LRUCache
@@ -270,6 +269,8 @@ def open_text_cache(
             other files.
     """
     if folder is None:
+        import psutil
+
         _check_budget(budget, psutil.virtual_memory().total, "the memory")
         return _InMemory(budget // workers, precision)
     place = Path(folder)

@@ -1,0 +1,34 @@
+"""`promptembedder explain`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from promptembedder.cli.arguments import AsJson, ModelPath
+
+
+def explain(
+    model: ModelPath,
+    instruction: Annotated[str | None, typer.Argument(help="Unset: the model's default instruction.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Words listed per soft token.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Show the words that each soft token of an instruction mixes, with their weights."""
+    from promptembedder.model.explain import explain as read
+    from promptembedder.model.module import soft_prompt_module
+    from promptembedder.model.store import load
+
+    embedder = load(model)
+    asked = instruction if instruction is not None else soft_prompt_module(embedder).settings.default_instruction
+    readings = read(embedder, asked, top)
+    if as_json:
+        print(json.dumps({"instruction": asked, "soft_tokens": [asdict(r) for r in readings]}))
+        return
+    print(f"instruction: {asked}")
+    for n, reading in enumerate(readings, 1):
+        words = "  ".join(f"{word!r} {weight:.2f}" for word, weight in reading.words)
+        print(f"soft token {n}  entropy {reading.entropy:5.2f} nats  {words}")

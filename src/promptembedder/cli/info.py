@@ -1,0 +1,20 @@
+"""`promptembedder info`."""
+
+from __future__ import annotations
+
+import json
+
+from promptembedder.cli.arguments import AsJson, ModelPath
+
+
+def info(model: ModelPath, as_json: AsJson = False) -> None:
+    """Show what a saved model is made of; opens no LLM."""
+    from promptembedder.model.folder import describe
+
+    facts = describe(model)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        on_one_line = str(value).replace("\n", "\\n")
+        print(f"{name:24} {on_one_line}")
