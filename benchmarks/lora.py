@@ -224,20 +224,20 @@ def _arguments(
     config: RunConfig, data: TrainingData, learning_rate: float, checkpoints: Path, *, save: bool, follow: bool
 ) -> SentenceTransformerTrainingArguments:
     settings = config.training
-    cpu = not torch.cuda.is_available()
-    arguments = SentenceTransformerTrainingArguments(
-        **shared_arguments(settings),
-        output_dir=str(checkpoints),
-        learning_rate=learning_rate,
-        max_grad_norm=settings.max_grad_norm,
-        eval_strategy="steps" if follow else "no",
-        eval_steps=config.evaluation.every_steps if follow else None,
-        save_strategy="steps" if save else "no",
-        save_steps=config.evaluation.every_steps if follow else 25,
-        save_total_limit=1,
-        prompts={name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()},
-        use_cpu=cpu,
-    )
+    prompts = {name: {column: prompt(i) for column, i in columns.items()} for name, columns in data.prompts.items()}
+    own = {
+        "output_dir": str(checkpoints),
+        "learning_rate": learning_rate,
+        "max_grad_norm": settings.arguments.get("max_grad_norm", 1.0),
+        "eval_strategy": "steps" if follow else "no",
+        "eval_steps": config.evaluation.every_steps if follow else None,
+        "save_strategy": "steps" if save else "no",
+        "save_steps": config.evaluation.every_steps if follow else 25,
+        "save_total_limit": 1,
+        "prompts": prompts,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    arguments = SentenceTransformerTrainingArguments(**{**shared_arguments(settings), **own})
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
