@@ -8,31 +8,48 @@ from typing import TYPE_CHECKING, Any
 from promptembedder.errors import PromptEmbedderError
 
 if TYPE_CHECKING:
+    from promptembedder.data.settings import DataConfig, DataFile
     from promptembedder.model.build import build
     from promptembedder.model.encode import encode
+    from promptembedder.model.explain import explain
     from promptembedder.model.module import SoftPromptTransformer
     from promptembedder.model.settings import ModelConfig
     from promptembedder.model.store import load, save
-    from promptembedder.training.settings import RunConfig
+    from promptembedder.training.settings import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig
+    from promptembedder.transfer.settings import TransferConfig
 
 # Opened on first use: the libraries behind them take seconds, which `promptembedder --help` need not wait for.
 _PLACES = {
+    "DataConfig": "data.settings",
+    "DataFile": "data.settings",
+    "EvaluationConfig": "training.settings",
     "ModelConfig": "model.settings",
     "RunConfig": "training.settings",
     "SoftPromptTransformer": "model.module",
+    "TrainingConfig": "training.settings",
+    "TransferConfig": "transfer.settings",
+    "WarmStartConfig": "training.settings",
     "build": "model.build",
     "encode": "model.encode",
+    "explain": "model.explain",
     "load": "model.store",
     "save": "model.store",
 }
 
 __all__ = [
+    "DataConfig",
+    "DataFile",
+    "EvaluationConfig",
     "ModelConfig",
     "PromptEmbedderError",
     "RunConfig",
     "SoftPromptTransformer",
+    "TrainingConfig",
+    "TransferConfig",
+    "WarmStartConfig",
     "build",
     "encode",
+    "explain",
     "load",
     "save",
 ]

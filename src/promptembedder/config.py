@@ -1,14 +1,15 @@
-"""Settings: frozen dataclasses, YAML in and out, any of them overridable as `section.name=value`.
+"""How settings are parsed: YAML in and out, any of them overridable as `section.name=value`.
 
-Every default lives here and nowhere else. `None` means unset.
+The settings themselves live in the rooms that they belong to, as frozen dataclasses with every default.
+`None` means unset.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -25,6 +26,26 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Retired:
+    """A setting that earlier versions had; settings classes list theirs as `RETIRED`, by name.
+
+    Attributes:
+        neutral: whether a value changed nothing, given the value and its whole section.
+        advice: what to do in place of any other value.
+        becomes: the setting that takes the value over; unset: none.
+    """
+
+    neutral: Callable[[Any, Mapping[str, Any]], bool]
+    advice: str
+    becomes: str | None = None
+
+
+def retired(*neutral: Any, advice: str) -> Retired:
+    """A setting that is ignored at these values and refused at others."""
+    return Retired(lambda value, _: value in neutral, advice)
+
+
 def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     """Check settings and build the dataclass `kind`.
 
@@ -32,7 +53,7 @@ def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
         PromptEmbedderError: unknown name, wrong type or value; names the field, the value and what is valid.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(settings))
+        return TypeAdapter(kind).validate_python(_current(kind, settings, where))
     except ValidationError as error:
         raise PromptEmbedderError(f"{where}: {_one_line(error, kind)}") from None
 
@@ -69,6 +90,11 @@ def dump_yaml(config: Any) -> str:
 
 
 def overridden(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings after `section.name=value` overrides.
+
+    Raises:
+        PromptEmbedderError: an override does not look like that, or names a value as a section.
+    """
     result: dict[str, Any] = copy.deepcopy(dict(settings))
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -93,6 +119,34 @@ def _value(text: str) -> Any:
     if isinstance(value, dict) and (not text.lstrip().startswith("{") or all(v is None for v in value.values())):
         return text  # "Topic: which?", "{text}"
     return text if isinstance(value, str) and " #" in text and " #" not in value else value
+
+
+def _current(kind: Any, settings: Mapping[str, Any], where: str, path: str = "") -> dict[str, Any]:
+    """A section without retired settings.
+
+    Raises:
+        PromptEmbedderError: a retired setting has a value that changed something.
+    """
+    result = dict(settings)
+    for name, old in getattr(kind, "RETIRED", {}).items():
+        if name not in settings:
+            continue
+        value = result.pop(name)
+        if not old.neutral(value, settings):
+            raise PromptEmbedderError(f"{where}: {path}{name} = {value!r} is no longer a setting; {old.advice}")
+        if old.becomes is not None and value is not None:
+            result.setdefault(old.becomes, value)
+    hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    for name, value in result.items():
+        section = _section(hints.get(name))
+        if section is not None and isinstance(value, Mapping):
+            result[name] = _current(section, value, where, f"{path}{name}.")
+        elif section is not None and isinstance(value, (list, tuple)):
+            result[name] = [
+                _current(section, item, where, f"{path}{name}.{n}.") if isinstance(item, Mapping) else item
+                for n, item in enumerate(value)
+            ]
+    return result
 
 
 def _one_line(error: ValidationError, kind: type) -> str:

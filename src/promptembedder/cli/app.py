@@ -31,7 +31,6 @@ _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
@@ -46,14 +45,18 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, messages or warnings.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Options that come before the command."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
     progress.set_quiet(quiet)
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)

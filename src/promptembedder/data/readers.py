@@ -75,6 +75,7 @@ def parse_json(line: str, where: str) -> Any:
 
 
 def records(path: str, root: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a file or hub dataset; errors as in `load_training_data`."""
     for where, record in _raw_records(path, root):
         if not isinstance(record, dict):
             raise PromptEmbedderError(f"{where}: expected an object with named fields, found {type(record).__name__}")
@@ -119,6 +120,11 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
+    """A field of a row that must be a non-empty string.
+
+    Raises:
+        PromptEmbedderError: it is missing or something else.
+    """
     if field not in record or record[field] is None:
         raise PromptEmbedderError(f"{where}: field {field!r} is missing")
     value = record[field]
@@ -128,6 +134,11 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
 
 
 def texts_field(record: dict[str, Any], field: str, where: str, at_least: int) -> tuple[str, ...]:
+    """A field of a row that must be a list of non-empty strings, missing or null being an empty one.
+
+    Raises:
+        PromptEmbedderError: it is something else, or holds fewer than `at_least`.
+    """
     values = record.get(field)
     if values is None:
         values = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import struct
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from platformdirs import user_cache_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.identity import COPY_CHUNK, sha256_of
 from promptembedder.llms.quiet import quiet_transformers
+from promptembedder.progress import say
 
 CACHE_ENV = "PROMPTEMBEDDER_CACHE"
 # Part of every cache key: raise it when a conversion changes what it writes.
@@ -43,6 +46,7 @@ def converted(key: str, sha256: str, parts: list[Path]) -> Path:
         if (target / "config.json").is_file():
             return target
         scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
+        say(f"converting {key.rpartition('-')[0]} from GGUF, once")
         try:
             gguf = scratch / "model.gguf"
             _join(parts, gguf, sha256)
@@ -59,7 +63,7 @@ def _join(parts: list[Path], output: Path, sha256: str) -> None:
     with output.open("wb") as sink:
         for part in parts:
             with part.open("rb") as source:
-                shutil.copyfileobj(source, sink, COPY_CHUNK)
+                shutil.copyfileobj(source, sink, 1 << 24)
     found = sha256_of([output])
     if found != sha256:
         raise PromptEmbedderError(
@@ -70,7 +74,8 @@ def _join(parts: list[Path], output: Path, sha256: str) -> None:
 def _convert_gguf(gguf: Path, output: Path) -> None:
     """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other."""
     options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
-    with quiet_transformers():
+    # The bar of the conversion goes past transformers' own switch.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
         try:
             lm = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,

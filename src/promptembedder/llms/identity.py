@@ -1,14 +1,11 @@
-"""Which LLM, which file: digests of weights and of files."""
+"""Which LLM it is, known by its weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-
-COPY_CHUNK = 1 << 24
 
 
 def fingerprint(lm: torch.nn.Module) -> str:
@@ -33,12 +30,3 @@ def digest(named: Mapping[str, torch.Tensor]) -> str:
 
 def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def sha256_of(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as source:
-            while block := source.read(COPY_CHUNK):
-                digest.update(block)
-    return digest.hexdigest()

@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
 from promptembedder.llms.hub import fetched
-from promptembedder.llms.identity import sha256_of
 from promptembedder.llms.quiet import quiet_transformers
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from promptembedder.llms.copies import sharing_copy, tensors
+from promptembedder.llms.copies import sharing_copy
 from promptembedder.llms.device import cpu_has_bfloat16
 
 
@@ -72,7 +72,7 @@ def widened(lm: nn.Module) -> nn.Module:
 
     Feed it float32 embeddings; everything between its layers then is float32 too.
     """
-    view = sharing_copy(lm, tensors(lm))
+    view = sharing_copy(lm)
     for module in list(view.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:

@@ -5,8 +5,6 @@ Both layouts are one idea: run the first segment, keep its key/value states, con
     prefix:  [instruction, soft prompt] -> [text]      gradient through every text token
     suffix:  [text] -> [soft prompt]                   gradient through the K soft tokens only
 
-In `suffix` the instruction may stand between the two, in words: [text] -> [instruction] -> [soft prompt].
-
 Shapes: B texts, T text tokens, I instruction tokens, K soft tokens, D backbone width, E embedding width (= D),
 N soft prompts (1, shared by the batch, or B), R rows of a soft prompt: K, and K more for each of J layers where it is
 deep; L tokens of the segment at hand.
@@ -16,10 +14,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +26,6 @@ from transformers import DynamicCache, PreTrainedModel
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms import attention, widened
 from promptembedder.llms.attention import StatesApart
-from promptembedder.llms.copies import sharing_copy, tensors
 from promptembedder.llms.state_cache import TextStateCache
 from promptembedder.llms.states import CACHE_ARGUMENT, States, merged, packed, shallow_copy, unpacked
 from promptembedder.model.settings import Layout, Readout
@@ -37,7 +33,6 @@ from promptembedder.model.settings import Layout, Readout
 logger = logging.getLogger(__name__)
 
 
-TextPass = Literal["same", "int8"]
 # Soft prompts (N, R, D) and the instruction's tokens (I,) to embeddings (B, E) of the texts at hand.
 Embedder = Callable[[Tensor, Tensor], Tensor]
 # Padded tokens of one chunk. Small chunks waste less padding; below these sizes matrix products get slower, and
@@ -57,13 +52,6 @@ class Backbone(nn.Module):
             or the mean over the text tokens.
         num_soft_tokens: K. Rows of a soft prompt beyond these are of a deep one (layout `suffix`): K more for each
             layer, added to its input.
-        readout_layers: besides the last hidden state, those after so many layers, each through the LLM's last norm,
-            are averaged into what is pooled.
-        text_pass: `int8` runs the pass over the text in layout `suffix` with weights and activations in dynamic
-            int8 on a CPU; the soft prompt is read in the model's own precision all the same.
-
-    Attributes:
-        text_cache: where layout `suffix` keeps the states of texts; unset: nowhere.
     """
 
     def __init__(
@@ -73,17 +61,12 @@ class Backbone(nn.Module):
         layout: Layout,
         readout: Readout,
         num_soft_tokens: int,
-        text_pass: TextPass = "same",
-        readout_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
         self.layout = layout
         self.readout = readout
-        self.text_pass = text_pass
         self.num_soft_tokens = num_soft_tokens
-        self.readout_layers = tuple(readout_layers)
-        self.text_cache: TextStateCache | None = None
         # Hooks on the LLM's layers add what belongs to one request, so another thread's must wait.
         self._one_at_a_time = threading.RLock()
         self._can_stay_apart = layout == "suffix" and attention.install(lm)
@@ -91,8 +74,8 @@ class Backbone(nn.Module):
         self._copies: dict[str, nn.Module] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the LLM's copies, the text states and the lock out of pickles for worker processes."""
-        return {**self.__dict__, "_copies": {}, "text_cache": None, "_one_at_a_time": None}
+        """Leave the LLM's copy and the lock out of pickles for worker processes."""
+        return {**self.__dict__, "_copies": {}, "_one_at_a_time": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -127,13 +110,19 @@ class Backbone(nn.Module):
                 f"{positions}"
             )
 
-    def embedder(self, ids_BT: Tensor, mask_BT: Tensor) -> Embedder:
-        """Texts at hand, to be embedded under any number of soft prompts: `forward` with its first two arguments given.
+    def embedder(self, ids_BT: Tensor, mask_BT: Tensor, cache: TextStateCache | None = None) -> Embedder:
+        """Texts to be embedded under any number of soft prompts: `forward` with its first two arguments given.
 
         In layout `suffix` they are read here, once.
+
+        Args:
+            ids_BT: text token ids, padded on either side.
+            mask_BT: 1 for tokens, 0 for padding.
+            cache: holds the states of texts in layout `suffix`; unset: every text is read.
         """
         if self.layout == "suffix":
-            return partial(self.read_soft_prompt, self.read_text(ids_BT, mask_BT))
+            states = self.read_text(ids_BT, mask_BT, cache)
+            return lambda soft_NRD, instruction_ids_I: self.read_soft_prompt(states, soft_NRD)
         return partial(self._read_after_soft_prompt, ids_BT, mask_BT)
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, soft_NRD: Tensor, instruction_ids_I: Tensor) -> Tensor:
@@ -143,7 +132,7 @@ class Backbone(nn.Module):
             ids_BT: text token ids, padded on either side.
             mask_BT: 1 for tokens, 0 for padding.
             soft_NRD: one soft prompt for all texts (N = 1) or one per text (N = B).
-            instruction_ids_I: the instruction in the backbone's tokens; layout `suffix` may have none.
+            instruction_ids_I: the instruction in the backbone's tokens, for layout `prefix`.
 
         Returns:
             (B, E) float32, not normalised.
@@ -161,31 +150,31 @@ class Backbone(nn.Module):
         for rows, length in self._chunks(mask_BT):
             states = head.expanded(len(rows)) if len(soft_NKD) == 1 else head.picked(rows)
             mask_bT = mask_BT[rows, :length]
-            with self._one_at_a_time, self._mixing_layers() as mixed:
-                hidden_bTD = mixed(self._continue(states, self._embed(ids_BT[rows, :length]), mask_bT)[0])
+            hidden_bTD, _ = self._continue(states, self._embed(ids_BT[rows, :length]), mask_bT)
             pooled.append(pool(hidden_bTD, mask_bT, self.readout))
             order.append(rows)
         return torch.cat(pooled)[torch.cat(order).argsort()]
 
-    def read_text(self, ids_BT: Tensor, mask_BT: Tensor) -> States:
+    def read_text(self, ids_BT: Tensor, mask_BT: Tensor, cache: TextStateCache | None = None) -> States:
         """Layout `suffix`, first segment: key/value states of the texts, without gradient.
 
-        They do not depend on what follows, so one pass serves any number of soft prompts.
+        They do not depend on what follows, so one pass serves any number of soft prompts. Only texts that the cache
+        does not hold are read.
         """
         # Padding goes to the left, so that the soft prompt follows the text without a gap.
         ids_BT, mask_BT = pad_side(ids_BT, mask_BT, "left")
         length = int(mask_BT.sum(-1).max())
         ids_BT, mask_BT = ids_BT[:, -length:], mask_BT[:, -length:]
         with torch.no_grad():
-            if self.text_cache is None:
+            if cache is None:
                 return merged(list(self._read_chunks(ids_BT, mask_BT)))
-            return self._read_through(self.text_cache, ids_BT, mask_BT)
+            return self._read_through(cache, ids_BT, mask_BT)
 
     def _read_chunks(self, ids_BT: Tensor, mask_BT: Tensor) -> Iterator[tuple[Tensor, States]]:
         """Row numbers and states of each chunk, shortest texts first; padding stands on the left."""
         for rows, length in self._chunks(mask_BT):
             inputs_bTD, mask_bT = self._embed(ids_BT[rows, -length:]), mask_BT[rows, -length:]
-            states = self._continue(None, inputs_bTD, mask_bT, self._text_reader())[1]
+            states = self._continue(None, inputs_bTD, mask_bT)[1]
             yield rows, states.to(self.lm.dtype)
 
     def _read_through(self, cache: TextStateCache, ids_BT: Tensor, mask_BT: Tensor) -> States:
@@ -200,22 +189,13 @@ class Backbone(nn.Module):
         empty = DynamicCache(config=self.lm.config)
         return unpacked((found[n] for n in range(len(keys))), mask_BT, empty, self.lm.dtype)
 
-    def read_soft_prompt(self, states: States, soft_NRD: Tensor, instruction_ids_I: Tensor | None = None) -> Tensor:
-        """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`.
-
-        An instruction in words, where there is one, is read in between, without gradient.
-        """
-        if instruction_ids_I is not None and len(instruction_ids_I):
-            with torch.no_grad():
-                inputs_BID = self._embed(instruction_ids_I).expand(len(states.mask_BL), -1, -1)
-                mask_BI = states.mask_BL.new_ones(inputs_BID.shape[:2])
-                states = self._continue(states, inputs_BID, mask_BI, self._text_reader())[1]
-                states = states.to(self._embedding_dtype())
+    def read_soft_prompt(self, states: States, soft_NRD: Tensor) -> Tensor:
+        """Layout `suffix`, second segment: embeddings (B, E) float32 of the texts behind `states`."""
         K = self.num_soft_tokens
         soft_BKD = soft_NRD[:, :K].expand(len(states.mask_BL), -1, -1)
         mask_BK = states.mask_BL.new_ones(soft_BKD.shape[:2])
-        with self._one_at_a_time, self._deepened(soft_NRD[:, K:]), self._mixing_layers() as mixed:
-            hidden_BKD = mixed(self._finish(states, soft_BKD, mask_BK))
+        with self._one_at_a_time, self._deepened(soft_NRD[:, K:]):
+            hidden_BKD = self._finish(states, soft_BKD, mask_BK)
         return pool(hidden_BKD, mask_BK, self.readout)
 
     @contextmanager
@@ -232,25 +212,6 @@ class Backbone(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    @contextmanager
-    def _mixing_layers(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """While inside, listen to `readout_layers`; gives what averages their hidden states with the last (B, L, D)."""
-        reader: Any = self._reader()
-        heard: list[Tensor] = []
-
-        def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-            heard.append(output[0] if isinstance(output, tuple) else output)
-
-        def mixed(last_BLD: Tensor) -> Tensor:
-            return torch.stack([last_BLD, *(reader.norm(hidden_BLD) for hidden_BLD in heard)]).mean(0)
-
-        hooks = [reader.layers[number - 1].register_forward_hook(listen) for number in self.readout_layers]
-        try:
-            yield mixed if self.readout_layers else _unchanged
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def _read_head(self, instruction_ids_I: Tensor, soft_NKD: Tensor) -> States:
         """Layout `prefix`, first segment: instruction and soft prompt, once for all texts that share them."""
         instruction_NID = self._embed(instruction_ids_I[None]).expand(len(soft_NKD), -1, -1)
@@ -260,41 +221,27 @@ class Backbone(nn.Module):
 
     def _reader(self) -> nn.Module:
         """What runs a segment: the LLM, or a copy of it made on first use, which takes and gives float32."""
-        if widened.helps(self.lm):
-            return self._copy("widened", widened.widened)
-        return self.lm  # type: ignore[no-any-return]
-
-    def _text_reader(self) -> nn.Module:
-        """What runs the pass over the text in layout `suffix`, for which there may be an int8 copy."""
-        if self.text_pass == "int8":
-            if self.lm.device.type == "cpu":
-                return self._copy("int8", _int8_copy)
-            _say_no_int8(self.lm.device.type)
-        return self._reader()
-
-    def _copy(self, name: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        if not widened.helps(self.lm):
+            return self.lm  # type: ignore[no-any-return]
         with self._one_at_a_time:
-            if name not in self._copies:
-                self._copies[name] = make(self.lm)
-            return self._copies[name]
+            if "widened" not in self._copies:
+                self._copies["widened"] = widened.widened(self.lm)
+            return self._copies["widened"]
 
-    def _continue(
-        self, before: States | None, inputs_BLD: Tensor, mask_BL: Tensor, reader: nn.Module | None = None
-    ) -> tuple[Tensor, States]:
+    def _continue(self, before: States | None, inputs_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, States]:
         """Run one segment after another.
 
         Args:
             before: states to continue from, left as they are; unset: a first segment.
             inputs_BLD: embeddings of the segment.
             mask_BL: 1 for tokens, 0 for padding.
-            reader: what runs it; unset: `_reader`.
 
         Returns:
             The segment's last hidden states (B, L, D), and the states to continue from.
         """
         cache = DynamicCache(config=self.lm.config) if before is None else shallow_copy(before.cache)
         mask_all = mask_BL if before is None else torch.cat([before.mask_BL, mask_BL], dim=1)
-        return self._call(reader or self._reader(), inputs_BLD, mask_all, cache), States(cache, mask_all)
+        return self._call(inputs_BLD, mask_all, cache), States(cache, mask_all)
 
     def _finish(self, before: States, inputs_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Run a segment that nothing follows; its last hidden states (B, L, D).
@@ -305,10 +252,11 @@ class Backbone(nn.Module):
             return self._continue(before, inputs_BLD, mask_BL)[0]
         cache = StatesApart(before.cache)
         mask_all = torch.cat([before.mask_BL, mask_BL], dim=1)
-        return self._call(self._reader(), inputs_BLD, mask_all, cache, earlier=cache)
+        return self._call(inputs_BLD, mask_all, cache, earlier=cache)
 
-    def _call(self, reader: nn.Module, inputs_BLD: Tensor, mask_all: Tensor, cache: Any, **more: Any) -> Tensor:
+    def _call(self, inputs_BLD: Tensor, mask_all: Tensor, cache: Any, **more: Any) -> Tensor:
         """The one place where anything enters the LLM; `mask_all` covers what is in the cache, too."""
+        reader = self._reader()
         positions_BL = (mask_all.cumsum(-1) - 1).clamp(min=0)[:, -inputs_BLD.shape[1] :]
         dtype = self._embedding_dtype() if reader is self.lm else torch.float32
         with self._one_at_a_time:
@@ -346,15 +294,6 @@ class Backbone(nn.Module):
         return self.lm.get_input_embeddings()(ids_BT)  # type: ignore[no-any-return]
 
 
-@cache
-def _say_no_int8(device: str) -> None:
-    logger.warning("text_pass 'int8' is for the CPU; on %s texts are read in the model's own precision", device)
-
-
-def _unchanged(hidden_BLD: Tensor) -> Tensor:
-    return hidden_BLD
-
-
 def _add_to_input(offset_NKD: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     hidden_BKD, *others = inputs
     return (hidden_BKD + offset_NKD.to(hidden_BKD.dtype), *others)
@@ -374,13 +313,3 @@ def pad_side(ids_BT: Tensor, mask_BT: Tensor, side: Literal["left", "right"]) ->
     """Move every row's padding to one side, keeping the order of its tokens."""
     order_BT = mask_BT.argsort(dim=-1, stable=True, descending=side == "right")
     return ids_BT.gather(-1, order_BT), mask_BT.gather(-1, order_BT)
-
-
-def _int8_copy(lm: nn.Module) -> nn.Module:
-    """The LLM with its linear layers in dynamic int8, the rest in float32, shared with the original where it is too."""
-    whole = sharing_copy(lm, (tensor for tensor in tensors(lm) if tensor.dtype == torch.float32)).float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the eager quantisation API is announced to move to another package
-        return torch.ao.quantization.quantize_dynamic(  # type: ignore[no-any-return, no-untyped-call]
-            whole, {nn.Linear}, dtype=torch.qint8, inplace=True
-        )

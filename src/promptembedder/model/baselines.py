@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
+from promptembedder import progress
 from promptembedder.model.backbone import pool
 from promptembedder.model.module import SoftPromptTransformer
 
@@ -63,7 +63,7 @@ def _embedded(embed: Callable[[list[str]], Tensor], texts: Sequence[str], batch_
     by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
     result: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(texts)
     with torch.inference_mode():
-        for start in tqdm(range(0, len(texts), batch_size), desc="Batches", leave=False):
+        for start in progress.bar(range(0, len(texts), batch_size), "Batches", leave=False):
             picked = by_length[start : start + batch_size]
             unit_BE = torch.nn.functional.normalize(embed([texts[n] for n in picked]), dim=-1)
             for n, embedding in zip(picked, unit_BE.float().cpu().numpy(), strict=True):

@@ -8,7 +8,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from promptembedder.llms.locate import locate
 from promptembedder.model.module import SoftPromptTransformer
-from promptembedder.model.parts import build_module
+from promptembedder.model.parts import open_parts
 from promptembedder.model.settings import ModelConfig
 
 
@@ -26,7 +26,8 @@ def build(config: ModelConfig | None = None, *, device: str | None = None, seed:
     config = config or ModelConfig()
     prompter_at = locate(config.prompter, config.prompter_revision)
     backbone_at = locate(config.backbone, config.backbone_revision)
-    return assemble(build_module(config, prompter_at, backbone_at, device, seed), device)
+    parts = open_parts(config, prompter_at, backbone_at, device, seed)
+    return assemble(SoftPromptTransformer.of(parts, config), device)
 
 
 def assemble(module: SoftPromptTransformer, device: str | None) -> SentenceTransformer:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
-from tqdm import tqdm
 
+from promptembedder import progress
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.text import check_text
@@ -56,7 +56,7 @@ def encode(
     by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
     starts = range(0, len(texts), batch_size)
     model.eval()
-    for start in tqdm(starts, desc="Batches", disable=not show_progress_bar):
+    for start in progress.bar(starts, "Batches", show=show_progress_bar):
         picked = by_length[start : start + batch_size]
         batch = [texts[n] for n in picked]
         for i, embedding_BE in enumerate(_encode_batch(model, module, batch, several)):
@@ -68,14 +68,11 @@ def encode(
 def _encode_batch(
     model: SentenceTransformer, module: SoftPromptTransformer, texts: list[str], instructions: list[str]
 ) -> list[Tensor]:
-    if module.settings.condition_on != "instruction":
-        several = [module.preprocess(texts, prompt=instruction) for instruction in instructions]
-        return [model(batch_to_device(features, model.device))["sentence_embedding"] for features in several]
     tokens = batch_to_device(module.preprocess(texts), model.device)
-    embed = module.backbone.embedder(tokens["input_ids"], tokens["attention_mask"])
+    embed = module.embedder(tokens["input_ids"], tokens["attention_mask"])
     embeddings = []
-    for embedding_BE in module.embeddings(embed, instructions):
-        features = {"sentence_embedding": embedding_BE}
+    for instruction in instructions:
+        features = {"sentence_embedding": embed(instruction)}
         for later in list(model)[1:]:
             features = later(features)
         embeddings.append(features["sentence_embedding"])

@@ -28,19 +28,16 @@ def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[
     """Read the K soft tokens that a model's prompter writes for an instruction.
 
     Args:
-        model: made by `build` or `load`, conditioned on the instruction alone.
+        model: made by `build` or `load`.
         instruction: as in `encode(prompt=...)`.
         top: words listed per soft token.
 
     Raises:
-        PromptEmbedderError: the instruction is empty; `top` is larger than the vocabulary; the soft prompt depends
-            on the text too.
+        PromptEmbedderError: the instruction is empty; `top` is larger than the vocabulary.
     """
     module = soft_prompt_module(model)
     if not instruction.strip():
         raise PromptEmbedderError("instruction is empty, expected a sentence")
-    if module.settings.condition_on != "instruction":
-        raise PromptEmbedderError(f"soft prompts of this model depend on {module.settings.condition_on}")
     with torch.inference_mode():
         weights_KV = module.soft_tokens(instruction).weights_NKV[0]
         if not 1 <= top <= weights_KV.shape[-1]:

@@ -15,17 +15,6 @@ from promptembedder.errors import PromptEmbedderError
 _MEASURED_WORDS = 4096
 
 
-def identity_start(P: int, D: int) -> Tensor:
-    """The start where prompter and backbone share their embeddings.
-
-    Raises:
-        PromptEmbedderError: the widths differ.
-    """
-    if P != D:
-        raise PromptEmbedderError(f"alignment start 'identity' needs equal widths, prompter has {P}, backbone {D}")
-    return torch.eye(P)
-
-
 def random_start(P: int, D: int, generator: torch.Generator | None = None) -> Tensor:
     """Gaussian entries of variance 1 / P, so that the norm of a soft token is kept on average."""
     weight_PD: Tensor = torch.randn(P, D, generator=generator) * P**-0.5
@@ -74,7 +63,7 @@ def least_squares(shared: Moments) -> Tensor:
     P = len(shared.gram_PP)
     if shared.words < P:
         raise PromptEmbedderError(
-            f"alignment start 'least_squares' needs at least {P} shared tokens, the vocabularies share "
+            f"alignment_start 'auto' needs at least {P} shared tokens, the vocabularies share "
             f"{shared.words}; use 'random'"
         )
     weight_PD: Tensor = torch.linalg.lstsq(shared.gram_PP, shared.cross_PD, driver="gelsd").solution.float()
@@ -93,20 +82,6 @@ def ridge(shared: Moments, penalty: float = 1e-2) -> Tensor:
     gram_PP = shared.gram_PP.clone()
     gram_PP.diagonal().add_(penalty * float(gram_PP.diagonal().mean()))
     weight_PD: Tensor = torch.linalg.solve(gram_PP, shared.cross_PD).float()
-    return weight_PD
-
-
-def procrustes(shared: Moments) -> Tensor:
-    """A rotation with a scale, `c R` (P, D) with orthonormal rows or columns of `R`.
-
-    Orthogonal Procrustes (Schönemann 1966): `R = U V^T` of the singular value decomposition of `prompter^T backbone`,
-    `c` = sum of its singular values / `||prompter R||_F^2`. For P <= D the best in least squares; for P > D the `R`
-    whose inner product with the backbone's embeddings is largest, which then is not quite the same.
-    """
-    left, values, right = torch.linalg.svd(shared.cross_PD, full_matrices=False)
-    rotation_PD = left @ right
-    # ||prompter R||_F^2 = tr(R^T G R).
-    weight_PD: Tensor = (rotation_PD * (values.sum() / (shared.gram_PP @ rotation_PD * rotation_PD).sum())).float()
     return weight_PD
 
 

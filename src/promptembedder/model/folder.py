@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from promptembedder.config import parse
+from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.hub import fetched
-from promptembedder.model import folder as shipped
 from promptembedder.model.settings import ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What a run or transfer began with, in its folder.
 BEGUN_FILE = "begun.yaml"
 CONFIG_FILE = "promptembedder.json"
@@ -98,21 +97,21 @@ def folder_of(model: str | Path, revision: str | None = None) -> Path:
     Raises:
         PromptEmbedderError: it has to come from the hub, and does not.
     """
-    folder = shipped.shipped_folder(model)
+    folder = shipped_folder(model)
     if not may_be_hub_id(model):
         return folder
     fetched = saved_model(str(model), revision)
     if fetched is None:
         raise PromptEmbedderError(
             f"no model at {model}: no such folder, and the hub has none of ours by that id; check the id, your network "
-            f"and HF_TOKEN{shipped.shipped_hint()}"
+            f"and HF_TOKEN{shipped_hint()}"
         )
     return fetched
 
 
 def may_be_hub_id(model: str | Path) -> bool:
     """Whether a model's name is one that the hub could know: `owner/name`, which is no folder here, nor beside ours."""
-    folder, name = shipped.shipped_folder(model), str(model)
+    folder, name = shipped_folder(model), str(model)
     if folder.exists() or folder.is_absolute() or name.count("/") != 1 or name[0] in ".~":
         return False
     signs = (CONFIG_FILE, f"model/{CONFIG_FILE}", BEGUN_FILE)
@@ -125,37 +124,13 @@ def prompter_owner(path: str | Path) -> Path:
     Raises:
         PromptEmbedderError: not a saved model, or one of the package; the weights are not there or altered.
     """
-    folder = shipped.shipped_folder(path).resolve()
-    if folder.is_relative_to(shipped.PLACE.resolve()):
+    folder = shipped_folder(path).resolve()
+    if folder.is_relative_to(PLACE.resolve()):
         raise PromptEmbedderError(f"{path} comes with the package, which may move; its prompter cannot be shared")
-    weights = prompter_weights(folder, read_settings(folder))
+    weights = read_saved(folder).prompter_weights
     if not weights.is_file():
         raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
     return weights.parent.parent
-
-
-def prompter_weights(folder: Path, saved: dict[str, Any]) -> Path:
-    """Where a saved model's prompter weights are: in its folder, or in that of the model it shares them with."""
-    pointer = saved.get(SHARED_PROMPTER)
-    if pointer is None:
-        return folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
-        raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'")
-    weights: Path = (folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-    if not weights.is_file():
-        raise PromptEmbedderError(f"{folder} shares the prompter of {weights.parent.parent}, which is not there")
-    if sha256(weights) != pointer["sha256"]:
-        raise PromptEmbedderError(
-            f"{folder} shares the prompter of {weights.parent.parent}, which has been altered since "
-            f"(sha256 is not {pointer['sha256'][:12]})"
-        )
-    return weights
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -164,55 +139,101 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         PromptEmbedderError: not a saved model, or a file is missing.
     """
-    folder = folder_of(path)
-    saved = read_settings(folder)
-    where = str(folder / CONFIG_FILE)
-    settings = asdict(parse(ModelConfig, saved["model"], where=where))
-    bases = asdict(parse(BaseModels, saved["base_models"], where=where))
-    truncate_dim = library_settings(folder).get("truncate_dim")
-    width = saved["embedding_dimension"]
-    sizes = {p: p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    saved = read_saved(folder_of(path))
+    settings, width = saved.config, saved.embedding_dimension
+    truncate_dim = library_settings(saved.folder).get("truncate_dim")
+    sizes = [p.stat().st_size for p in saved.folder.rglob("*") if p.is_file()]
+    lora = f", rank {settings.lora_rank}" if settings.prompter_training == "lora" else ""
     return {
-        "prompter": _origin(bases, "prompter"),
-        "backbone": _origin(bases, "backbone"),
-        "layout": settings["layout"],
-        "readout": settings["readout"],
-        "soft_tokens": settings["num_soft_tokens"],
+        "prompter": _origin(saved.base_models, "prompter"),
+        "backbone": _origin(saved.base_models, "backbone"),
+        "layout": settings.layout,
+        "readout": settings.readout,
+        "soft_tokens": settings.num_soft_tokens,
         "dimensions": min(width, truncate_dim or width),
-        "alignment": f"{saved['prompter_dimension']} x {saved['embedding_dimension']}",
-        "conditioned_on": settings["condition_on"],
-        "prompter_training": settings["prompter_training"]
-        + (f", rank {settings['lora_rank']}" if settings["prompter_training"] == "lora" else ""),
-        "backbone_layers": settings["backbone_layers"] or "all",
-        "readout_layers": settings.get("readout_layers") or "last",
-        "deep_soft_prompt": settings["deep_soft_prompt"],
-        "deep_soft_prompt_rank": settings["deep_soft_prompt_rank"],
-        "linear_head": settings["linear_head"],
-        "centred": settings["centred"],
-        "instruction_guidance": settings["instruction_guidance"],
-        "softmax_temperature": settings["softmax_temperature"],
-        "text_template": settings["text_template"],
-        "instruction_template": settings["instruction_template"],
-        "max_text_tokens": settings["max_text_tokens"],
-        "default_instruction": settings["default_instruction"],
-        "document_instruction": settings["document_instruction"],
-        "dtype": settings["dtype"],
-        "text_pass": settings["text_pass"],
-        "format_version": saved["format_version"],
-        "size_mb": round(sum(sizes.values()) / 1e6, 1),
+        "alignment": f"{saved.prompter_dimension} x {width}",
+        "prompter_training": settings.prompter_training + lora,
+        "deep_rank": settings.deep_rank,
+        "linear_head": settings.linear_head,
+        "centred": saved.centred,
+        "softmax_temperature": settings.softmax_temperature,
+        "text_template": settings.text_template,
+        "max_text_tokens": settings.max_text_tokens,
+        "default_instruction": settings.default_instruction,
+        "document_instruction": settings.document_instruction,
+        "dtype": settings.dtype,
+        "format_version": saved.format_version,
+        "size_mb": round(sum(sizes) / 1e6, 1),
     }
 
 
-def _origin(bases: dict[str, Any], role: str) -> str:
-    revision = f" @ {bases[f'{role}_revision'][:12]}" if bases[f"{role}_revision"] else ""
-    return f"{bases[role]}{revision} (fingerprint {bases[f'{role}_fingerprint'][:12]})"
+def _origin(bases: BaseModels, role: str) -> str:
+    name, revision = getattr(bases, role), getattr(bases, f"{role}_revision")
+    commit = f" @ {revision[:12]}" if revision else ""
+    return f"{name}{commit} (fingerprint {getattr(bases, f'{role}_fingerprint')[:12]})"
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings file of a saved model, its format version checked."""
-    saved: dict[str, Any] = read_json(folder / CONFIG_FILE)
+@dataclass(frozen=True)
+class SavedModel:
+    """The settings file of a saved model, checked.
+
+    Attributes:
+        folder: where the model is.
+        format_version: of the file as it lies there.
+        config: the model's settings.
+        base_models: the two LLMs.
+        embedding_dimension: E.
+        prompter_dimension: P.
+        centred: whether a mean is subtracted from embeddings.
+        shared_prompter: `folder` and `sha256` of the prompter weights in another saved model; unset: in this folder.
+    """
+
+    folder: Path
+    format_version: int
+    config: ModelConfig
+    base_models: BaseModels
+    embedding_dimension: int
+    prompter_dimension: int
+    centred: bool
+    shared_prompter: Any = None
+
+    @property
+    def prompter_weights(self) -> Path:
+        """Where the prompter's trained weights are.
+
+        Raises:
+            PromptEmbedderError: they are another model's, which is not there or has been altered.
+        """
+        pointer = self.shared_prompter
+        if pointer is None:
+            return self.folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+        if not isinstance(pointer, dict) or not all(isinstance(pointer.get(key), str) for key in ("folder", "sha256")):
+            raise PromptEmbedderError(
+                f"{self.folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'"
+            )
+        weights: Path = (self.folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
+        if not weights.is_file():
+            raise PromptEmbedderError(
+                f"{self.folder} shares the prompter of {weights.parent.parent}, which is not there"
+            )
+        if sha256_of([weights]) != pointer["sha256"]:
+            raise PromptEmbedderError(
+                f"{self.folder} shares the prompter of {weights.parent.parent}, which has been altered since "
+                f"(sha256 is not {pointer['sha256'][:12]})"
+            )
+        return weights
+
+
+def read_saved(folder: Path) -> SavedModel:
+    """The settings of a saved model, of this format or an older one.
+
+    Raises:
+        PromptEmbedderError: not a saved model, of a newer format, or with a setting that this version no longer has.
+    """
+    where = folder / CONFIG_FILE
+    saved = read_json(where)
     if not isinstance(saved, dict):
-        raise PromptEmbedderError(f"{folder / CONFIG_FILE} is not a settings file: expected an object")
+        raise PromptEmbedderError(f"{where} is not a settings file: expected an object")
     version = saved.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise PromptEmbedderError(
@@ -220,8 +241,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
         if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
-            raise PromptEmbedderError(f"{folder / CONFIG_FILE}: {name!r} is missing or not what it should be")
-    return saved
+            raise PromptEmbedderError(f"{where}: {name!r} is missing or not what it should be")
+    model, centred = dict(saved["model"]), saved.get("centred", False)
+    if version == 1:
+        centred = model.pop("centred", False)
+        # Said where W once began; W itself is saved.
+        model["alignment_start"] = "random" if model.get("alignment_start") == "random" else "auto"
+    return SavedModel(
+        folder,
+        version,
+        parse(ModelConfig, model, where=f"{where}: model"),
+        parse(BaseModels, saved["base_models"], where=f"{where}: base_models"),
+        saved["embedding_dimension"],
+        saved["prompter_dimension"],
+        bool(centred),
+        saved.get(SHARED_PROMPTER),
+    )
 
 
 def library_settings(folder: Path) -> dict[str, Any]:
@@ -242,7 +277,7 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         if path.parent.is_dir():
             raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
-        raise PromptEmbedderError(f"no model at {path.parent}{shipped.shipped_hint()}")
+        raise PromptEmbedderError(f"no model at {path.parent}{shipped_hint()}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Soft prompts of an optimizer step as leaves of its graph.
+"""What a model has during training only: soft prompts of a step as leaves of its graph, a cache, shorter texts.
 
 Shapes: K soft tokens, D backbone width, R rows of a soft prompt.
 """
@@ -6,9 +6,12 @@ Shapes: K soft tokens, D backbone width, R rows of a soft prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from promptembedder.llms.state_cache import TextStateCache
 
 
 class SoftPromptLeaves:
@@ -56,3 +59,18 @@ class SoftPromptLeaves:
         for _, (graph, leaf) in sorted(made.items()):
             if leaf.grad is not None:
                 torch.autograd.backward(graph, leaf.grad)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a `SoftPromptTransformer` has while it is trained, handed in by `SoftPromptTransformer.in_training`.
+
+    Attributes:
+        leaves: soft prompts of the current step; unset: soft prompts are ordinary nodes of the graph.
+        text_cache: states of texts, layout `suffix`; unset: every text is read.
+        max_text_tokens: texts are truncated here, if the model reads more; unset: where the model truncates them.
+    """
+
+    leaves: SoftPromptLeaves | None = None
+    text_cache: TextStateCache | None = None
+    max_text_tokens: int | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,11 +27,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
-from promptembedder.config import parse
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.tokens import opening_ids, plain_ids
 from promptembedder.model.alignment import Alignment
-from promptembedder.model.backbone import Backbone, Embedder
+from promptembedder.model.backbone import Backbone
 from promptembedder.model.folder import (
     ALIGNMENT_FILE,
     CENTRE,
@@ -40,10 +39,14 @@ from promptembedder.model.folder import (
     PROMPTER_FOLDER,
     PROMPTER_WEIGHTS,
     BaseModels,
+    SavedModel,
     folder_of,
+    read_saved,
 )
-from promptembedder.model.leaves import SoftPromptLeaves
-from promptembedder.model.prompter import Prompter, SoftTokens, trained_state
+from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
+from promptembedder.model.parts import Parts
+from promptembedder.model.prompter import Prompter, SoftTokens, load_trained_state, trained_state
+from promptembedder.model.reopen import reopen, weights_of
 from promptembedder.model.settings import ModelConfig
 from promptembedder.text import check_text
 
@@ -102,8 +105,8 @@ class SoftPromptTransformer(InputModule):
         self.base_models = base_models
         self.centre_E: Tensor
         self.register_buffer("centre_E", torch.zeros(backbone.width))
-        self.leaves: SoftPromptLeaves | None = None
-        self.training_text_tokens: int | None = None
+        self.centred = False
+        self.training_state = TrainingState()
         self._remembered = _memory()
         self._remembering = threading.RLock()  # servers encode in several threads
         self._remembered_for: Tensor | None = None
@@ -115,6 +118,11 @@ class SoftPromptTransformer(InputModule):
         self._head_ids = [*([] if config.layout == "prefix" else opening), *plain_ids(self.tokenizer, head)]
         self._tail_ids = plain_ids(self.tokenizer, tail)
         backbone.check_room(config.max_text_tokens, self._beside_texts)
+
+    @classmethod
+    def of(cls, parts: Parts, config: ModelConfig) -> SoftPromptTransformer:
+        """A module made of parts; errors as in the constructor."""
+        return cls(parts.prompter, parts.alignment, parts.backbone, parts.tokenizer, config, parts.base_models)
 
     def on_model_ready(self, model: BaseModel) -> None:
         """Give `prompt_name` the model's two instructions, where the saved ones are empty (sentence-transformers)."""
@@ -136,8 +144,7 @@ class SoftPromptTransformer(InputModule):
             **unknown: refused, so that a misspelt argument is not lost.
 
         Returns:
-            `input_ids` and `attention_mask`, (B, T), right padded; `instruction`, a string; with texts in the
-            prompter's reach also `request_ids` and `request_mask`, (B, 1, S).
+            `input_ids` and `attention_mask`, (B, T), right padded; `instruction`, a string.
 
         Raises:
             PromptEmbedderError: a text that is empty or no string, an unknown argument.
@@ -151,29 +158,31 @@ class SoftPromptTransformer(InputModule):
         rows = [self._text_ids(text, n) for n, text in enumerate(inputs)]
         features: dict[str, Any] = self._padded(rows)
         features["instruction"] = instruction
-        if self.settings.condition_on == "instruction_and_text":
-            requests = [f"{instruction}\n\nText: {text}" for text in inputs]
-            ids_BS, mask_BS = self.prompter.tokenize(requests)
-            # The extra dimension keeps losses that trim padding columns (gradient cache) off these.
-            features["request_ids"], features["request_mask"] = ids_BS[:, None], mask_BS[:, None]
         return features
 
     @contextmanager
-    def cutting_texts(self, limit: int | None) -> Iterator[None]:
-        """While inside, texts are cut at so many tokens, if that is fewer than the model reads."""
-        before, self.training_text_tokens = self.training_text_tokens, limit
+    def in_training(self, state: TrainingState) -> Iterator[None]:
+        """While inside, the module has what training needs; afterwards what it had before."""
+        before, self.training_state = self.training_state, state
         try:
             yield
         finally:
-            self.training_text_tokens = before
+            self.training_state = before
+
+    @contextmanager
+    def truncating(self, max_text_tokens: int | None) -> Iterator[None]:
+        """While inside, texts are truncated to so many tokens, if that is fewer than the model reads."""
+        with self.in_training(replace(self.training_state, max_text_tokens=max_text_tokens)):
+            yield
 
     def _text_ids(self, text: Any, n: int) -> list[int]:
         check_text(text, n)
-        limit = min(self.settings.max_text_tokens, self.training_text_tokens or self.settings.max_text_tokens)
+        most = self.settings.max_text_tokens
+        limit = min(most, self.training_state.max_text_tokens or most)
         ids = plain_ids(self.tokenizer, text)
         if len(ids) > limit and not self._said_truncated:
             self._said_truncated = True
-            logger.warning("a text of %d tokens is read up to max_text_tokens = %d (said once)", len(ids), limit)
+            logger.warning("a text of %d tokens is truncated to max_text_tokens = %d (warned once)", len(ids), limit)
         return self._head_ids + ids[:limit] + self._tail_ids
 
     def _padded(self, rows: list[list[int]]) -> dict[str, Any]:
@@ -188,8 +197,7 @@ class SoftPromptTransformer(InputModule):
     @property
     def _beside_texts(self) -> int:
         """Tokens that the backbone reads beside a text's, at most."""
-        words = self.settings.layout == "prefix" or self.settings.instruction_template is not None
-        instruction = self.settings.max_instruction_tokens if words else 0
+        instruction = self.settings.max_instruction_tokens if self.settings.layout == "prefix" else 0
         around = len(self._opening_ids) + len(self._head_ids) + len(self._tail_ids)
         return around + instruction + self.settings.num_soft_tokens
 
@@ -198,49 +206,33 @@ class SoftPromptTransformer(InputModule):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Add `sentence_embedding` (B, E) float32 to the features of `preprocess`."""
         instruction = features.get("instruction", self.settings.default_instruction)
-        embed = self.backbone.embedder(features["input_ids"], features["attention_mask"])
-        if "request_ids" in features:
-            tokens_NKP = self.prompter(features["request_ids"][:, 0], features["request_mask"][:, 0]).tokens_NKP
-            embedding_BE = embed(self.alignment(tokens_NKP), self.instruction_ids(instruction))
-            embedding_BE = self._centred(embedding_BE)
-        else:
-            (embedding_BE,) = self.embeddings(embed, [instruction])
-        if self.leaves is not None and torch.is_grad_enabled():
-            self.leaves.embedding_bytes += embedding_BE.nbytes
+        embed = self.embedder(features["input_ids"], features["attention_mask"])
+        embedding_BE = embed(instruction)
+        if self.training_state.leaves is not None and torch.is_grad_enabled():
+            self.training_state.leaves.embedding_bytes += embedding_BE.nbytes
         return {**features, "sentence_embedding": embedding_BE}
 
-    def embeddings(self, embed: Embedder, instructions: Sequence[str]) -> Iterator[Tensor]:
-        """Embeddings (B, E) of the texts at hand under one instruction after another.
-
-        With `instruction_guidance` w above 1: w e(instruction) - (w - 1) e(default instruction). This is
-        classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, whose w is ours less 1) with the default
-        instruction in the place of no condition. Under the default instruction itself, and under that of documents,
-        nothing changes.
+    def embedder(self, ids_BT: Tensor, mask_BT: Tensor) -> Callable[[str], Tensor]:
+        """Texts to be embedded under any number of instructions; in layout `suffix` they are read here, once.
 
         Args:
-            embed: of the backbone, holds the texts.
-            instructions: in words.
+            ids_BT: text token ids, as `preprocess` gives them.
+            mask_BT: 1 for tokens, 0 for padding.
+
+        Returns:
+            An instruction to embeddings (B, E) float32 of the texts under it.
         """
-        default, weight = self.settings.default_instruction, self.settings.instruction_guidance
-        # Documents are looked for under any instruction: they stay where queries are.
-        unguided = (default, self.settings.document_instruction)
-        default_BE: Tensor | None = None
-        for instruction in instructions:
-            embedding_BE = embed(self.soft_prompt(instruction), self.instruction_ids(instruction))
-            if weight > 1 and instruction not in unguided:
-                if default_BE is None:
-                    default_BE = embed(self.soft_prompt(default), self.instruction_ids(default))
-                embedding_BE = weight * embedding_BE - (weight - 1) * default_BE
-            yield self._centred(embedding_BE)
+        read = self.backbone.embedder(ids_BT, mask_BT, self.training_state.text_cache)
+        return lambda instruction: self._centred(read(self.soft_prompt(instruction), self.instruction_ids(instruction)))
 
     def _centred(self, embedding_BE: Tensor) -> Tensor:
         embedding_BE = embedding_BE.to(self.alignment.weight.dtype)  # as a linear head is, also after `model.half()`
-        return embedding_BE - self.centre_E if self.settings.centred else embedding_BE
+        return embedding_BE - self.centre_E if self.centred else embedding_BE
 
     def subtract(self, centre_E: Tensor | None) -> None:
-        """Subtract this from every embedding, as `ModelConfig.centred` says; `None`: nothing."""
+        """From now on subtract this from every embedding; None: nothing."""
         self.centre_E.copy_(torch.zeros_like(self.centre_E) if centre_E is None else centre_E)
-        self.settings = replace(self.settings, centred=centre_E is not None)
+        self.centred = centre_E is not None
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
         """What the prompter writes for an instruction alone: tokens (1, K, P) and weights (1, K, V)."""
@@ -254,16 +246,19 @@ class SoftPromptTransformer(InputModule):
         """The soft prompt (1, R, D) of an instruction.
 
         Without gradients it is computed once and remembered until a weight or the temperature changes. With
-        gradients it is a leaf of the current step where `leaves` is set (see `SoftPromptLeaves`), else part of the
-        graph.
+        gradients it is a leaf of the current step where `training_state` has leaves (see `SoftPromptLeaves`), else
+        part of the graph.
         """
         if not torch.is_grad_enabled():
             with self._remembering:
                 return self._remembered_soft_prompt(instruction)
-        if self.leaves is None:
+        leaves = self.training_state.leaves
+        if leaves is None:
             return self.alignment(self.soft_tokens(instruction).tokens_NKP)  # type: ignore[no-any-return]
-        leaves = self.leaves
-        return leaves.leaf(instruction, lambda: self.alignment(self._soft_tokens_of_step(instruction, leaves)))
+        leaf_1RD: Tensor = leaves.leaf(
+            instruction, lambda: self.alignment(self._soft_tokens_of_step(instruction, leaves))
+        )
+        return leaf_1RD
 
     def _soft_tokens_of_step(self, instruction: str, leaves: SoftPromptLeaves) -> Tensor:
         if any(parameter.requires_grad for parameter in self.prompter.parameters()):
@@ -290,18 +285,19 @@ class SoftPromptTransformer(InputModule):
         return soft_1RD
 
     def instruction_ids(self, instruction: str) -> Tensor:
-        """The instruction (I,) as the backbone reads it; empty in layout `suffix` without an `instruction_template`."""
-        template = self.settings.instruction_template
-        words = f"{instruction}\n" if self.settings.layout == "prefix" else None
-        if words is None and template is not None:
-            words = template.replace("{instruction}", instruction)
-        # The end stays: there the template goes on to the soft prompt.
-        ids = [] if words is None else plain_ids(self.tokenizer, words)[-self.settings.max_instruction_tokens :]
-        return torch.tensor(self._opening_ids + ids, dtype=torch.long, device=self.alignment.weight.device)
+        """The instruction (I,) as the backbone reads it in layout `prefix`; empty in layout `suffix`."""
+        if self.settings.layout == "suffix":
+            ids = []
+        else:
+            # The end stays: it goes on to the soft prompt.
+            words = plain_ids(self.tokenizer, f"{instruction}\n")
+            ids = self._opening_ids + words[-self.settings.max_instruction_tokens :]
+        return torch.tensor(ids, dtype=torch.long, device=self.alignment.weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Pools of processes get the model on the CPU, what it remembers may lie on an accelerator.
-        return {**self.__dict__, "_remembered": None, "_remembered_for": None, "_remembering": None}
+        left_out = {"_remembered": None, "_remembered_for": None, "_remembering": None}
+        return {**self.__dict__, **left_out, "training_state": TrainingState()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -325,22 +321,13 @@ class SoftPromptTransformer(InputModule):
         self.backbone.check_room(tokens, self._beside_texts)
         self.settings = replace(self.settings, max_text_tokens=tokens)
 
-    @property
-    def instruction_guidance(self) -> float:
-        """How much the instruction counts, see `embeddings`; may be set, also on a model trained at 1."""
-        return self.settings.instruction_guidance
-
-    @instruction_guidance.setter
-    def instruction_guidance(self, weight: float) -> None:
-        changed = {**asdict(self.settings), "instruction_guidance": weight}
-        self.settings = parse(ModelConfig, changed, where="model")
-
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
         return {
             "format_version": FORMAT_VERSION,
             "embedding_dimension": self.get_embedding_dimension(),
             "prompter_dimension": self.alignment.weight.shape[0],
+            "centred": self.centred,
             "model": asdict(self.settings),
             "base_models": asdict(self.base_models),
         }
@@ -350,7 +337,7 @@ class SoftPromptTransformer(InputModule):
         folder = Path(output_path)
         (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
         stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
-        if self.settings.centred:
+        if self.centred:
             stored[CENTRE] = self.centre_E.cpu().contiguous()
         save_file(stored, folder / ALIGNMENT_FILE)
         save_file(trained_state(self.prompter), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
@@ -361,12 +348,45 @@ class SoftPromptTransformer(InputModule):
 
     @classmethod
     def load(
-        cls, model_name_or_path: str, subfolder: str = "", revision: str | None = None, **kwargs: Any
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        prompter: str | None = None,
+        backbone: str | None = None,
+        **kwargs: Any,
     ) -> SoftPromptTransformer:
-        """Open a saved module from its folder or hub id; see `promptembedder.load` for whole models."""
-        from promptembedder.model.store import load_module
+        """Open a saved module from its folder or hub id; see `promptembedder.load` for whole models and arguments."""
+        saved = read_saved(folder_of(model_name_or_path, revision) / subfolder)
+        parts, config = reopen(saved, device=device, dtype=dtype, prompter=prompter, backbone=backbone)
+        module = cls.of(parts, config)
+        module._restore(saved)
+        return module
 
-        return load_module(folder_of(model_name_or_path, revision) / subfolder)
+    def restore(self, folder: Path) -> None:
+        """Put saved weights of alignment, centre and prompter into this module; no LLM is opened.
+
+        Raises:
+            PromptEmbedderError: a file is missing or damaged, or weights have other names or shapes.
+        """
+        self._restore(read_saved(folder))
+
+    def _restore(self, saved: SavedModel) -> None:
+        with weights_of(saved) as stored:
+            load_trained_state(self.prompter, saved.prompter_weights)
+        expected = self.alignment.state_dict() | ({CENTRE: self.centre_E} if saved.centred else {})
+        have, wanted = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (stored, expected))
+        if have != wanted:
+            raise PromptEmbedderError(f"{saved.folder / ALIGNMENT_FILE} holds {have}, expected {wanted}")
+        self.subtract(stored.pop(CENTRE) if saved.centred else None)
+        self.alignment.load_state_dict(stored)
+
+
+# Saved models name the class by a path that survives moves within the package.
+SoftPromptTransformer.__module__ = "promptembedder"
 
 
 def soft_prompt_module(model: SentenceTransformer | Sequence[torch.nn.Module]) -> SoftPromptTransformer:

@@ -1,28 +1,27 @@
-"""Put a new model together from two base LLMs and its settings.
+"""The parts of a model, made of two base LLMs as settings want them.
 
-Shapes: V vocabulary, P prompter width, D backbone width.
+Shapes: V vocabulary, P prompter width, D backbone width, S shared words.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.copies import sharing_copy, tensors
+from promptembedder.llms.copies import sharing_copy
 from promptembedder.llms.device import check_device, resolve_dtype
 from promptembedder.llms.identity import fingerprint
 from promptembedder.llms.locate import LocatedModel
 from promptembedder.llms.open import input_embeddings, load_causal_lm, load_tokenizer
 from promptembedder.model.alignment import Alignment
 from promptembedder.model.backbone import Backbone
-from promptembedder.model.fits import identity_start, least_squares, matched_norm, moments, random_start
+from promptembedder.model.fits import least_squares, matched_norm, moments, random_start
 from promptembedder.model.folder import BaseModels
-from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.prompter import Prompter
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.vocabulary import shared_vocabulary
@@ -30,15 +29,25 @@ from promptembedder.model.vocabulary import shared_vocabulary
 _LORA_TARGETS = "all-linear"
 
 
-def build_module(
+class Parts(NamedTuple):
+    """What a `SoftPromptTransformer` is made of."""
+
+    prompter: Prompter
+    alignment: Alignment
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerBase
+    base_models: BaseModels
+
+
+def open_parts(
     config: ModelConfig,
     prompter_at: LocatedModel,
     backbone_at: LocatedModel,
     device: str | None,
     seed: int,
     weight_PD: Tensor | None = None,
-) -> SoftPromptTransformer:
-    """Both LLMs opened and joined; errors as in `build`.
+) -> Parts:
+    """Open both LLMs and make the parts; errors as in `build`.
 
     Args:
         config: the model's settings.
@@ -57,7 +66,7 @@ def build_module(
         prompter_lm = load_causal_lm(prompter_at, torch.float32)
     else:
         # LoRA may go into the one tree and leaves the other untouched.
-        prompter_lm = sharing_copy(backbone_lm, tensors(backbone_lm)) if same else load_causal_lm(prompter_at, dtype)
+        prompter_lm = sharing_copy(backbone_lm) if same else load_causal_lm(prompter_at, dtype)
     tokenizer = load_tokenizer(backbone_at)
     prompter_tokenizer = tokenizer if same else load_tokenizer(prompter_at)
     backbone_fingerprint = fingerprint(backbone_lm)
@@ -86,45 +95,21 @@ def build_module(
         max_request_tokens=config.max_instruction_tokens,
     )
     matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
-    return SoftPromptTransformer(prompter, matrix, backbone, tokenizer, config, identity)
+    return Parts(prompter, matrix, backbone, tokenizer, identity)
 
 
 def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str) -> tuple[Alignment, Backbone]:
     """Backbone and alignment that fit each other, as the settings want them.
 
     Raises:
-        PromptEmbedderError: more layers asked for than there are, or layers that cannot be reached.
+        PromptEmbedderError: a deep soft prompt for an LLM whose layers cannot be reached.
     """
     decoder: Any = lm.base_model
-    settings = decoder.config.get_text_config(decoder=True)
-    if config.backbone_layers is not None or config.deep_soft_prompt or config.readout_layers:
-        layers = getattr(decoder, "layers", None)
-        if layers is None or len(layers) != settings.num_hidden_layers:
-            raise PromptEmbedderError(f"{name}: single layers are asked for, but it has no list of them")
-    if config.backbone_layers is not None:
-        if config.backbone_layers > settings.num_hidden_layers:
-            raise PromptEmbedderError(
-                f"backbone_layers = {config.backbone_layers}, but {name} has {settings.num_hidden_layers}"
-            )
-        decoder.layers = decoder.layers[: config.backbone_layers]
-        settings.num_hidden_layers = config.backbone_layers
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[: config.backbone_layers]
-    if config.readout_layers and not max(config.readout_layers) < settings.num_hidden_layers:
-        raise PromptEmbedderError(
-            f"readout_layers = {list(config.readout_layers)}, but {name} reads with {settings.num_hidden_layers} "
-            "layers, the last of which counts anyway"
-        )
-    backbone = Backbone(
-        decoder,
-        layout=config.layout,
-        readout=config.readout,
-        text_pass=config.text_pass,
-        num_soft_tokens=config.num_soft_tokens,
-        readout_layers=config.readout_layers,
-    )
-    layers = settings.num_hidden_layers if config.deep_soft_prompt else 0
-    return Alignment(weight_PD, layers, config.deep_soft_prompt_rank), backbone
+    count = decoder.config.get_text_config(decoder=True).num_hidden_layers
+    if config.deep_rank is not None and len(getattr(decoder, "layers", ())) != count:
+        raise PromptEmbedderError(f"deep_rank needs an LLM with a list of its {count} layers, {name} has none")
+    backbone = Backbone(decoder, layout=config.layout, readout=config.readout, num_soft_tokens=config.num_soft_tokens)
+    return Alignment(weight_PD, count, config.deep_rank), backbone
 
 
 def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:
@@ -134,7 +119,7 @@ def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
+        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
@@ -155,13 +140,10 @@ def _alignment_start(
     prompter_VP, prompter_scale = input_embeddings(prompter_lm)
     backbone_VD, backbone_scale = input_embeddings(backbone_lm)
     P, D = prompter_VP.shape[1], backbone_VD.shape[1]
-    kind = config.alignment_start
-    if kind == "auto":
-        kind = "identity" if same else "least_squares"
-    if kind == "identity":
-        return identity_start(P, D)
-    if kind == "random":
+    if config.alignment_start == "random":
         return random_start(P, D, torch.Generator().manual_seed(seed))
+    if same:
+        return torch.eye(P)
     ids_prompter, ids_backbone = shared_vocabulary(prompter_tokenizer, tokenizer)
     words_SP, words_SD = prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
     # Least squares shrinks words, the more so the worse the prompter's embeddings predict the backbone's.

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,31 +16,21 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
 from sentence_transformers.util import import_from_string
-from torch import Tensor
 
-from promptembedder.config import parse
+from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
 from promptembedder.model.folder import (
-    ALIGNMENT_FILE,
-    CENTRE,
     CONFIG_FILE,
     PROMPTER_FOLDER,
     PROMPTER_WEIGHTS,
     SHARED_PROMPTER,
-    BaseModels,
     folder_of,
     library_settings,
     prompter_owner,
-    prompter_weights,
     read_json,
-    read_settings,
-    sha256,
 )
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
-from promptembedder.model.parts import build_module
-from promptembedder.model.prompter import load_trained_state, trained_state
-from promptembedder.model.settings import ModelConfig
+from promptembedder.model.prompter import trained_state
 
 
 def load(
@@ -73,7 +62,9 @@ def load(
     saved = library_settings(folder)
     first, *later = _listed_modules(folder)
     after = _library_modules(folder, later)  # before the LLMs, which take longer to open
-    module = load_module(folder / first[1], device=device, dtype=dtype, prompter=prompter, backbone=backbone)
+    module = SoftPromptTransformer.load(
+        str(folder), subfolder=first[1], device=device, dtype=dtype, prompter=prompter, backbone=backbone
+    )
     with _whole(folder):
         return SentenceTransformer(
             modules=[module, *after],
@@ -96,8 +87,7 @@ def restore(model: SentenceTransformer, path: str | Path) -> None:
         PromptEmbedderError: a file is missing or damaged, or weights have other shapes.
     """
     folder = Path(path)
-    with opening_folder(folder):
-        _restore_module(soft_prompt_module(model), folder)
+    soft_prompt_module(model).restore(folder)
     later = _library_modules(folder, _listed_modules(folder)[1:])
     with _whole(folder, RuntimeError):
         for module, saved in zip(list(model)[1:], later, strict=True):
@@ -182,7 +172,7 @@ def _weights_in(folder: Path) -> Path:
 
 def _share_prompter(written: Path, lender: Path, target: Path) -> None:
     """Replace the prompter weights just written by a pointer to another model's."""
-    digest = sha256(_weights_in(lender))
+    digest = sha256_of([_weights_in(lender)])
     shutil.rmtree(written / PROMPTER_FOLDER)
     saved = read_json(written / CONFIG_FILE)
     saved[SHARED_PROMPTER] = {"folder": os.path.relpath(lender, target), "sha256": digest}
@@ -197,92 +187,6 @@ def refuse_foreign(target: Path) -> None:
     """
     if target.exists() and not (target / CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise PromptEmbedderError(f"{target} exists and is not a saved model; choose another folder")
-
-
-def load_module(
-    folder: Path,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    prompter: str | None = None,
-    backbone: str | None = None,
-) -> SoftPromptTransformer:
-    """Open the `SoftPromptTransformer` saved in a folder; errors as in `load`."""
-    saved = read_settings(folder)
-    config = parse(ModelConfig, saved["model"], where=str(folder / CONFIG_FILE))
-    expected = parse(BaseModels, saved["base_models"], where=str(folder / CONFIG_FILE))
-    if dtype not in (None, "bfloat16", "float32"):
-        raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected 'bfloat16' or 'float32'")
-    if dtype is not None:
-        config = replace(config, dtype=dtype)  # type: ignore[arg-type]
-    with opening_folder(folder):
-        weight_PD = _stored_alignment(folder)["weight"].float()
-        if expected.prompter == expected.backbone:
-            prompter, backbone = prompter or backbone, backbone or prompter
-        prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter")
-        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone")
-        module = build_module(config, prompter_at, backbone_at, device, seed=0, weight_PD=weight_PD)
-        _restore_module(module, folder)
-    for role in ("prompter", "backbone"):
-        want = getattr(expected, f"{role}_fingerprint")
-        have = getattr(module.base_models, f"{role}_fingerprint")
-        if want != have:
-            raise PromptEmbedderError(
-                f"{folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than the "
-                f"model was trained with ({want[:12]}){_remedy(expected, role)}"
-            )
-    return module
-
-
-def _at(name: str, revision: str | None, instead: str | None, role: str) -> LocatedModel:
-    """An LLM where it was, or where it is now."""
-    if instead is not None:
-        return locate(instead)
-    if Path(name).is_absolute() and not Path(name).exists():
-        raise PromptEmbedderError(
-            f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
-        )
-    return locate(name, revision)
-
-
-@contextmanager
-def opening_folder(folder: Path) -> Iterator[None]:
-    """Before anything is opened, all weights must be there; a damaged file is one line."""
-    for needed in (folder / ALIGNMENT_FILE, prompter_weights(folder, read_settings(folder))):
-        if not needed.is_file():
-            raise PromptEmbedderError(f"model folder {folder} has no {needed.relative_to(folder)}")
-    try:
-        yield
-    except SafetensorError as error:
-        raise PromptEmbedderError(f"model folder {folder} holds a damaged safetensors file: {error}") from error
-
-
-def _stored_alignment(folder: Path) -> dict[str, Tensor]:
-    stored = load_file(folder / ALIGNMENT_FILE)
-    if "weight" not in stored:
-        raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {sorted(stored)}, expected 'weight' too")
-    return stored
-
-
-def _restore_module(module: SoftPromptTransformer, folder: Path) -> None:
-    """Put the saved weights of alignment and prompter into an open module."""
-    stored = _stored_alignment(folder)
-    load_trained_state(module.prompter, prompter_weights(folder, read_settings(folder)))
-    expected = module.alignment.state_dict() | ({CENTRE: module.centre_E} if module.settings.centred else {})
-    have, wanted = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (stored, expected))
-    if have != wanted:
-        raise PromptEmbedderError(f"{folder / ALIGNMENT_FILE} holds {have}, expected {wanted}")
-    if module.settings.centred:
-        module.subtract(stored.pop(CENTRE))
-    module.alignment.load_state_dict(stored)
-
-
-def _remedy(expected: BaseModels, role: str) -> str:
-    """How to get the weights that a short name stands for, where another copy of the LLM was found."""
-    carried = CARRIED_MODELS.get(getattr(expected, role))
-    if carried is None or getattr(expected, f"{role}_revision") is not None:
-        return ""
-    return f"; those come with: {carried.install}"
 
 
 def _listed_modules(folder: Path) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainer
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from promptembedder import progress
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.leaves import SoftPromptLeaves
 from promptembedder.model.module import SoftPromptTransformer
@@ -41,8 +43,8 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         self._instructions = instructions
         self._trained: list[nn.Parameter] = []
         self._elsewhere: list[nn.Parameter] = []
-        # Prompts conditioned on texts are no leaves: their gradients go the wrapper's way.
-        self._summed_here = workers.count() > 1 and module.settings.condition_on == "instruction"
+        self._summed_here = workers.count() > 1
+        self._met: list[str] = []
         self._exchanged: dict[str, int] = {}
         self.grad_norm = 0.0
 
@@ -50,7 +52,8 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         """Start sharing soft prompts."""
         if getattr(args, "fp16", False):
             raise PromptEmbedderError("fp16 scales gradients before SoftPromptLeafCallback makes them: train in bf16")
-        self._module.leaves = SoftPromptLeaves()
+        if self._module.training_state.leaves is None:  # in a user's own trainer
+            self._module.training_state = replace(self._module.training_state, leaves=SoftPromptLeaves())
         ours = {id(parameter) for parameter in self._module.parameters()}
         self._trained = [p for p in (model or self._module).parameters() if p.requires_grad]
         self._elsewhere = [p for p in self._trained if id(p) not in ours]  # such as a linear head's
@@ -62,8 +65,9 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One backward through alignment and prompter for everything the step added up."""
-        leaves = self._module.leaves
+        leaves = self._module.training_state.leaves
         assert leaves is not None
+        self._met = sorted(leaves.instructions)
         if self._summed_here:
             gradients = workers.sum_soft_prompt_gradients(self._module, self._instructions)
             self._exchanged = {"soft_prompt_gradient_bytes": gradients, "embedding_bytes": leaves.embedding_bytes}
@@ -77,39 +81,14 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         """Report the gradient norm in place of the trainer's, which was taken too early, and what is ours to tell."""
         if logs is not None and "grad_norm" in logs:
             more: dict[str, Any] = {"grad_norm": self.grad_norm, **self._exchanged}
-            if self._module.backbone.text_cache is not None:
-                more["text_state_hit_rate"] = round(self._module.backbone.text_cache.hit_rate, 4)
+            if self._module.training_state.text_cache is not None:
+                more["text_state_hit_rate"] = round(self._module.training_state.text_cache.hit_rate, 4)
             logs.update(more)
-            state.log_history[-1].update(more)
+            state.log_history[-1].update(more, instructions=self._met)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop sharing."""
-        self._module.leaves = None
-
-
-class SoftmaxAnnealing(TrainerCallback):  # type: ignore[misc]
-    """Moves the temperature of the prompter's softmax evenly to the model's own while it is trained.
-
-    Between steps, when the model is scored and saved, it is the model's own.
-
-    Args:
-        module: the model's first module.
-        start: temperature of the first step; that of the last one is the model's.
-    """
-
-    def __init__(self, module: SoftPromptTransformer, start: float) -> None:
-        self._module = module
-        self._start = start
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the step's temperature."""
-        end = self._module.settings.softmax_temperature
-        done = state.global_step / max(state.max_steps - 1, 1)
-        self._module.prompter.temperature = self._start + (end - self._start) * done
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Back to the model's."""
-        self._module.prompter.temperature = self._module.settings.softmax_temperature
+        self._module.training_state = replace(self._module.training_state, leaves=None)
 
 
 class TrainingClock(TrainerCallback):  # type: ignore[misc]
@@ -142,3 +121,35 @@ class TrainingClock(TrainerCallback):  # type: ignore[misc]
         """Write the time down."""
         if logs is not None:
             logs["step_seconds"] = state.log_history[-1]["step_seconds"] = round(self.spent, 2)
+
+
+class TrainingBar(TrainerCallback):  # type: ignore[misc]
+    """One bar over all steps, with the latest loss and dev score; nothing where `progress` shows none."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open it."""
+        if state.is_world_process_zero:
+            self._bar = progress.bar(desc="Training", total=state.max_steps)
+            self._bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move it."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show loss and dev score."""
+        names = {"loss": "loss", "eval_dev_spearman_cosine": "dev"}
+        found = {short: float(logs[name]) for name, short in names.items() if logs and name in logs}
+        self._shown |= {name: f"{value:.3f}" for name, value in found.items()}
+        if self._bar is not None and found:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Close it."""
+        if self._bar is not None:
+            self._bar.close()

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from promptembedder.data.rows import TrainingData
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.model.settings import Layout
 from promptembedder.model.store import refuse_foreign
 from promptembedder.training import workers
-from promptembedder.training.settings import RunConfig, TrainingConfig
+from promptembedder.training.arguments import check_arguments
+from promptembedder.training.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +31,20 @@ def largest(data: TrainingData) -> int:
     return most
 
 
-def check_run(config: RunConfig) -> None:
+def check_settings(settings: TrainingConfig, layout: Layout, *, scored: bool) -> None:
     """Refuse settings that contradict each other, before anything is read or made.
 
+    Args:
+        settings: how to train.
+        layout: of the model.
+        scored: whether there are dev pairs.
+
     Raises:
-        PromptEmbedderError: they do.
+        PromptEmbedderError: they do, or an argument of the trainer cannot be set.
     """
-    settings, layout = config.training, config.model.layout
-    if not (settings.train_prompter or settings.train_alignment):
-        raise PromptEmbedderError("nothing to train: training.train_prompter and training.train_alignment are both off")
-    if settings.early_stop_patience is not None and config.evaluation.dev is None:
+    check_arguments(settings.arguments)
+    if settings.early_stop_patience is not None and not scored:
         raise PromptEmbedderError("training.early_stop_patience needs evaluation.dev")
-    if settings.softmax_temperature_start is not None and not settings.train_prompter:
-        raise PromptEmbedderError("training.softmax_temperature_start needs training.train_prompter")
     if settings.text_state_cache is not None and layout != "suffix":
         raise PromptEmbedderError(
             f"training.text_state_cache needs model.layout 'suffix', found {layout!r}: there a text's states "
@@ -52,11 +55,24 @@ def check_run(config: RunConfig) -> None:
     refuse_foreign(Path(settings.output) / "model")
 
 
+def check_data(settings: TrainingConfig, data: TrainingData) -> None:
+    """Refuse rows that the settings cannot be applied to; warn if a batch holds fewer rows than `batch_size`.
+
+    Raises:
+        PromptEmbedderError: the loss cannot take these rows, no instruction has two, or workers cannot share a batch.
+    """
+    check_losses(settings, data)
+    most_rows = largest(data)
+    if most_rows < settings.batch_size:
+        logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most_rows)
+    workers.check(settings.batch_size, rows_for_batches(data, settings.batch_size))
+
+
 def rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
     """Rows of each dataset; where texts that repeat leave no full batch, as many as go together.
 
-    Small batches are said. A batch of rows with in-batch negatives holds a text once, and an epoch has as many batches
-    as rows that are all different would fill.
+    Warn if batches hold far fewer rows than `batch_size`. A batch of rows with in-batch negatives holds a text once,
+    and an epoch has as many batches as rows that are all different would fill.
     """
     found = {}
     for name, rows in data.datasets.items():

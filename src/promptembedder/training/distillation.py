@@ -17,6 +17,9 @@ from promptembedder.data.rows import TrainingData
 from promptembedder.model.encode import encode
 from promptembedder.model.module import soft_prompt_module
 
+# tau in a transfer.
+TEMPERATURE = 0.05
+
 
 class SimilarityDistillation(nn.Module):
     """Loss: the model's in-batch similarities follow those of given teacher embeddings.
@@ -54,7 +57,7 @@ def distillation_rows(
     teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str], max_text_tokens: int | None = None
 ) -> TrainingData:
     """Texts with the old model's embeddings of them, one dataset per instruction; cut as the student will cut them."""
-    with soft_prompt_module(teacher).cutting_texts(max_text_tokens):
+    with soft_prompt_module(teacher).truncating(max_text_tokens):
         embedded_INE = encode(teacher, texts, list(instructions), show_progress_bar=True)
     datasets = {
         f"task_{n + 1}": Dataset.from_dict({"anchor": texts, "label": embedded_NE.tolist()})

@@ -27,7 +27,7 @@ class _UnderInstruction(EmbeddingSimilarityEvaluator):  # type: ignore[misc]
     instruction: str
 
     def embed_inputs(self, model: SentenceTransformer, sentences: list[str], **options: Any) -> Any:
-        with soft_prompt_module(model).cutting_texts(None):
+        with soft_prompt_module(model).truncating(None):
             return super().embed_inputs(model, sentences, prompt=self.instruction, **options)
 
 

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from promptembedder.data.rows import TrainingData
-from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms import widened
 from promptembedder.llms.state_cache import TextStateCache, open_text_cache
-from promptembedder.model.module import SoftPromptTransformer
+from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.training import workers
-from promptembedder.training.callbacks import SoftmaxAnnealing, SoftPromptLeafCallback, TrainingClock
+from promptembedder.training.arguments import DEV_METRIC, arguments_of, max_grad_norm
+from promptembedder.training.callbacks import SoftPromptLeafCallback, TrainingBar, TrainingClock
+from promptembedder.training.checks import check_data, largest
 from promptembedder.training.curves import Curve, dev_curve
-from promptembedder.training.rates import learning_rates
-from promptembedder.training.settings import RunConfig, TrainingConfig
+from promptembedder.training.losses import make_losses
+from promptembedder.training.settings import EvaluationConfig, TrainingConfig
 from promptembedder.training.trainer import Trainer
-
-DEV_METRIC = "eval_dev_spearman_cosine"
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What a run made.
+class FitResult:
+    """What the optimizer steps of a run did; the model itself is changed in place.
 
     Attributes:
-        model: the trained model; the best on dev where dev is given.
-        folder: where it was saved.
-        scores: `dev` and `test`, Spearman x 100, where the files are given.
-        steps: optimizer steps taken.
-        seconds: wall time of warm start and optimizer steps; scoring dev is in none of it.
+        dev: best Spearman x 100 on dev, whose weights the model has; unset where nothing was scored.
+        steps: optimizer steps taken, those before a resume counted.
         examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full and
             two made-up rows of one anchor as one.
-        history: the trainer's log lines.
-        text_state_hit_rate: share of the texts whose states were found, where they are kept.
+        seconds: wall time of the steps and of what came before them; scoring dev is not in it.
+        history: the trainer's log lines; `instructions` are those of the line's last step.
+        text_state_hit_rate: share of the texts whose states were found, where states are kept.
     """
 
-    model: SentenceTransformer
-    folder: Path
-    scores: dict[str, float]
+    dev: float | None
     steps: int
     examples: int
     seconds: float
@@ -61,24 +56,98 @@ class TrainingResult:
         return dev_curve(self.history, self.examples // max(self.steps, 1), DEV_METRIC, before)
 
 
-@contextmanager
-def in_training(
-    module: SoftPromptTransformer, cache: TextStateCache | None, max_text_tokens: int | None
-) -> Iterator[None]:
-    """What a module has during training only; afterwards it is as it was, with the weights that it learnt."""
-    before = module.backbone.text_cache
-    module.backbone.text_cache = cache
-    module.training_text_tokens = max_text_tokens
-    try:
-        yield
-    finally:
-        module.backbone.text_cache = before
-        module.leaves = None
-        module.training_text_tokens = None
-        module.prompter.temperature = module.settings.softmax_temperature
+def fit(
+    model: SentenceTransformer,
+    data: TrainingData,
+    settings: TrainingConfig,
+    *,
+    output: str | Path | None = None,
+    loss: nn.Module | None = None,
+    evaluator: EmbeddingSimilarityEvaluator | None = None,
+    every_steps: int = EvaluationConfig.every_steps,
+    max_text_tokens: int | None = None,
+    checkpoint: str | None = None,
+    cache: TextStateCache | None = None,
+    spent: float = 0.0,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FitResult:
+    """Train a model on rows, in place.
+
+    Args:
+        model: made by `build` or `load`.
+        data: the rows (`promptembedder.data.rows.load_training_data`).
+        settings: steps, batches, rates and losses.
+        output: folder of checkpoints and logs; unset: `settings.output`.
+        loss: of all datasets, in place of those that the settings name.
+        evaluator: scores dev pairs on the way; the best weights are kept (`training.evaluators.pair_evaluator`).
+        every_steps: distance of dev scores and of checkpoints.
+        max_text_tokens: texts are truncated here while training; unset: where the model truncates them.
+        checkpoint: folder of a checkpoint in `output` to go on from.
+        cache: states of texts, layout `suffix`; unset: as the settings want it.
+        spent: seconds of what came before the first step.
+        callbacks: further ones for the library's trainer.
+
+    Raises:
+        PromptEmbedderError: rows or settings that do not go together; an argument that cannot be set.
+    """
+    module = soft_prompt_module(model)
+    check_data(settings, data)
+    open_to_training(module, settings)
+    if cache is None:
+        cache = text_cache(module, settings)
+    else:
+        cache.hits = cache.misses = 0
+    losses = make_losses(model, settings, data) if loss is None else loss
+    clock = TrainingClock(spent)
+    place = Path(settings.output if output is None else output)
+    arguments = arguments_of(settings, data, module, place, every_steps, scored=evaluator is not None)
+    known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
+    leaf = SoftPromptLeafCallback(module, max_grad_norm(settings), sorted(known))
+    # The leaf's is before TensorBoard's, which would log what is not yet right.
+    hooks: list[TrainerCallback] = [leaf, clock, TensorBoardCallback(), TrainingBar()]
+    if settings.early_stop_patience is not None:
+        hooks.append(EarlyStoppingCallback(settings.early_stop_patience))
+    _leave_card_alone(model, data)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.datasets,
+        loss=losses,
+        evaluator=evaluator,
+        callbacks=[*hooks, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints dictionaries
+    leaf.trainer = trainer
+    trainer.own_negatives = data.own_negatives
+    with module.in_training(TrainingState(SoftPromptLeaves(), cache, max_text_tokens)):
+        _run(trainer, checkpoint, clock)
+    best = None if evaluator is None else trainer.state.best_metric
+    steps = trainer.state.global_step
+    return FitResult(
+        None if best is None else 100 * best,
+        steps,
+        steps * min(settings.batch_size, largest(data)) * settings.gradient_accumulation,
+        clock.spent,
+        trainer.state.log_history,
+        None if cache is None else cache.hit_rate,
+    )
 
 
-def run_trainer(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> None:
+def open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -> None:
+    """Let gradients reach what is to be trained, and nothing else."""
+    module.alignment.requires_grad_(True)
+    for name, parameter in module.prompter.named_parameters():
+        parameter.requires_grad_(settings.train_prompter and module.prompter.is_trained(name))
+
+
+def _leave_card_alone(model: SentenceTransformer, data: TrainingData) -> None:
+    """Keep the library from drawing examples for a hub page before every training, with a bar of their own."""
+    model.model_card_data.generate_widget_examples = False
+    model.model_card_data.train_datasets = []  # those of an earlier training would be a warning
+    model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
+
+
+def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> None:
     """Train to the end."""
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
@@ -103,106 +172,6 @@ def _patience_is_spent(trainer: SentenceTransformerTrainer, state: TrainerState)
     return False
 
 
-def open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -> None:
-    """Let gradients reach what is to be trained, and nothing else."""
-    if not settings.train_alignment and module.alignment.deep_is_zero:
-        raise PromptEmbedderError(
-            "training.train_alignment is off, so the new deep soft prompt would stay at zero; train the alignment, or "
-            "turn model.deep_soft_prompt off"
-        )
-    module.alignment.requires_grad_(settings.train_alignment)
-    for name, parameter in module.prompter.named_parameters():
-        parameter.requires_grad_(settings.train_prompter and module.prompter.is_trained(name))
-
-
-def make_trainer(
-    model: SentenceTransformer,
-    module: SoftPromptTransformer,
-    config: RunConfig,
-    data: TrainingData,
-    losses: nn.Module | dict[str, nn.Module],
-    dev: EmbeddingSimilarityEvaluator | None,
-    clock: TrainingClock,
-    more: Sequence[TrainerCallback],
-) -> SentenceTransformerTrainer:
-    settings = config.training
-    known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
-    leaf = SoftPromptLeafCallback(module, settings.max_grad_norm, sorted(known))
-    # The leaf's is before TensorBoard's, which would log what is not yet right.
-    callbacks: list[TrainerCallback] = [*([leaf] if settings.soft_prompt_leaf else []), clock, TensorBoardCallback()]
-    if settings.softmax_temperature_start is not None:
-        callbacks.append(SoftmaxAnnealing(module, settings.softmax_temperature_start))
-    if settings.early_stop_patience is not None:
-        callbacks.append(EarlyStoppingCallback(settings.early_stop_patience))
-    # The library would draw examples for a hub page before every training, with a progress bar of their own.
-    model.model_card_data.generate_widget_examples = False
-    model.model_card_data.train_datasets = []  # those of an earlier training would be a warning
-    model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
-    trainer = Trainer(
-        model=model,
-        args=_arguments(config, data, module, scored=dev is not None),
-        train_dataset=data.datasets,
-        loss=losses,
-        evaluator=dev,
-        callbacks=[*callbacks, *more],
-    )
-    leaf.trainer = trainer
-    trainer.own_negatives = data.own_negatives
-    return trainer
-
-
-def shared_arguments(settings: TrainingConfig) -> dict[str, Any]:
-    """What a run of another method has to share, to be compared: steps, batches, schedule, samplers, seeds."""
-    return {
-        "max_steps": settings.max_steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation,
-        "weight_decay": settings.weight_decay,
-        "warmup_steps": settings.warmup_share,
-        "lr_scheduler_type": settings.schedule,
-        "logging_steps": settings.logging_steps,
-        "batch_sampler": "no_duplicates",
-        "multi_dataset_batch_sampler": "proportional",
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "report_to": [],  # TensorBoard is among the callbacks
-    }
-
-
-def _arguments(
-    config: RunConfig, data: TrainingData, module: SoftPromptTransformer, *, scored: bool
-) -> SentenceTransformerTrainingArguments:
-    """The library's settings; `scored`: there are dev pairs to follow and to choose weights by."""
-    settings = config.training
-    every = config.evaluation.every_steps
-    several = workers.count() > 1
-    arguments = SentenceTransformerTrainingArguments(
-        **shared_arguments(settings),
-        output_dir=str(Path(settings.output)),
-        learning_rate=settings.prompter_learning_rate,
-        learning_rate_mapping=learning_rates(module, settings),
-        max_grad_norm=0.0 if settings.soft_prompt_leaf else settings.max_grad_norm,  # the leaf callback clips itself
-        eval_strategy="steps" if scored else "no",
-        eval_steps=every if scored else None,
-        save_strategy="steps",
-        save_steps=every if scored else settings.save_every_steps or every,
-        save_total_limit=settings.keep_checkpoints,
-        load_best_model_at_end=scored,
-        metric_for_best_model=DEV_METRIC if scored else None,
-        greater_is_better=True if scored else None,
-        prompts=data.prompts,
-        # Workers cut every batch among them, so that it keeps to one instruction; a short one cannot be cut.
-        dataloader_drop_last=several,
-        accelerator_config={"split_batches": several},
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        use_cpu=module.alignment.weight.device.type == "cpu",
-    )
-    # Several accelerators without a launcher: one is used. Replicas in threads cannot share the step's leaves.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    return arguments
-
-
 def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextStateCache | None:
     """The text-state cache that the settings ask for, opened for the module's backbone."""
     if settings.text_state_cache is None:
@@ -211,7 +180,7 @@ def text_cache(module: SoftPromptTransformer, settings: TrainingConfig) -> TextS
     shape = hashlib.sha256(backbone.lm.config.to_json_string().encode()).hexdigest()
     return open_text_cache(
         settings.text_state_cache,
-        identity=f"{module.base_models.backbone_fingerprint} {shape} {backbone.lm.dtype} {backbone.text_pass} "
+        identity=f"{module.base_models.backbone_fingerprint} {shape} {backbone.lm.dtype} "
         f"widened={widened.helps(backbone.lm)}",
         precision=settings.text_state_precision,
         folder=settings.text_state_folder,

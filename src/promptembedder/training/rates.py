@@ -46,9 +46,7 @@ _ALIGNMENT, _HEAD = r"\.alignment\.", r"\.\d+\.linear\."
 def learning_rates(module: SoftPromptTransformer, settings: TrainingConfig) -> dict[str, float]:
     """Of what is not the prompter's, by name pattern."""
     rate = settings.alignment_learning_rate
-    factor = 1.0
-    if settings.scale_alignment_rate:
-        factor = rate_factor(_words(module.prompter.lm), _words(module.backbone.lm))
+    factor = rate_factor(_words(module.prompter.lm), _words(module.backbone.lm))
     if factor != 1 and workers.number() == 0:
         logger.info("learning rate of W: %g x %g, by the size of the two LLMs' words", rate, factor)
     return {_ALIGNMENT: rate * factor} | ({_HEAD: rate} if module.settings.linear_head else {})

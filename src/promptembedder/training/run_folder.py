@@ -15,17 +15,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from promptembedder import atomic
 from promptembedder.config import read_yaml
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model.folder import BEGUN_FILE, CONFIG_FILE, read_settings
+from promptembedder.model.folder import BEGUN_FILE, CONFIG_FILE, read_saved
 from promptembedder.model.settings import ModelConfig
 from promptembedder.training import workers
-from promptembedder.training.settings import RunConfig
-from promptembedder.transfer.settings import TransferConfig
 
 # What an interrupted run may go on with.
 _MAY_CHANGE = {
-    *("data.root", "evaluation.test", "evaluation.every_steps", "evaluation.batch_size", "unfrozen_steps"),
-    *(f"training.{name}" for name in ("output", "max_steps", "save_every_steps", "keep_checkpoints", "logging_steps")),
-    *(f"training.{name}" for name in ("early_stop_patience", "mini_batch_size", "soft_prompt_leaf")),
+    *("data.root", "evaluation.test", "evaluation.every_steps", "evaluation.batch_size"),
+    *(f"training.{name}" for name in ("output", "max_steps", "early_stop_patience", "mini_batch_size")),
+    *(f"training.arguments.{name}" for name in ("save_steps", "save_total_limit", "logging_steps")),
     *(f"training.text_state_{name}" for name in ("cache", "folder", "precision")),
 }
 
@@ -67,20 +65,20 @@ def checkpoint_of(output: Path, resume: bool, structure: ModelConfig) -> str | N
         return None
     if found is None:
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
-    made_with, wanted = read_settings(Path(found))["model"], json.loads(json.dumps(asdict(structure)))
+    made_with, wanted = asdict(read_saved(Path(found)).config), asdict(structure)
     if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
         raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
     return found
 
 
-def note_settings(output: Path, config: RunConfig | TransferConfig, *, resumed: bool, **more: str) -> None:
+def note_settings(output: Path, config: Any, *, resumed: bool, **more: str) -> None:
     """Write down what a run begins with, or refuse to go on with other rows or other steps.
 
     The library would skip as many batches of another order, on another schedule, and say nothing.
 
     Args:
         output: its folder.
-        config: its settings. `checkpoint_of` compares those of the model.
+        config: its settings, a dataclass. `checkpoint_of` compares those of the model.
         resumed: compare; else write.
         **more: what else must be the same, by name.
 
@@ -102,12 +100,18 @@ def note_settings(output: Path, config: RunConfig | TransferConfig, *, resumed: 
 
 def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings on which an interrupted run's steps depend, by name."""
+    flat = _flattened({name: value for name, value in settings.items() if name != "model"})
+    return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
+
+
+def _flattened(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for section, given in settings.items():
-        if section != "model":
-            inside = given.items() if isinstance(given, dict) else [(None, given)]
-            found |= {section if name is None else f"{section}.{name}": value for name, value in inside}
-    return {name: value for name, value in found.items() if name not in _MAY_CHANGE}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found |= _flattened(value, f"{before}{name}.")
+        else:
+            found[before + name] = value
+    return found
 
 
 def last_checkpoint(output: Path) -> str | None:

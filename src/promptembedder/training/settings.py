@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ByteSize, Field
 from pydantic.dataclasses import dataclass
 
-from promptembedder.config import RULES, Count, Fraction, PositiveFloat, PositiveInt, overridden, parse, read_yaml
+from promptembedder.config import (
+    RULES,
+    Count,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    Retired,
+    overridden,
+    parse,
+    read_yaml,
+    retired,
+)
 from promptembedder.data.settings import DataConfig
 from promptembedder.model.settings import ModelConfig
 
@@ -67,15 +78,8 @@ class TrainingConfig:
         gradient_accumulation: forwards per optimizer step.
         prompter_learning_rate: of the prompter's LLM, AdamW.
         alignment_learning_rate: of all other trained matrices (W, deep soft prompt, linear head), AdamW.
-        scale_alignment_rate: multiply W's and the deep soft prompt's by a power of two, so that a step is as long,
-            measured by the backbone's words, as with SmolLM2-135M for both (`alignment.rate_factor`); off: as given.
-        weight_decay: AdamW, on matrices.
         warmup: share of the steps with rising learning rate; unset: a tenth, and none where a transfer trains W alone,
             which starts well.
-        schedule: what follows the rise.
-        max_grad_norm: gradients are clipped to this norm.
-        softmax_temperature_start: anneal the prompter's softmax: its temperature falls (or rises) evenly from this
-            one to the model's over the steps; dev is scored at the model's. Unset: fixed.
         temperature: of InfoNCE.
         loss: `infonce`, or `cached_infonce` (gradient cache: large batches in the memory of small ones).
         mini_batch_size: of the gradient cache.
@@ -83,21 +87,18 @@ class TrainingConfig:
         mask_false_negatives: leave out negatives that the model itself finds closer to the anchor than its
             positive (GISTEmbed with the model as its own guide).
         train_prompter: off: only W is trained.
-        train_alignment: off: W stays as it starts. From an identity the soft prompt then stays a mixture of the
-            backbone's own words, which carries over to other backbones best.
         warm_start: see `WarmStartConfig`.
         early_stop_patience: stop after so many dev scores without a better one.
-        save_every_steps: checkpoint distance; with dev pairs checkpoints come with their scores instead.
-        keep_checkpoints: older ones are deleted.
-        logging_steps: distance of log lines.
-        soft_prompt_leaf: run the prompter once per instruction and step; off: once per forward, with the same
-            gradients.
         text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers of
             a machine, so that a text seen again is not read again (layout `suffix`); unset: off, in
             a transfer with rows or dev pairs a third of the free memory, 8 GiB at most.
         text_state_folder: keep them here, from run to run; unset: in memory.
         text_state_precision: of what is kept; `same` changes nothing, `bfloat16` and `int8` are smaller.
         seed: of everything drawn.
+        arguments: further arguments of the library's trainer by its own names, such as `weight_decay`,
+            `lr_scheduler_type`, `max_grad_norm`, `logging_steps`, `save_steps` or `save_total_limit`
+            (`SentenceTransformerTrainingArguments`). Those that have a setting here, or that training decides itself,
+            are refused.
     """
 
     output: str = "runs/model"
@@ -106,29 +107,33 @@ class TrainingConfig:
     gradient_accumulation: PositiveInt = 1
     prompter_learning_rate: PositiveFloat = 2e-5
     alignment_learning_rate: PositiveFloat = 1e-3
-    scale_alignment_rate: bool = True
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Fraction | None = None
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    max_grad_norm: PositiveFloat = 1.0
-    softmax_temperature_start: PositiveFloat | None = None
     temperature: PositiveFloat = 0.05
     loss: Literal["infonce", "cached_infonce"] = "infonce"
     mini_batch_size: PositiveInt = 32
     matryoshka_dims: tuple[PositiveInt, ...] = ()
     mask_false_negatives: bool = False
     train_prompter: bool = True
-    train_alignment: bool = True
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     early_stop_patience: PositiveInt | None = None
-    save_every_steps: PositiveInt | None = None
-    keep_checkpoints: PositiveInt = 2
-    logging_steps: PositiveInt = 5
-    soft_prompt_leaf: bool = True
     text_state_cache: Annotated[ByteSize, Field(gt=0)] | None = None
     text_state_folder: str | None = None
     text_state_precision: Literal["same", "bfloat16", "int8"] = "same"
     seed: int = 13
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    RETIRED: ClassVar[Mapping[str, Retired]] = {
+        "scale_alignment_rate": retired(True, advice="the rate of W is always scaled by the size of the LLMs' words"),
+        "soft_prompt_leaf": retired(True, advice="the prompter always runs once per instruction and step"),
+        "train_alignment": retired(True, advice="W is always trained"),
+        "softmax_temperature_start": retired(None, advice="the temperature is fixed (model.softmax_temperature)"),
+        "schedule": retired("linear", advice="set training.arguments.lr_scheduler_type"),
+        "weight_decay": retired(0, 0.0, advice="set training.arguments.weight_decay"),
+        "max_grad_norm": retired(1, 1.0, advice="set training.arguments.max_grad_norm"),
+        "logging_steps": retired(5, advice="set training.arguments.logging_steps"),
+        "keep_checkpoints": retired(2, advice="set training.arguments.save_total_limit"),
+        "save_every_steps": retired(None, advice="set training.arguments.save_steps"),
+    }
 
     @property
     def warmup_share(self) -> float:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from promptembedder import progress
 from promptembedder.data import aspects as made_up
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.states import CACHE_ARGUMENT
@@ -67,7 +67,7 @@ def warm_start(
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=config.steps)
     examples = _examples(prompter, instructions, config, seed)
     lately: deque[Tensor] = deque(maxlen=_AGREEING)
-    bar = tqdm(range(config.steps), desc="Warm start", disable=workers.number() > 0)
+    bar = progress.bar(range(config.steps), "Warm start", show=workers.number() == 0)
     for _ in bar:
         batch = [next(examples) for _ in range(_BATCH)]
         cue_NK = torch.stack([_cue_ids(prompter, config.cue, aspect) for _, aspect in batch]).to(device)

@@ -87,7 +87,7 @@ def sum_soft_prompt_gradients(module: SoftPromptTransformer, instructions: Seque
     """Add up the gradients of the step's soft prompts over all workers, divided by their number.
 
     Args:
-        module: its `leaves` hold this worker's gradients.
+        module: the leaves of its training state hold this worker's gradients.
         instructions: all that can occur, in the same order on every worker.
 
     Returns:
@@ -96,10 +96,10 @@ def sum_soft_prompt_gradients(module: SoftPromptTransformer, instructions: Seque
     Raises:
         PromptEmbedderError: an instruction of this step is not among `instructions`.
     """
-    leaves = module.leaves
+    leaves = module.training_state.leaves
     assert leaves is not None
     if unknown := leaves.instructions - set(instructions):
-        raise PromptEmbedderError(f"worker {number()} met instructions the others were not told of: {sorted(unknown)}")
+        raise PromptEmbedderError(f"worker {number()} met instructions that the others do not know: {sorted(unknown)}")
     place = module.alignment.weight.device
     used_I = torch.tensor([leaves.has_gradient(name) for name in instructions], dtype=torch.uint8, device=place)
     dist.all_reduce(used_I, op=dist.ReduceOp.MAX)

@@ -39,7 +39,7 @@ def centre(module: SoftPromptTransformer, sample: Sample, max_text_tokens: int |
     module.subtract(None)
     # Without what follows the module, which would make every embedding one long.
     reader = SentenceTransformer(modules=[module], device=str(module.alignment.weight.device))
-    with module.cutting_texts(max_text_tokens):
+    with module.truncating(max_text_tokens):
         parts = [
             reader.encode(texts, prompt=instruction, convert_to_tensor=True, show_progress_bar=False).cpu()
             for instruction, texts in texts_of.items()

@@ -15,20 +15,19 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.locate import LocatedModel
 from promptembedder.llms.open import load_config
-from promptembedder.model.folder import CONFIG_FILE, read_settings
-from promptembedder.model.module import soft_prompt_module
-from promptembedder.model.settings import ModelConfig
-from promptembedder.model.store import lender_of, refuse_foreign
+from promptembedder.model.folder import CONFIG_FILE, read_saved
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.store import lender_of
 from promptembedder.training import workers
+from promptembedder.training.checks import check_settings
 from promptembedder.training.run_folder import last_checkpoint, refuse_interrupted
-from promptembedder.transfer.closed_forms import check_names
 from promptembedder.transfer.settings import TransferConfig
 
 logger = logging.getLogger(__name__)
 
 
 # In the order in which they are run.
-TRAINED_STAGES = ("alignment_unlabelled", "alignment_labelled", "unfrozen")
+TRAINED_STAGES = ("alignment_unlabelled", "alignment_labelled")
 
 
 def check_alone() -> None:
@@ -37,15 +36,14 @@ def check_alone() -> None:
         raise PromptEmbedderError("a transfer runs in one process; start it without torchrun")
 
 
-def check_settings(
+def check_transfer(
     model: SentenceTransformer, config: TransferConfig, share_prompter: str | Path | None, resume: bool
 ) -> None:
     """Refuse settings that contradict each other, before anything is read or made."""
     check_alone()
-    check_names(config.starts)
     target = Path(config.training.output) / "model"
-    refuse_foreign(target)
     old = soft_prompt_module(model)
+    check_settings(config.training, old.settings.layout, scored=config.evaluation.dev is not None)
     if (Path(config.training.output) / CONFIG_FILE).is_file():
         raise PromptEmbedderError(f"{config.training.output} is itself a saved model; choose another training.output")
     if target.exists() and _backbone_in(target) == old.base_models.backbone_fingerprint:
@@ -63,14 +61,9 @@ def check_settings(
             "saved model opens both LLMs in one precision; open the model in the precision that the new one is to have"
         )
     if share_prompter is not None:
-        if config.unfrozen_steps:
-            raise PromptEmbedderError("unfrozen_steps changes the prompter, which then cannot be shared")
         lender_of(model, share_prompter, target)
-    if config.training.softmax_temperature_start is not None:
-        raise PromptEmbedderError("training.softmax_temperature_start is for training the prompter, not for a transfer")
-    for name in ("train_prompter", "train_alignment"):
-        if not getattr(config.training, name):
-            raise PromptEmbedderError(f"training.{name} is for training; a transfer trains the alignment alone")
+    if not config.training.train_prompter:
+        raise PromptEmbedderError("training.train_prompter is for training; a transfer trains the alignment alone")
     if config.centred and not config.has_data:
         raise PromptEmbedderError("centred needs texts or labelled rows (texts, data.files) to take the mean of")
     if config.distillation_learning_rate is not None and not (config.texts and config.training.max_steps):
@@ -79,8 +72,6 @@ def check_settings(
         )
     if resume and not config.trains:
         raise PromptEmbedderError("nothing to resume: training.max_steps is 0, so nothing is trained")
-    if config.unfrozen_steps and not config.data.has_rows:
-        raise PromptEmbedderError("unfrozen_steps needs labelled rows (data.files)")
     output = Path(config.training.output)
     if resume and not any(last_checkpoint(output / stage) for stage in TRAINED_STAGES):
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
@@ -88,11 +79,9 @@ def check_settings(
         refuse_interrupted(output / stage)
 
 
-def say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
-    """Warn of what belongs to the old backbone and is not trained anew."""
-    if old.readout_layers:
-        logger.warning("readout_layers belongs to the model's backbone; the new model reads the last layer's states")
-    if not config.trains and (old.deep_soft_prompt or old.linear_head):
+def warn_of_what_stays_behind(old: SoftPromptTransformer, config: TransferConfig) -> None:
+    """Warn of what belongs to the old backbone and is not trained on the new one."""
+    if not config.trains and (old.settings.deep_rank is not None or old.settings.linear_head):
         logger.warning(
             "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
             "texts to train on the new one goes without"
@@ -104,10 +93,6 @@ def say_what_stays_behind(old: ModelConfig, config: TransferConfig) -> None:
 def check_shape(located: LocatedModel, config: TransferConfig) -> None:
     """Refuse settings that the backbone is too small for, from its config alone."""
     shape = load_config(located).get_text_config(decoder=True)
-    if config.backbone_layers is not None and config.backbone_layers > shape.num_hidden_layers:
-        raise PromptEmbedderError(
-            f"backbone_layers = {config.backbone_layers}, but {located.name} has {shape.num_hidden_layers}"
-        )
     if max(config.training.matryoshka_dims, default=0) > shape.hidden_size:
         raise PromptEmbedderError(
             f"training.matryoshka_dims holds {max(config.training.matryoshka_dims)}, "
@@ -133,4 +118,4 @@ def check_memory(name: str, config: Any, dtype: torch.dtype, device: torch.devic
 
 def _backbone_in(folder: Path) -> Any:
     """Fingerprint of a saved model's backbone; `None` in a folder that holds no model."""
-    return read_settings(folder)["base_models"]["backbone_fingerprint"] if any(folder.iterdir()) else None
+    return read_saved(folder).base_models.backbone_fingerprint if any(folder.iterdir()) else None

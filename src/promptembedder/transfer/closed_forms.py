@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.open import input_embeddings
-from promptembedder.model.fits import Moments, folded, least_squares, matched_norm, moments, procrustes, ridge
+from promptembedder.model.fits import Moments, folded, matched_norm, moments, ridge
 from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.vocabulary import shared_vocabulary
+from promptembedder.transfer.settings import StartName
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ _FEWEST_SHARED = 64
 _HELD_BACK = 0.1
 # Below this share of the soft tokens' weights a closed form is a poor start.
 _LITTLE_SHARED = 0.5
-_Pair = tuple[Moments, Moments]
 
 
 @dataclass(frozen=True)
@@ -51,36 +50,21 @@ class Start:
     dev: float | None = None
 
 
-NAMES = ("least_squares", "ridge", "procrustes", "weighted", "through_old", "mixture", "mixture_and_drift")
-# They need words that the old and the new backbone share.
-THROUGH_OLD = ("through_old", "mixture_and_drift")
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse names that no closed form has.
-
-    Raises:
-        PromptEmbedderError: an unknown name.
-    """
-    if wrong := [name for name in names if name not in NAMES]:
-        raise PromptEmbedderError(f"unknown start {wrong[0]!r}; valid: {', '.join(NAMES)}")
+NAMES: tuple[StartName, ...] = ("ridge", "weighted", "mixture")
 
 
 def closed_forms(
-    old: SoftPromptTransformer, new: SoftPromptTransformer, instructions: Sequence[str], only: Sequence[str] = ()
+    old: SoftPromptTransformer, new: SoftPromptTransformer, instructions: Sequence[str], only: Sequence[StartName] = ()
 ) -> list[Start]:
     """Alignments to a new backbone without training; empty where the vocabularies share next to nothing.
 
     | name | W |
     | --- | --- |
-    | `least_squares`, `ridge`, `procrustes` | from the prompter's to the new backbone's embeddings of shared tokens |
+    | `ridge` | from the prompter's to the new backbone's embeddings of shared tokens |
     | `weighted` | ridge, tokens weighted by their share in the mixtures of the soft tokens |
-    | `through_old` | the trained W, then ridge from the old backbone's embeddings to the new one's |
     | `mixture` | ridge, corrected so that each soft token of the instructions becomes the same mixture of words |
-    | `mixture_and_drift` | `through_old`, corrected likewise, plus what training moved the soft prompt by |
 
-    All but the last two are scaled to the norm of the new backbone's embeddings. `least_squares` is left out where
-    fewer tokens are shared, beside those held back, than the prompter is wide.
+    All but the last are scaled to the norm of the new backbone's embeddings.
 
     Args:
         old: the trained module.
@@ -89,46 +73,21 @@ def closed_forms(
             looked at where they would come to more than half of the prompter's width.
         only: names wanted; empty: all.
 
-    Raises:
-        PromptEmbedderError: an unknown name; none of those wanted can be fitted.
     """
-    check_names(only)
     prompter_to_new = shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
     if len(prompter_to_new[0]) < _FEWEST_SHARED:
         return []
     wanted = [name for name in NAMES if not only or name in only]
     to_new = _SharedWords.of(old.prompter.lm, new.backbone.lm, prompter_to_new)
-    from_old = None
-    if set(THROUGH_OLD) & set(wanted):
-        old_to_new = shared_vocabulary(old.tokenizer, new.tokenizer)
-        if len(old_to_new[0]) >= _FEWEST_SHARED:
-            from_old = _SharedWords.of(old.backbone.lm, new.backbone.lm, old_to_new)
-    if from_old is None:
-        wanted = [name for name in wanted if name not in THROUGH_OLD]
-    if not wanted:
-        raise PromptEmbedderError(
-            f"starts {', '.join(only)} need {_FEWEST_SHARED} words that old and new backbone share, and there are "
-            f"{len(old_to_new[0])}; valid: {', '.join(name for name in NAMES if name not in THROUGH_OLD)}"
-        )
     # Soft tokens far fewer than the prompter is wide: where W is bent for each, no room would be left for others.
     most = max(1, old.alignment.weight.shape[0] // (2 * old.settings.num_soft_tokens))
     tokens_MP, mixtures_MV = _soft_tokens(old, instructions[:most])
     if (held := float(mixtures_MV[:, to_new.ids_S].sum(-1).mean())) < _LITTLE_SHARED:
         logger.warning("of what the prompter writes %.0f %% are words that the new backbone has, too", 100 * held)
-    trained_PF = old.alignment.weight.detach().float().cpu()
-    starts = _fitted(to_new, from_old, trained_PF, mixtures_MV, wanted)
-    if not {"mixture", "mixture_and_drift"} & set(wanted):
-        return starts
-    words_MD = to_new.mixed(tokens_MP, mixtures_MV)
+    starts = _fitted(to_new, mixtures_MV, wanted)
     if "mixture" in wanted:
+        words_MD = to_new.mixed(tokens_MP, mixtures_MV)
         starts.append(Start("mixture", folded(to_new.mapping, tokens_MP, words_MD), None))
-    if "mixture_and_drift" in wanted and from_old is not None:
-        # What the trained W does to the soft tokens beyond mixing the old backbone's own words.
-        among_old = shared_vocabulary(old.prompter.tokenizer, old.tokenizer)
-        words_MF = _SharedWords.of(old.prompter.lm, old.backbone.lm, among_old).mixed(tokens_MP, mixtures_MV)
-        drift_MD = (tokens_MP @ trained_PF - words_MF) @ from_old.mapping
-        moved_PD = folded(trained_PF @ from_old.mapping, tokens_MP, words_MD + drift_MD)
-        starts.append(Start("mixture_and_drift", moved_PD, None))
     return starts
 
 
@@ -163,7 +122,7 @@ class _SharedWords:
         """From the first LLM's embeddings to the second's, (X, Y), by ridge regression."""
         return ridge(self.moments)
 
-    def with_and_without(self, held_S: Tensor, weights_S: Tensor | None = None) -> _Pair:
+    def with_and_without(self, held_S: Tensor, weights_S: Tensor | None = None) -> tuple[Moments, Moments]:
         """Moments of all words and of those that are not held back."""
         whole = self.moments if weights_S is None else moments(self.first_SX, self.second_SY, weights_S)
         held_weights_S = None if weights_S is None else weights_S[held_S]
@@ -178,41 +137,22 @@ class _SharedWords:
         return weights_MS @ self.second_SY + (tokens_MX - weights_MS @ self.first_SX) @ self.mapping
 
 
-def _fitted(
-    to_new: _SharedWords,
-    from_old: _SharedWords | None,
-    trained_PF: Tensor,
-    mixtures_MV: Tensor,
-    wanted: Sequence[str],
-) -> list[Start]:
+def _fitted(to_new: _SharedWords, mixtures_MV: Tensor, wanted: Sequence[StartName]) -> list[Start]:
     """Starts that map the embeddings of words, each also fitted without a tenth of the words, to be measured on it."""
-    S, P = to_new.first_SX.shape
+    S = len(to_new.first_SX)
     held_S = torch.zeros(S, dtype=torch.bool)
     held_S[random.Random(0).sample(range(S), max(1, int(_HELD_BACK * S)))] = True
-    words = to_new.with_and_without(held_S)
     # Each fits W to all words and to those not held back.
-    fits: dict[str, Callable[[], Sequence[Tensor]]] = {
-        "ridge": lambda: [ridge(some) for some in words],
-        "procrustes": lambda: [procrustes(some) for some in words],
-    }
-    if words[1].words >= P:
-        fits["least_squares"] = lambda: [least_squares(some) for some in words]
-    elif list(wanted) == ["least_squares"]:
-        raise PromptEmbedderError(
-            f"start 'least_squares' needs {P} shared tokens beside those held back, "
-            f"the vocabularies share {S}; use 'ridge'"
-        )
+    fits: dict[str, Callable[[], Sequence[Tensor]]] = {}
+    if "ridge" in wanted:
+        fits["ridge"] = lambda: [ridge(some) for some in to_new.with_and_without(held_S)]
     if "weighted" in wanted:
         used_S = mixtures_MV[:, to_new.ids_S].sum(0)
         used_S += 1e-2 * used_S.mean()  # words in no mixture count a little, too
         fits["weighted"] = lambda: [ridge(some) for some in to_new.with_and_without(held_S, used_S)]
-    if "through_old" in wanted and from_old is not None:
-        held_U = torch.isin(from_old.others_S, to_new.others_S[held_S])
-        olds = from_old.with_and_without(held_U)
-        fits["through_old"] = lambda: [trained_PF @ ridge(some) for some in olds]
     starts = []
-    for name in [name for name in wanted if name in fits]:
-        whole_PD, part_PD = fits[name]()
+    for name, fitted in fits.items():
+        whole_PD, part_PD = fitted()
         held_SP, true_SD = to_new.first_SX[held_S], to_new.second_SY[held_S]
         cosines = nn.functional.cosine_similarity(held_SP @ part_PD, true_SD, dim=-1)
         weight_PD = matched_norm(whole_PD, to_new.first_SX, to_new.second_SY)

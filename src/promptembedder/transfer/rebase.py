@@ -26,13 +26,11 @@ def on_backbone(
     located: LocatedModel,
     *,
     dtype: Precision | None = None,
-    backbone_layers: int | None = None,
 ) -> SentenceTransformer:
     """The same prompter before another backbone, with an alignment of zeros; the two models share the prompter.
 
-    A deep soft prompt starts at zero again, a linear head at the identity, nothing is subtracted from embeddings, all
-    layers are read unless `backbone_layers` says how many, and only the last one's states are the embedding: these
-    belong to a backbone.
+    A deep soft prompt starts at zero again, a linear head at the identity, and nothing is subtracted from embeddings:
+    these belong to a backbone.
 
     Raises:
         PromptEmbedderError: the backbone is the same, or does not fit into memory.
@@ -43,9 +41,6 @@ def on_backbone(
         backbone=located.name,
         backbone_revision=located.revision,
         dtype=dtype or old.settings.dtype,
-        backbone_layers=backbone_layers,
-        readout_layers=(),
-        centred=False,
     )
     device = old.alignment.weight.device
     precision = resolve_dtype(settings.dtype, device)

@@ -21,7 +21,7 @@ class Stage:
     The time that scoring the closed forms and following dev takes is in none of these figures.
 
     Attributes:
-        name: `closed_form` (`random` where there is none), `alignment_unlabelled`, `alignment_labelled` or `unfrozen`.
+        name: `closed_form` (`random` where there is none), `alignment_unlabelled` or `alignment_labelled`.
         dev: Spearman x 100 after it, where dev pairs are given.
         seconds: wall time of its fit, or of its optimizer steps and, without labels, of the old model's reading.
         examples: rows or texts it was trained on, repetitions counted.
@@ -60,7 +60,7 @@ class TransferResult:
     @property
     def centred(self) -> bool:
         """Whether the new model subtracts a mean from its embeddings."""
-        return soft_prompt_module(self.model).settings.centred
+        return soft_prompt_module(self.model).centred
 
 
 def write_report(result: TransferResult, folder: Path, backbone: str) -> None:

@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +23,40 @@ import psutil
 import torch
 from pydantic import ByteSize
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from torch import nn
-from tqdm import tqdm
 
-from promptembedder import atomic
+from promptembedder import atomic, progress
 from promptembedder.config import dump_yaml
 from promptembedder.data.readers import data_path
 from promptembedder.data.rows import TrainingData, load_training_data
 from promptembedder.data.texts import read_texts
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.copies import sharing_copy
 from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.identity import digest
 from promptembedder.llms.locate import locate, peek_config
+from promptembedder.llms.state_cache import TextStateCache
 from promptembedder.model.fits import random_start
 from promptembedder.model.folder import CENTRE
+from promptembedder.model.leaves import TrainingState
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
-from promptembedder.model.prompter import Prompter, trained_state
+from promptembedder.model.prompter import trained_state
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import save
-from promptembedder.training.checks import check_losses, check_run, largest
+from promptembedder.training.checks import check_losses, largest
 from promptembedder.training.curves import seconds_of, write_facts
-from promptembedder.training.distillation import SimilarityDistillation, distillation_rows
+from promptembedder.training.distillation import TEMPERATURE, SimilarityDistillation, distillation_rows
 from promptembedder.training.evaluators import pair_evaluator
-from promptembedder.training.fit import text_cache
-from promptembedder.training.run_folder import last_checkpoint, make_folder, note_settings
-from promptembedder.training.settings import RunConfig, TrainingConfig
-from promptembedder.training.train import train
+from promptembedder.training.fit import fit, text_cache
+from promptembedder.training.run_folder import checkpoint_of, last_checkpoint, make_folder, note_settings
+from promptembedder.training.settings import TrainingConfig
 from promptembedder.transfer.centring import FEWEST, Sample, centre, sample_of_rows, sample_of_texts
 from promptembedder.transfer.checks import (
     TRAINED_STAGES,
     check_memory,
-    check_settings,
     check_shape,
-    say_what_stays_behind,
+    check_transfer,
+    warn_of_what_stays_behind,
 )
 from promptembedder.transfer.closed_forms import Start, closed_forms
 from promptembedder.transfer.rebase import on_backbone
@@ -80,7 +80,7 @@ def transfer(
     """Move a trained model to another backbone, save it to `<output>/model` and report on it.
 
     The prompter's weights are not touched. The two models share one prompter in memory, so what moves, casts or trains
-    the prompter of one does so for both; with `unfrozen_steps` the new model has trained weights of its own.
+    the prompter of one does so for both; open the model anew to be free of that.
 
     Args:
         model: the trained model.
@@ -94,8 +94,7 @@ def transfer(
     """
     old = soft_prompt_module(model)
     output = Path(config.training.output)
-    check_settings(model, config, share_prompter, resume)
-    check_run(RunConfig(model=old.settings, training=config.training, evaluation=config.evaluation))
+    check_transfer(model, config, share_prompter, resume)
     dev = pair_evaluator(config.evaluation, config.data.root, "dev")
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
@@ -106,7 +105,7 @@ def transfer(
     make_folder(output, fresh=False)
     # A model that has learnt since would teach other similarities, or have W aligned with another prompter's words.
     learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
-    if old.settings.centred:
+    if old.centred:
         learnt[CENTRE] = old.centre_E
     drawn = hashlib.sha256("\n".join(read).encode()).hexdigest()  # how many depends on the steps
     note_settings(output, config, resumed=resume, old_model=digest(learnt), sample_of_texts=drawn)
@@ -120,22 +119,20 @@ def transfer(
     located = locate(config.backbone, config.backbone_revision)
     check_shape(located, config)
     # No device is asked for: the new model goes where the old one is.
-    moved = on_backbone(model, located, dtype=config.dtype, backbone_layers=config.backbone_layers)
+    moved = on_backbone(model, located, dtype=config.dtype)
     new = soft_prompt_module(moved)
-    say_what_stays_behind(old.settings, config)
-    if config.unfrozen_steps:
-        new.prompter = _own_copy(old)
+    warn_of_what_stays_behind(old, config)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
     try:
         starts, fitting = _starts(old, new, config, _instructions(old, config, rows))
         if starts[0].name == "random" and config.centred is None:
             config = replace(config, centred=False)  # the mean would be that of noise
         sample = _sample(old, config, rows, texts)
-        with _states_held(new, config.training, again=dev is not None or rows is not None):
+        with _states_held(new, config.training, again=dev is not None or rows is not None) as cache:
             starts, centring = _begin_with_best(moved, starts, dev, sample, config.data.max_text_tokens)
             name = "random" if starts[0].name == "random" else "closed_form"
             stages = [Stage(name, starts[0].dev, fitting + centring, 0)]
-            stages += _train_stages(model, moved, config, rows, read, stages[0], resume)
+            stages += _train_stages(model, moved, config, rows, read, stages[0], resume, dev, cache)
             scores = {} if stages[-1].dev is None else {"dev": stages[-1].dev}
             if test is not None:
                 scores["test"] = 100 * test(moved)["test_spearman_cosine"]
@@ -145,20 +142,16 @@ def transfer(
             parameter.requires_grad_(flag)
     save(moved, output / "model", share_prompter=share_prompter)
     atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
-    _note(moved, stages, output / "model", with_prompter=config.unfrozen_steps > 0)
+    _note(moved, stages, output / "model")
     result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
     write_report(result, output, located.name)
     return result
 
 
-def _note(model: SentenceTransformer, stages: list[Stage], folder: Path, *, with_prompter: bool) -> None:
+def _note(model: SentenceTransformer, stages: list[Stage], folder: Path) -> None:
     """Write what the transfer took beside the model."""
     steps = sum(stage.steps for stage in stages)
-    trained = [
-        p
-        for name, p in model.named_parameters()
-        if steps and p.requires_grad and (with_prompter or ".prompter." not in name)
-    ]
+    trained = [p for name, p in model.named_parameters() if steps and p.requires_grad and ".prompter." not in name]
     write_facts(
         folder,
         trained_parameters=sum(p.numel() for p in trained),
@@ -198,21 +191,15 @@ def _train_stages(
     texts: list[str],
     start: Stage,
     resume: bool,
+    dev: EmbeddingSimilarityEvaluator | None,
+    cache: TextStateCache | None,
 ) -> list[Stage]:
-    """The steps with training that the settings ask for."""
-    settings, output = config.training, Path(config.training.output)
-    module = soft_prompt_module(moved)
-    run = RunConfig(
-        model=module.settings,
-        data=config.data,
-        training=replace(
-            settings,
-            train_prompter=False,
-            train_alignment=True,
-            # The closed form is a good start, and Adam's first steps are as long as the later ones, not longer.
-            warmup=0.0 if settings.warmup is None else settings.warmup,
-        ),
-        evaluation=replace(config.evaluation, test=None),
+    """The steps with training that the settings want: on plain texts, then on rows."""
+    settings = replace(
+        config.training,
+        train_prompter=False,
+        # The closed form is a good start, and Adam's first steps are as long as the later ones, not longer.
+        warmup=0.0 if config.training.warmup is None else config.training.warmup,
     )
     stages = [start]
     if texts and settings.max_steps:
@@ -220,55 +207,75 @@ def _train_stages(
         instructions = config.text_instructions or _instructions(soft_prompt_module(model), config)
         taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
-        loss = SimilarityDistillation(moved, config.distillation_temperature)
-        on_texts = replace(run, training=replace(run.training, alignment_learning_rate=config.learning_rate_on_texts))
-        stages.append(_trained("alignment_unlabelled", moved, on_texts, output, stages, resume, taught, loss, teacher))
+        on_texts = replace(settings, alignment_learning_rate=config.learning_rate_on_texts)
+        stage = _Training("alignment_unlabelled", moved, config, on_texts, resume, dev, cache)
+        stages.append(stage.run(taught, stages, SimilarityDistillation(moved, TEMPERATURE), teacher))
     if rows is not None and settings.max_steps:
-        stages.append(_trained("alignment_labelled", moved, run, output, stages, resume, rows))
-    if config.unfrozen_steps and rows is not None:
-        opened = replace(run.training, train_prompter=True, warmup=settings.warmup, max_steps=config.unfrozen_steps)
-        stages.append(_trained("unfrozen", moved, replace(run, training=opened), output, stages, resume, rows))
+        stage = _Training("alignment_labelled", moved, config, settings, resume, dev, cache)
+        stages.append(stage.run(rows, stages))
     return stages[1:]
 
 
-def _trained(
-    name: str,
-    model: SentenceTransformer,
-    run: RunConfig,
-    output: Path,
-    stages: list[Stage],
-    resume: bool,
-    data: TrainingData,
-    loss: nn.Module | None = None,
-    preparing: float = 0.0,
-) -> Stage:
-    """Train, or leave the model as it was where that was better on dev.
+@dataclass(frozen=True)
+class _Training:
+    """One stage with training, its checkpoints in a folder of its name."""
 
-    The curve's times count from the beginning of the first of the `stages` before; `preparing`: seconds beside steps.
-    """
-    run = replace(run, training=replace(run.training, output=str(output / name)))
-    before = [(parameter, parameter.detach().clone()) for parameter in _trainable(model)]
-    result = train(run, model=model, data=data, loss=loss, resume=resume and last_checkpoint(output / name) is not None)
-    dev, was = result.scores.get("dev"), stages[-1].dev
-    worse = dev is not None and was is not None and dev < was
-    if worse:
-        logger.warning("%s: dev fell from %.2f to %.2f, so the weights before it are kept", name, was, dev)
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
-        dev = was
-    return Stage(
-        name,
-        dev,
-        preparing + seconds_of(result.history),
-        result.examples,
-        result.steps,
-        [
-            (sum(stage.examples for stage in stages) + examples, seconds, score)
-            for examples, seconds, score in result.curve(sum(stage.seconds for stage in stages) + preparing)
-        ],
-        kept=not worse,
-    )
+    name: str
+    model: SentenceTransformer
+    config: TransferConfig
+    settings: TrainingConfig
+    resume: bool
+    dev: EmbeddingSimilarityEvaluator | None
+    cache: TextStateCache | None
+
+    def run(
+        self, data: TrainingData, stages: list[Stage], loss: nn.Module | None = None, preparing: float = 0.0
+    ) -> Stage:
+        """Train, or leave the model as it was where that was better on dev.
+
+        Args:
+            data: rows.
+            stages: those before; the curve's times count from the beginning of the first one.
+            loss: in place of that of the settings.
+            preparing: seconds beside the steps.
+        """
+        output = Path(self.config.training.output) / self.name
+        settings = replace(self.settings, output=str(output))
+        again = self.resume and last_checkpoint(output) is not None
+        checkpoint = checkpoint_of(output, again, soft_prompt_module(self.model).settings)
+        make_folder(output, fresh=checkpoint is None)
+        note_settings(output, settings, resumed=checkpoint is not None)
+        before = [(parameter, parameter.detach().clone()) for parameter in _trainable(self.model)]
+        fitted = fit(
+            self.model,
+            data,
+            settings,
+            loss=loss,
+            evaluator=self.dev,
+            every_steps=self.config.evaluation.every_steps,
+            max_text_tokens=self.config.data.max_text_tokens,
+            checkpoint=checkpoint,
+            cache=self.cache,
+        )
+        save(self.model, output / "model")
+        dev, was = fitted.dev, stages[-1].dev
+        worse = dev is not None and was is not None and dev < was
+        if worse:
+            logger.warning("%s: dev fell from %.2f to %.2f, so the weights before it are kept", self.name, was, dev)
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+            dev = was
+        examples, seconds = (sum(getattr(stage, of) for stage in stages) for of in ("examples", "seconds"))
+        return Stage(
+            self.name,
+            dev,
+            preparing + seconds_of(fitted.history),
+            fitted.examples,
+            fitted.steps,
+            [(examples + seen, at, score) for seen, at, score in fitted.curve(seconds + preparing)],
+            kept=not worse,
+        )
 
 
 def _trainable(model: SentenceTransformer) -> list[nn.Parameter]:
@@ -277,12 +284,6 @@ def _trainable(model: SentenceTransformer) -> list[nn.Parameter]:
     frozen = {id(p) for p in module.backbone.parameters()}
     frozen |= {id(p) for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name)}
     return [p for p in model.parameters() if id(p) not in frozen]
-
-
-def _own_copy(module: SoftPromptTransformer) -> Prompter:
-    """The prompter with trained weights of its own; frozen ones are shared."""
-    frozen = (p for name, p in module.prompter.named_parameters() if not module.prompter.is_trained(name))
-    return sharing_copy(module.prompter, frozen)
 
 
 def _begin_with_best(
@@ -295,13 +296,12 @@ def _begin_with_best(
     """
     module = soft_prompt_module(model)
     if dev is None:
-        # Nothing to measure mixtures of words by. Where there was, the plain one was among the best, the one with a
-        # drift among the worst (docs/research-log.md).
-        known = {"mixture": 2.0, "mixture_and_drift": -2.0}
-        ranked = sorted(starts, key=lambda s: known.get(s.name, s.reconstruction or 0.0), reverse=True)
+        # A mixture of words is not fitted to words, so it has no reconstruction. Where there were dev pairs it was
+        # among the best.
+        ranked = sorted(starts, key=lambda s: (s.name == "mixture", s.reconstruction or 0.0), reverse=True)
         return ranked, _begin_with(module, ranked[0], sample, max_text_tokens)
     scored, seconds = [], []
-    for start in tqdm(starts, desc="Closed forms"):
+    for start in progress.bar(starts, "Closed forms"):
         seconds.append(_begin_with(module, start, sample, max_text_tokens))
         scored.append(replace(start, dev=100 * dev(model)["dev_spearman_cosine"]))
     ranked = sorted(scored, key=lambda s: s.dev if s.dev is not None and s.dev == s.dev else -1e9, reverse=True)
@@ -310,7 +310,9 @@ def _begin_with_best(
 
 
 @contextmanager
-def _states_held(module: SoftPromptTransformer, settings: TrainingConfig, *, again: bool) -> Iterator[None]:
+def _states_held(
+    module: SoftPromptTransformer, settings: TrainingConfig, *, again: bool
+) -> Iterator[TextStateCache | None]:
     """While inside, a text whose states are held is not read again, for whatever start, step or score.
 
     In layout `suffix` only, where a text's states depend on nothing that is trained.
@@ -318,17 +320,16 @@ def _states_held(module: SoftPromptTransformer, settings: TrainingConfig, *, aga
     Args:
         module: the new model's.
         settings: say what may be held; where they do not, it is some of the memory.
-        again: whether texts come up more than once; if not, nothing is held that the settings do not ask for.
+        again: whether texts come up more than once; if not, nothing is held that the settings do not want held.
     """
     budget = settings.text_state_cache
     if budget is None and again:
         budget = ByteSize(min(psutil.virtual_memory().available // 3, _MOST_STATES))
+    cache = None
     if module.settings.layout == "suffix" and budget:
-        module.backbone.text_cache = text_cache(module, replace(settings, text_state_cache=budget))
-    try:
-        yield
-    finally:
-        module.backbone.text_cache = None
+        cache = text_cache(module, replace(settings, text_state_cache=budget))
+    with module.in_training(TrainingState(text_cache=cache)):
+        yield cache
 
 
 def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max_text_tokens: int | None) -> float:

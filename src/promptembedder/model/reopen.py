@@ -1,0 +1,101 @@
+"""The parts of a saved model, opened again: the two LLMs found, checked, and put together.
+
+Shapes: P prompter width, D backbone width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
+from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
+from promptembedder.model.parts import Parts, open_parts
+from promptembedder.model.settings import ModelConfig
+
+
+def reopen(
+    saved: SavedModel,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    prompter: str | None = None,
+    backbone: str | None = None,
+) -> tuple[Parts, ModelConfig]:
+    """Open the LLMs of a saved model and make its parts, with the saved W and the settings that they run with.
+
+    Args:
+        saved: the model.
+        device: where it is to run.
+        dtype: `bfloat16` or `float32` in place of the saved one.
+        prompter: where the Prompting LLM is now.
+        backbone: where the Embedding LLM is now.
+
+    Raises:
+        PromptEmbedderError: as in `load`.
+    """
+    config, expected = saved.config, saved.base_models
+    if dtype not in (None, "bfloat16", "float32"):
+        raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected 'bfloat16' or 'float32'")
+    if dtype is not None:
+        config = replace(config, dtype=dtype)  # type: ignore[arg-type]
+    with weights_of(saved) as stored:
+        if expected.prompter == expected.backbone:
+            prompter, backbone = prompter or backbone, backbone or prompter
+        prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter")
+        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone")
+        parts = open_parts(config, prompter_at, backbone_at, device, seed=0, weight_PD=stored["weight"].float())
+    for role in ("prompter", "backbone"):
+        want, have = (getattr(bases, f"{role}_fingerprint") for bases in (expected, parts.base_models))
+        if want != have:
+            raise PromptEmbedderError(
+                f"{saved.folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than "
+                f"the model was trained with ({want[:12]}){_remedy(expected, role)}"
+            )
+    return parts, config
+
+
+@contextmanager
+def weights_of(saved: SavedModel) -> Iterator[dict[str, Tensor]]:
+    """The tensors of alignment and centre by name; inside, a damaged weights file is one line.
+
+    Raises:
+        PromptEmbedderError: a weights file is missing or damaged.
+    """
+    file = saved.folder / ALIGNMENT_FILE
+    for needed in (file, saved.prompter_weights):
+        if not needed.is_file():
+            raise PromptEmbedderError(f"model folder {saved.folder} has no {needed.relative_to(saved.folder)}")
+    try:
+        stored = load_file(file)
+        if "weight" not in stored:
+            raise PromptEmbedderError(f"{file} holds {sorted(stored)}, expected 'weight' too")
+        yield stored
+    except SafetensorError as error:
+        raise PromptEmbedderError(f"model folder {saved.folder} holds a damaged safetensors file: {error}") from error
+
+
+def _at(name: str, revision: str | None, instead: str | None, role: str) -> LocatedModel:
+    """An LLM where it was, or where it is now."""
+    if instead is not None:
+        return locate(instead)
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise PromptEmbedderError(
+            f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
+        )
+    return locate(name, revision)
+
+
+def _remedy(expected: BaseModels, role: str) -> str:
+    """How to get the weights that a short name stands for, where another copy of the LLM was found."""
+    carried = CARRIED_MODELS.get(getattr(expected, role))
+    if carried is None or getattr(expected, f"{role}_revision") is not None:
+        return ""
+    return f"; those come with: {carried.install}"
