@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import io
 import json
 import os
@@ -38,6 +39,7 @@ from promptembedder import ModelConfig, RunConfig, build
 from promptembedder.cli import app as cli
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig
+from promptembedder.transfer.settings import TransferConfig
 
 TEXTS = [
     "A man is playing a guitar.",
@@ -50,6 +52,7 @@ INSTRUCTION = "Retrieve sentences that mean the same."
 # Byte-level and without aspects, which the tiny vocabularies split.
 CUE = 'said in a few short words, and as clearly as one can, which means in one word:"'
 SECOND = "Given a question, retrieve questions that ask the same thing."
+MANY = [f"{text} {n}" for n in range(6) for text in TEXTS]
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 
 _CORPUS = [
@@ -245,9 +248,11 @@ def run_config(tiny_settings: Callable[..., ModelConfig], tmp_path: Path) -> Cal
         model: dict[str, object] | None = None,
         evaluation: dict[str, object] | None = None,
         warm_steps: int = 0,
+        arguments: dict[str, object] | None = None,
         **training: object,
     ) -> RunConfig:
-        defaults = {"output": str(tmp_path / name), "max_steps": 4, "batch_size": 4, "logging_steps": 1}
+        defaults = {"output": str(tmp_path / name), "max_steps": 4, "batch_size": 4}
+        training["arguments"] = {"logging_steps": 1, **(arguments or {})}
         return RunConfig(
             model=tiny_settings(**(model or {})),
             data=DataConfig(root=str(tmp_path), files=(DataFile(path="rows.jsonl"),)),
@@ -301,3 +306,93 @@ def assert_same_embeddings(one: np.ndarray, other: np.ndarray) -> None:
     matrix products add up in an order that depends on that.
     """
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def transfer_config(tiny_lm, tmp_path, run_config):
+    """`transfer_config(architecture, ...)`: a transfer to another tiny LLM, with the rows and pairs of `run_config`."""
+    run_config()  # writes rows.jsonl and pairs.jsonl
+
+    def make(backbone=("qwen2", 48, 5), **changes):
+        training = {
+            "output": str(tmp_path / "moved"),
+            "max_steps": 4,
+            "batch_size": 4,
+            "arguments": {"logging_steps": 1},
+        }
+        training |= changes.pop("training", {})
+        evaluation = {"dev": "pairs.jsonl", "every_steps": 2, "instruction": INSTRUCTION} | changes.pop(
+            "evaluation", {}
+        )
+        rows = DataConfig(
+            root=str(tmp_path), files=(DataFile(path="rows.jsonl"),) if changes.pop("rows", False) else ()
+        )
+        return TransferConfig(
+            backbone=str(tiny_lm(*backbone)) if isinstance(backbone, tuple) else backbone,
+            data=rows,
+            training=TrainingConfig(**training),
+            evaluation=EvaluationConfig(**evaluation),
+            **changes,
+        )
+
+    return make
+
+
+def write_gzipped(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """A folder with one small task of every kind."""
+    folder = tmp_path / "data"
+    pairs = [
+        {"sentence1": MANY[n], "sentence2": MANY[(3 * n + 1) % 30], "score": (n * 7) % 5, "label": n % 2}
+        for n in range(20)
+    ]
+    write_gzipped(folder / "sts" / "Similar.jsonl.gz", pairs)
+    write_gzipped(folder / "sts" / "Similar.dev.jsonl.gz", pairs)
+    write_gzipped(folder / "pair_classification" / "Same.jsonl.gz", pairs)
+    labelled = [{"text": text, "label": n % 3} for n, text in enumerate(MANY)]
+    for split in ("train", "test"):
+        write_gzipped(folder / "classification" / f"Class.{split}.jsonl.gz", labelled)
+    write_gzipped(
+        folder / "clustering" / "Groups.jsonl.gz", [{"text": r["text"], "label": str(r["label"])} for r in labelled]
+    )
+    write_gzipped(
+        folder / "reranking" / "Order.jsonl.gz",
+        [{"query": MANY[n], "positive": [MANY[n + 1]], "negative": MANY[n + 2 : n + 5]} for n in range(6)],
+    )
+    corpus = [{"_id": str(n), "title": "", "text": text} for n, text in enumerate(MANY)]
+    write_gzipped(folder / "retrieval" / "Find" / "corpus.jsonl.gz", corpus)
+    write_gzipped(
+        folder / "retrieval" / "Find" / "queries.jsonl.gz", [{"_id": f"q{n}", "text": MANY[n]} for n in range(5)]
+    )
+    write_gzipped(
+        folder / "retrieval" / "Find" / "qrels.jsonl.gz",
+        [{"query-id": f"q{n}", "corpus-id": str((n * 3 + 5) % 30), "score": 1} for n in range(5)],
+    )
+    write_gzipped(
+        folder / "summarization" / "Short.jsonl.gz",
+        [
+            {"human_summaries": MANY[n : n + 2], "machine_summaries": MANY[n + 2 : n + 6], "relevance": [1, 3, 2, 5]}
+            for n in range(5)
+        ],
+    )
+    triplets = []
+    for n in range(10):
+        first = {"instruction": "by topic", "anchor": MANY[n], "positive": MANY[n + 1], "negative": MANY[n + 2]}
+        swapped = {"positive": first["negative"], "negative": first["positive"], "instruction": "by tone"}
+        triplets += [first, {**first, **swapped}]
+    write_gzipped(folder / "instruction_triplets" / "Swapped.jsonl.gz", triplets)
+    return folder
+
+
+@pytest.fixture
+def encoder(tiny_model):
+    """An untrained model as mteb sees it."""
+    from promptembedder import evaluation  # needs mteb
+
+    return evaluation.InstructedEncoder(tiny_model(), "tiny/model", "one")

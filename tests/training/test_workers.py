@@ -105,7 +105,7 @@ def numbers(name, printed):
 
 
 def test_a_worker_that_dies_leaves_nobody_hanging(run_config, tmp_path):
-    config = run_config(batch_size=8, max_steps=500, save_every_steps=500)
+    config = run_config(batch_size=8, max_steps=500, arguments={"save_steps": 500})
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     start = time.monotonic()
     done = run(torchrun(2), tmp_path, "dies")
