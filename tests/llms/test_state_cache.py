@@ -15,6 +15,7 @@ from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.llms.states import packed, unpacked
+from promptembedder.model.leaves import TrainingState
 from promptembedder.training.losses import make_loss
 from promptembedder.training.settings import TrainingConfig
 
@@ -24,6 +25,12 @@ MIB = 2**20
 def embed(module, texts):
     with torch.no_grad():
         return module(module.preprocess(texts, prompt=INSTRUCTION))["sentence_embedding"]
+
+
+def hold(module, cache):
+    """From now on the module keeps states of texts here, as it does in training."""
+    module.training_state = TrainingState(text_cache=cache)
+    return cache
 
 
 def opened(folder=None, budget=MIB, identity="one", **options):
@@ -36,7 +43,7 @@ def opened(folder=None, budget=MIB, identity="one", **options):
 def test_bitwise_the_same_embeddings(tiny_model, tmp_path, architecture, dtype, where):
     module = tiny_model(architecture, dtype=dtype)[0]
     without = embed(module, TEXTS)
-    cache = module.backbone.text_cache = opened(tmp_path / "states" if where == "disk" else None)
+    cache = hold(module, opened(tmp_path / "states" if where == "disk" else None))
     filled, found = embed(module, TEXTS), embed(module, TEXTS)
     assert (cache.hits, cache.misses) == (len(TEXTS), len(TEXTS))
     assert torch.equal(filled, without)
@@ -49,12 +56,12 @@ def test_in_other_company(tiny_model, architecture):
     module = tiny_model(architecture)[0]
     expected = embed(module, TEXTS)
     for first in ([0, 1], [3], [2, 4, 0]):
-        module.backbone.text_cache = opened()
+        hold(module, opened())
         embed(module, [TEXTS[n] for n in first])
         assert torch.allclose(embed(module, TEXTS), expected, atol=1e-5)
         for n, text in enumerate(TEXTS):
             assert torch.allclose(embed(module, [text])[0], expected[n], atol=1e-5)
-        assert module.backbone.text_cache.misses == len(TEXTS)
+        assert module.training_state.text_cache.misses == len(TEXTS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -75,10 +82,10 @@ def test_packed_rows_make_the_same_states(tiny_model, architecture):
 def test_smaller_precisions(tiny_model, tmp_path, precision, size, close):
     module = tiny_model()[0]
     exact = embed(module, TEXTS)
-    full = module.backbone.text_cache = opened()
+    full = hold(module, opened())
     embed(module, TEXTS)
     for folder in (None, tmp_path / precision):
-        cache = module.backbone.text_cache = opened(folder, precision=precision)
+        cache = hold(module, opened(folder, precision=precision))
         computed, found = embed(module, TEXTS), embed(module, TEXTS)
         assert torch.equal(computed, found)  # a text reads the same whether just computed or found
         assert not torch.equal(found, exact)
@@ -93,12 +100,12 @@ def test_least_recently_used_goes_first(tiny_model, tmp_path, where):
     texts = [f"{word} text" for word in ("one", "two", "six", "ten")]
     sizes = []
     for n in (1, 3):
-        cache = module.backbone.text_cache = opened(tmp_path / str(n) if where == "disk" else None)
+        cache = hold(module, opened(tmp_path / str(n) if where == "disk" else None))
         embed(module, texts[:n])
         sizes.append(cache.used_bytes)
     assert sizes[1] == pytest.approx(3 * sizes[0], rel=0.35)
     folder = tmp_path / "small" if where == "disk" else None
-    cache = module.backbone.text_cache = opened(folder, budget=sizes[1] + 8)
+    cache = hold(module, opened(folder, budget=sizes[1] + 8))
     embed(module, texts[:3])
     embed(module, texts[:1])  # used again, so the second is the oldest now
     embed(module, texts[3:])
@@ -117,17 +124,17 @@ def test_a_text_larger_than_the_budget_is_not_kept(tiny_model, tmp_path):
     module = tiny_model()[0]
     expected = embed(module, TEXTS)
     for folder in (None, tmp_path / "states"):
-        cache = module.backbone.text_cache = opened(folder, budget=100)
+        cache = hold(module, opened(folder, budget=100))
         assert torch.equal(embed(module, TEXTS), expected)
         assert cache.used_bytes == 0
 
 
 def test_found_again_in_another_run(tiny_model, tmp_path):
     module = tiny_model()[0]
-    module.backbone.text_cache = opened(tmp_path / "states")
+    hold(module, opened(tmp_path / "states"))
     expected = embed(module, TEXTS)
-    used = module.backbone.text_cache.used_bytes
-    cache = module.backbone.text_cache = opened(tmp_path / "states")
+    used = module.training_state.text_cache.used_bytes
+    cache = hold(module, opened(tmp_path / "states"))
     assert cache.used_bytes == used
     assert torch.equal(embed(module, TEXTS), expected)
     assert cache.misses == 0
@@ -136,13 +143,13 @@ def test_found_again_in_another_run(tiny_model, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_damaged_files_are_noticed(tiny_model, tmp_path, caplog, damage):
     module = tiny_model()[0]
-    module.backbone.text_cache = opened(tmp_path / "states")
+    hold(module, opened(tmp_path / "states"))
     expected = embed(module, TEXTS)
     for path in (tmp_path / "states").rglob("*.states"):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes({"cut": content[:-9], "flipped": content, "empty": b""}[damage])
-    cache = module.backbone.text_cache = opened(tmp_path / "states")
+    cache = hold(module, opened(tmp_path / "states"))
     with caplog.at_level(logging.WARNING):
         assert torch.equal(embed(module, TEXTS), expected)
     assert cache.misses == len(TEXTS)
@@ -154,7 +161,7 @@ def test_damaged_files_are_noticed(tiny_model, tmp_path, caplog, damage):
 @pytest.mark.parametrize("change", ["identity", "precision", "index"])
 def test_states_of_another_backbone_are_rebuilt(tiny_model, tmp_path, caplog, change):
     module = tiny_model()[0]
-    module.backbone.text_cache = opened(tmp_path / "states")
+    hold(module, opened(tmp_path / "states"))
     embed(module, TEXTS)
     if change == "index":
         (tmp_path / "states" / "text-states.json").write_text("{")
@@ -187,7 +194,7 @@ def test_budget_larger_than_what_there_is(tmp_path):
 def test_only_its_own_files_are_thrown_away(tiny_model, tmp_path):
     """A folder that others write to as well, a run's output for one: they keep what is theirs."""
     module = tiny_model()[0]
-    module.backbone.text_cache = opened(tmp_path / "states")
+    hold(module, opened(tmp_path / "states"))
     embed(module, TEXTS)
     (tmp_path / "states" / "model").mkdir()
     (tmp_path / "states" / "model" / "weights").write_text("dear")
@@ -202,9 +209,9 @@ def test_two_backbones_at_once_never_read_each_other(tiny_model, tmp_path):
     module = tiny_model()[0]
     early = opened(tmp_path / "states", identity="one")
     late = opened(tmp_path / "states", identity="two")
-    module.backbone.text_cache = early
+    hold(module, early)
     embed(module, TEXTS)
-    module.backbone.text_cache = late
+    hold(module, late)
     embed(module, TEXTS)
     assert late.hits == 0
 
@@ -212,9 +219,9 @@ def test_two_backbones_at_once_never_read_each_other(tiny_model, tmp_path):
 def test_workers_share_a_folder_and_its_budget(tiny_model, tmp_path):
     module = tiny_model()[0]
     shares = [opened(tmp_path / "states", worker=n, workers=2) for n in range(2)]
-    module.backbone.text_cache = shares[0]
+    hold(module, shares[0])
     expected = embed(module, TEXTS)
-    module.backbone.text_cache = shares[1]
+    hold(module, shares[1])
     assert torch.equal(embed(module, TEXTS), expected)
     assert shares[1].misses == 0
     later = [opened(tmp_path / "states", worker=n, workers=2) for n in range(2)]
@@ -236,7 +243,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
 def test_disk_that_fills_up(tiny_model, tmp_path, caplog, monkeypatch):
     module = tiny_model()[0]
     expected = embed(module, TEXTS)
-    module.backbone.text_cache = opened(tmp_path / "states")
+    hold(module, opened(tmp_path / "states"))
 
     def full(self, content):
         raise OSError(28, "No space left on device")
@@ -253,12 +260,12 @@ def test_gradients_after_states_came_from_encode(tiny_model):
     module = model[0]
     found = []
     for cached in (False, True):
-        module.backbone.text_cache = opened() if cached else None
+        hold(module, opened() if cached else None)
         model.encode(TEXTS, prompt=INSTRUCTION)
         model.zero_grad()
         columns = [model.preprocess(t, prompt=INSTRUCTION) for t in (TEXTS, TEXTS[::-1])]
         make_loss(model, TrainingConfig())(columns, None).backward()
         found.append({n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad})
-    assert module.backbone.text_cache.misses == len(TEXTS)
+    assert module.training_state.text_cache.misses == len(TEXTS)
     for name, gradient in found[0].items():
         assert np.allclose(gradient, found[1][name], atol=1e-6), name

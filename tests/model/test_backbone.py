@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import pickle
 
 import pytest
 import torch
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder.llms.states import merged
-from promptembedder.model import backbone as backbone_module
 from promptembedder.model import baselines
 from promptembedder.model.backbone import pad_side
 
@@ -97,7 +95,7 @@ def test_chunks_equal_whole_gradients_too(tiny_model, monkeypatch, architecture,
     target = torch.randn(len(TEXTS), module.get_embedding_dimension(), generator=torch.Generator().manual_seed(5))
     found = []
     for limit in (10_000, 20):
-        monkeypatch.setattr(backbone_module, "_CHUNK_TOKENS_CPU", limit)
+        monkeypatch.setattr("promptembedder.model.backbone._CHUNK_TOKENS_CPU", limit)
         assert (len(module.backbone._chunks(features["attention_mask"])) > 1) == (limit == 20)
         module.zero_grad()
         embeddings = module(features)["sentence_embedding"]
@@ -111,7 +109,7 @@ def test_chunks_equal_whole_gradients_too(tiny_model, monkeypatch, architecture,
 def test_states_of_a_batch_are_held_once(tiny_model, monkeypatch, architecture):
     module = tiny_model(architecture)[0]
     features = module.preprocess(TEXTS)
-    monkeypatch.setattr(backbone_module, "_CHUNK_TOKENS_CPU", 20)
+    monkeypatch.setattr("promptembedder.model.backbone._CHUNK_TOKENS_CPU", 20)
     ids, mask = pad_side(features["input_ids"], features["attention_mask"], "left")
     with torch.no_grad():
         parts = list(module.backbone._read_chunks(ids, mask))
@@ -138,43 +136,6 @@ def test_suffix_text_needs_no_gradient(tiny_model):
     features = module.preprocess(TEXTS)
     states = module.backbone.read_text(features["input_ids"], features["attention_mask"])
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in states.cache.layers)
-
-
-@pytest.mark.parametrize("layout", ["prefix", "suffix"])
-def test_one_soft_prompt_per_text(tiny_model, layout):
-    module = tiny_model(layout=layout, condition_on="instruction_and_text")[0]
-    with torch.no_grad():
-        together = module(module.preprocess(TEXTS, prompt=INSTRUCTION))["sentence_embedding"]
-        for n, text in enumerate(TEXTS):
-            alone = module(module.preprocess([text], prompt=INSTRUCTION))["sentence_embedding"][0]
-            assert torch.allclose(together[n], alone, atol=1e-4)  # numbers of up to 3, soft tokens alike to 4e-7
-
-
-def test_int8_text_pass_is_close_and_no_part_of_the_model(tiny_model):
-    exact, quick = tiny_model(), tiny_model(text_pass="int8")
-    expected, found = (m.encode(TEXTS, prompt=INSTRUCTION) for m in (exact, quick))
-    assert not (expected == found).all()
-    assert (expected * found).sum(-1).min() > 0.99
-    assert quick.state_dict().keys() == exact.state_dict().keys()
-    copied = pickle.loads(pickle.dumps(quick))  # noqa: S301
-    assert (copied.encode(TEXTS, prompt=INSTRUCTION) == found).all()
-
-
-def test_int8_is_for_the_cpu_and_elsewhere_said_to_be_left_out(tiny_model, monkeypatch, caplog):
-    backbone = tiny_model(text_pass="int8")[0].backbone
-    assert backbone._text_reader() is not backbone.lm
-    monkeypatch.setattr(type(backbone.lm), "device", torch.device("cuda"))
-    backbone_module._say_no_int8.cache_clear()
-    assert backbone._text_reader() is backbone.lm
-    assert "text_pass 'int8' is for the CPU; on cuda" in caplog.text
-
-
-def test_int8_text_pass_of_a_bfloat16_model(tiny_model):
-    exact, quick = tiny_model(dtype="bfloat16"), tiny_model(dtype="bfloat16", text_pass="int8")
-    expected, found = (m.encode(TEXTS, prompt=INSTRUCTION) for m in (exact, quick))
-    assert not (expected == found).all()
-    assert (expected * found).sum(-1).min() > 0.99
-    assert quick[0].backbone.lm.dtype == torch.bfloat16
 
 
 def test_pad_side_keeps_order():

@@ -1,4 +1,4 @@
-"""Options that give the soft prompt more to work with: fewer layers, deep soft prompts, a linear head."""
+"""Deep soft prompts: zero at first, equal to one full forward, in bfloat16, refused where they cannot be."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError, build, load, save
-from promptembedder.llms import widened
+from promptembedder import PromptEmbedderError, load, save
 
 
-def naive(module, text, instruction, layers=None):
+def naive(module, text, instruction):
     """One full forward of one row without a cache; a deep soft prompt is added by hand in every layer."""
     lm = module.backbone.lm
     K = module.settings.num_soft_tokens
@@ -27,19 +26,17 @@ def naive(module, text, instruction, layers=None):
             return (changed, *inputs[1:])
 
         hooks.append(layer.register_forward_pre_hook(add))
-    out = lm(
-        inputs_embeds=torch.cat([text_TD, soft[:K]])[None], use_cache=False, output_hidden_states=layers is not None
-    )
+    out = lm(inputs_embeds=torch.cat([text_TD, soft[:K]])[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    return out.last_hidden_state[0, -1] if layers is None else lm.norm(out.hidden_states[layers])[0, -1]
+    return out.last_hidden_state[0, -1]
 
 
 def deepened(tiny_model, architecture="llama", **changes):
     model = tiny_model(architecture, deep_rank=3, **changes)
     torch.manual_seed(2)
     with torch.no_grad():
-        model[0].alignment.deep_out.normal_(std=0.3)
+        model[0].alignment.deep_out.normal_(std=0.1)
     return model
 
 
@@ -58,7 +55,7 @@ def test_a_deep_soft_prompt_starts_as_a_plain_one_and_equals_one_full_forward(ti
 
 
 def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
-    monkeypatch.setattr(widened, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("promptembedder.llms.widened.cpu_has_bfloat16", lambda: False)
     exact, narrow = (deepened(tiny_model, dtype=dtype) for dtype in ("float32", "bfloat16"))
     expected, found = (model.encode(TEXTS, prompt=INSTRUCTION) for model in (exact, narrow))
     assert (expected * found).sum(-1).min() > 0.999
@@ -67,34 +64,30 @@ def test_a_deep_soft_prompt_in_bfloat16(tiny_model, monkeypatch):
     assert (expected * narrow.encode(TEXTS, prompt=INSTRUCTION)).sum(-1).max() < 0.99
 
 
+def test_the_rank_is_that_of_each_layers_map(tiny_model):
+    """Written out: soft tokens times both factors, layer by layer."""
+    module = deepened(tiny_model)[0]
+    alignment = module.alignment
+    assert (alignment.deep_in.shape, alignment.deep_out.shape) == ((2, 32, 3), (2, 3, 32))
+    with torch.no_grad():
+        tokens_KP = module.soft_tokens(INSTRUCTION).tokens_NKP[0]
+        soft_RD = module.soft_prompt(INSTRUCTION)[0]
+        maps = [
+            alignment.weight,
+            *(first @ second for first, second in zip(alignment.deep_in, alignment.deep_out, strict=True)),
+        ]
+        assert torch.allclose(soft_RD, torch.cat([tokens_KP @ matrix for matrix in maps]), atol=1e-5)
+
+
 def test_bad_input(tiny_model, tiny_settings, tmp_path):
-    with pytest.raises(PromptEmbedderError, match=r"backbone_layers = 3, but .* has 2"):
-        build(tiny_settings(backbone_layers=3), device="cpu")
-    for number, read in (2, None), (1, 1):
-        with pytest.raises(PromptEmbedderError, match=r"readout_layers = .* the last of which counts anyway"):
-            build(tiny_settings(readout_layers=(number,), backbone_layers=read), device="cpu")
-    with pytest.raises(ValueError, match=r"instruction_template must hold \{instruction\} exactly once"):
-        tiny_settings(instruction_template="no place")
-    with pytest.raises(ValueError, match="instruction_template needs layout 'suffix', found 'prefix'"):
-        tiny_settings(instruction_template=WORDS, layout="prefix")
-    with pytest.raises(ValueError, match="text_pass 'int8' needs layout 'suffix', found 'prefix'"):
-        tiny_settings(text_pass="int8", layout="prefix")
-    with pytest.raises(ValueError, match="deep_soft_prompt needs layout 'suffix', found 'prefix'"):
+    with pytest.raises(ValueError, match="deep_rank needs layout 'suffix', found 'prefix'"):
         tiny_settings(deep_rank=3, layout="prefix")
-    with pytest.raises(ValueError, match="deep_soft_prompt_rank needs deep_soft_prompt"):
-        tiny_settings(deep_soft_prompt_rank=4)
-    with pytest.raises(ValueError, match="instruction_guidance needs condition_on 'instruction', found"):
-        tiny_settings(instruction_guidance=1.5, condition_on="instruction_and_text")
-    with pytest.raises(ValueError, match="greater than or equal to 1"):
-        tiny_settings(instruction_guidance=0.5)
-    with pytest.raises(PromptEmbedderError, match=r"model: instruction_guidance = 0.5: .* greater than or equal to 1"):
-        tiny_model()[0].instruction_guidance = 0.5
     save(deepened(tiny_model), tmp_path / "model")
     file = tmp_path / "model" / "alignment.safetensors"
     stored = load_file(file)
     save_file({"weight": stored["weight"]}, file)
-    with pytest.raises(PromptEmbedderError, match=r"holds \{'weight': \(32, 32\)\}, expected \{.*'deep'"):
+    with pytest.raises(PromptEmbedderError, match=r"holds \{'weight': \(32, 32\)\}, expected \{.*'deep_in'"):
         load(tmp_path / "model")
-    save_file({"weight": stored["weight"], "deep": stored["deep"][:1].clone()}, file)
-    with pytest.raises(PromptEmbedderError, match=r"'deep': \(1, 32, 32\).*, expected .*'deep': \(2, 32, 32\)"):
+    save_file({**stored, "deep_out": stored["deep_out"][:1].clone()}, file)
+    with pytest.raises(PromptEmbedderError, match=r"'deep_out': \(1, 3, 32\).*, expected .*'deep_out': \(2, 3, 32\)"):
         load(tmp_path / "model")

@@ -15,7 +15,7 @@ from sentence_transformers.base import model as library_model
 import promptembedder
 from conftest import TEXTS, assert_same_embeddings
 from promptembedder import PromptEmbedderError
-from promptembedder.llms import locate as locate_module
+from promptembedder.llms.locate import locate
 from promptembedder.model.folder import describe
 
 
@@ -97,7 +97,7 @@ def test_what_the_hubs_client_raises_is_one_line(tiny_model, hub, monkeypatch):
     with pytest.raises(PromptEmbedderError, match=r"model me/mine could not be fetched from the hub .RuntimeError."):
         promptembedder.load("me/mine")
     with pytest.raises(PromptEmbedderError, match=r"base model me/lm could not be fetched from the hub .RuntimeError."):
-        locate_module.locate("me/lm")
+        locate("me/lm")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(PromptEmbedderError, match="no model at me/mine"):
         promptembedder.load("me/mine")

@@ -11,7 +11,6 @@ import torch
 import promptembedder
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
-from promptembedder.model import module as module_module
 
 
 def test_the_text_limit_may_be_set(tiny_model, tmp_path):
@@ -125,7 +124,7 @@ def test_soft_prompts_are_remembered_as_long_as_there_is_room(tiny_model, monkey
     original = type(model[0]).soft_tokens
     with torch.no_grad():
         size = model[0].soft_prompt(INSTRUCTION).nbytes
-    monkeypatch.setattr(module_module, "_REMEMBERED_BYTES", int(room * size))
+    monkeypatch.setattr("promptembedder.model.module._REMEMBERED_BYTES", int(room * size))
     module, made = copy.deepcopy(model[0]), []
     monkeypatch.setattr(type(module), "soft_tokens", lambda self, text: made.append(text) or original(self, text))
     with torch.no_grad():

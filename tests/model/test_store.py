@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError
-from promptembedder.model import folder as shipped
+from promptembedder.model import folder as places
 from promptembedder.model.folder import describe
 
 
@@ -107,10 +107,10 @@ def test_missing_folder(tmp_path):
 
 def test_a_model_of_the_package_opens_by_name(saved, monkeypatch, tmp_path):
     expected = promptembedder.load(saved, device="cpu").encode(TEXTS)
-    monkeypatch.setattr(shipped, "PLACE", saved.parent)
+    monkeypatch.setattr(places, "PLACE", saved.parent)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert shipped.shipped_names() == ["saved"]
+    assert places.shipped_names() == ["saved"]
     assert_same_embeddings(promptembedder.load("saved", device="cpu").encode(TEXTS), expected)
     assert describe("saved") == describe(saved)
     with pytest.raises(PromptEmbedderError, match="no model at saves; models by name: saved"):
@@ -140,15 +140,15 @@ def test_a_model_stored_in_half_precision_opens(tiny_model, tmp_path):
 
 
 def test_a_model_comes_with_the_package():
-    assert "smollm2-135m" in shipped.shipped_names()
+    assert "smollm2-135m" in places.shipped_names()
 
 
-@pytest.mark.parametrize("name", shipped.shipped_names())
+@pytest.mark.parametrize("name", places.shipped_names())
 def test_every_model_of_the_package_is_whole(name):
     facts = describe(name)
     assert facts["layout"] == "suffix"
     assert facts["size_mb"] < 15
-    folder = shipped.shipped_folder(name)
+    folder = places.shipped_folder(name)
     assert f'load("{name}")' in (folder / "README.md").read_text()
     for file in folder.rglob("*"):
         if file.suffix in (".json", ".yaml"):
@@ -158,7 +158,7 @@ def test_every_model_of_the_package_is_whole(name):
 def test_newer_format(saved):
     settings = json.loads((saved / "promptembedder.json").read_text())
     (saved / "promptembedder.json").write_text(json.dumps({**settings, "format_version": 99}))
-    with pytest.raises(PromptEmbedderError, match="format version 99, this promptembedder reads up to 1"):
+    with pytest.raises(PromptEmbedderError, match="format version 99, this promptembedder reads up to 2"):
         promptembedder.load(saved)
 
 

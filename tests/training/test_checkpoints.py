@@ -12,24 +12,34 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import SECOND, assert_same_model
-from promptembedder import PromptEmbedderError, build
+from promptembedder import PromptEmbedderError, build, save
+from promptembedder.data.rows import load_training_data
 from promptembedder.training.curves import read_facts
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.fit import fit
 from promptembedder.training.train import train
 
 
 def test_the_best_checkpoint_comes_back_to_the_last_digit(run_config, tmp_path):
-    model = build(run_config(model={"linear_head": True}).model)
+    config = run_config(
+        model={"linear_head": True},
+        evaluation={"dev": "pairs.jsonl"},
+        alignment_learning_rate=1e-2,
+        early_stop_patience=1,
+    )
+    model = build(config.model)
     # A checkpoint that names another precision than the open LLMs have.
     model[0].settings = replace(model[0].settings, dtype="bfloat16")
     frozen = {name: p.clone() for name, p in model[0].backbone.named_parameters()}
-    config = run_config(evaluation={"dev": "pairs.jsonl"}, alignment_learning_rate=1e-2, early_stop_patience=1)
-    result = train(config, model=model)
+    data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
+    dev = pair_evaluator(config.evaluation, config.data.root, "dev")
+    result = fit(model, data, config.training, evaluator=dev, every_steps=2)
     scores = {line["step"]: line["eval_dev_spearman_cosine"] for line in result.history if "eval_runtime" in line}
     best = max(scores, key=lambda step: scores[step])
     kept = load_file(tmp_path / "run" / f"checkpoint-{best}" / "1_Dense" / "model.safetensors")["linear.weight"]
-    assert torch.equal(result.model[1].linear.weight, kept)
+    assert torch.equal(model[1].linear.weight, kept)
     assert not torch.equal(kept, kept.bfloat16().float())
-    for name, parameter in result.model[0].backbone.named_parameters():
+    for name, parameter in model[0].backbone.named_parameters():
         assert torch.equal(parameter, frozen[name]), name
 
 
@@ -37,26 +47,30 @@ def test_a_best_checkpoint_that_cannot_be_read_ends_the_run(run_config, monkeypa
     def failing(*_):
         raise PromptEmbedderError("gone")
 
-    monkeypatch.setattr("promptembedder.training.restore", failing)
+    monkeypatch.setattr("promptembedder.training.trainer.restore", failing)
     with pytest.raises(PromptEmbedderError, match="gone"):
         train(run_config(evaluation={"dev": "pairs.jsonl"}))
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("prefix", "float32"), ("suffix", "float32"), ("suffix", "bfloat16")])
-def test_resumed_equals_uninterrupted(run_config, layout, dtype):
-    model = {"layout": layout, "linear_head": layout == "suffix", "centred": True, "dtype": dtype}
-    whole = train(run_config("whole", model=model, max_steps=4, arguments={"save_steps": 2})).model
+def test_resumed_equals_uninterrupted(run_config, tmp_path, layout, dtype):
+    model = {"layout": layout, "linear_head": layout == "suffix", "dtype": dtype}
+    start = build(run_config(model=model).model, device="cpu")
+    start[0].subtract(torch.linspace(0.0, 0.1, 32))
+    save(start, tmp_path / "start")
+    settings = {"max_steps": 4, "arguments": {"save_steps": 2}}
+    whole = train(run_config("whole", model=model, **settings), start=tmp_path / "start").model
     # The same run, stopped after two steps: its schedule must be that of four.
-    config = run_config("parts", model=model, max_steps=4, arguments={"save_steps": 2})
+    config = run_config("parts", model=model, **settings)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 2
             return control
 
-    halfway = train(config, callbacks=[Stop()])
+    halfway = train(config, start=tmp_path / "start", callbacks=[Stop()])
     assert halfway.steps == 2
-    resumed = train(config, resume=True)
+    resumed = train(config, start=tmp_path / "start", resume=True)
     assert resumed.steps == 4
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, dict(resumed.model.named_parameters())[name]), name

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 
-import promptembedder.losses
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -112,7 +111,7 @@ def test_training_with_both_kinds(run_config, tmp_path, monkeypatch, matryoshka)
     """Both losses are in use, and every weight has its own learning rate, as with one loss."""
     calls = []
     monkeypatch.setattr(
-        promptembedder.losses, "own_similarity", lambda *of: calls.append(len(of[0])) or own_similarity(*of)
+        "promptembedder.training.losses.own_similarity", lambda *of: calls.append(len(of[0])) or own_similarity(*of)
     )
     files = (
         DataFile(path=rows_file(tmp_path, "many.jsonl", "Find it.")),

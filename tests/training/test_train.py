@@ -10,7 +10,12 @@ import torch
 
 import promptembedder
 from conftest import INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
-from promptembedder import PromptEmbedderError, build, load
+from promptembedder import PromptEmbedderError, build, load, save
+from promptembedder.data.rows import load_training_data
+from promptembedder.model.leaves import TrainingState
+from promptembedder.model.module import SoftPromptTransformer
+from promptembedder.training.evaluators import pair_evaluator
+from promptembedder.training.fit import fit
 from promptembedder.training.losses import make_loss
 from promptembedder.training.settings import load_run
 from promptembedder.training.train import train
@@ -23,9 +28,10 @@ def state_of(model, kind):
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
 def test_training_moves_prompter_and_alignment_and_nothing_else(run_config, layout):
     config = run_config(model={"layout": layout})
-    model = build(config.model, device="cpu")
-    frozen, trained = state_of(model, "frozen"), state_of(model, "trained")
-    result = train(config, model=model)
+    start = build(config.model, device="cpu", seed=config.training.seed)
+    frozen, trained = state_of(start, "frozen"), state_of(start, "trained")
+    result = train(config)
+    model = result.model
     assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
     moved = {n.split(".")[1] for n, p in model.named_parameters() if n in trained and not torch.equal(trained[n], p)}
     assert moved == {"prompter", "alignment"}
@@ -39,37 +45,34 @@ def test_training_moves_prompter_and_alignment_and_nothing_else(run_config, layo
 
 def test_alignment_alone(run_config):
     config = run_config(train_prompter=False)
-    model = build(config.model, device="cpu")
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train(config, model=model)
+    before = dict(build(config.model, device="cpu", seed=config.training.seed).named_parameters())
+    model = train(config).model
     moved = [n for n, p in model.named_parameters() if not torch.equal(before[n], p)]
     assert moved == ["0.alignment.weight"]
 
 
 def test_full_prompter_leaves_the_backbone_alone(run_config):
     config = run_config(model={"prompter_training": "full"})
-    model = build(config.model, device="cpu")
-    before = {n: p.detach().clone() for n, p in model[0].backbone.named_parameters()}
-    prompter = {n: p.detach().clone() for n, p in model[0].prompter.named_parameters()}
-    train(config, model=model)
+    start = build(config.model, device="cpu", seed=config.training.seed)[0]
+    before, prompter = dict(start.backbone.named_parameters()), dict(start.prompter.named_parameters())
+    model = train(config).model
     assert all(torch.equal(before[n], p) for n, p in model[0].backbone.named_parameters())
     assert any(not torch.equal(prompter[n], p) for n, p in model[0].prompter.named_parameters())
 
 
 def test_training_lowers_the_loss(run_config):
     config = run_config(max_steps=25, alignment_learning_rate=1e-2, arguments={"save_steps": 25})
-    model = build(config.model, device="cpu")
     columns = [[f"{text} {n}" for n, text in enumerate(TEXTS)], [f"{n} {text}" for n, text in enumerate(TEXTS)]]
 
-    def loss():
+    def loss(model):
         features = [model.preprocess(column, prompt=INSTRUCTION) for column in columns]
         with torch.no_grad():
             return float(make_loss(model, config.training)(features, None))
 
-    before = loss()
-    history = train(config, model=model).history
-    assert loss() < 0.9 * before
-    norms = [line["grad_norm"] for line in history if "grad_norm" in line]
+    before = loss(build(config.model, device="cpu", seed=config.training.seed))
+    result = train(config)
+    assert loss(result.model) < 0.9 * before
+    norms = [line["grad_norm"] for line in result.history if "grad_norm" in line]
     assert len(norms) == 25
     assert min(norms) > 0
 
@@ -89,7 +92,6 @@ def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
         "default_instruction": "Another.",
         "document_instruction": "To be found.",
         "max_text_tokens": 3,
-        "instruction_guidance": 1.5,
     }
     trained = train(run_config("second", max_steps=1), start=start, anew=anew)
     assert "section model is not taken" not in caplog.text
@@ -103,20 +105,43 @@ def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
         train(run_config("third", max_steps=1), start=start, anew={"max_text_tokens": 5000})
     with pytest.raises(PromptEmbedderError, match="keeps its num_soft_tokens; anew: "):
         train(run_config("fourth"), start=start, anew={"num_soft_tokens": 3})
-    with pytest.raises(PromptEmbedderError, match=r"instruction_guidance = 0.5: .* greater than or equal to 1"):
-        train(run_config("fifth"), start=start, anew={"instruction_guidance": 0.5})
+    with pytest.raises(PromptEmbedderError, match=r"max_text_tokens = 0: .* greater than or equal to 1"):
+        train(run_config("fifth"), start=start, anew={"max_text_tokens": 0})
 
 
-def test_a_model_that_is_given_is_taken_as_it_is(run_config, tiny_model, tmp_path):
-    model = tiny_model()
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    config = run_config(max_steps=1, prompter_learning_rate=1e-9, alignment_learning_rate=1e-9, warm_steps=3)
-    train(config, model=model)
-    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in model.named_parameters())
+def test_what_has_learnt_before_has_no_warm_start(run_config):
+    start = train(run_config("first", max_steps=1)).folder
+    tiny = {"prompter_learning_rate": 1e-9, "alignment_learning_rate": 1e-9}
+    after = train(run_config("second", max_steps=1, warm_steps=3, **tiny), start=start).model
+    before = dict(load(start, device="cpu").named_parameters())
+    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.named_parameters())
     with pytest.raises(PromptEmbedderError, match="anew is for settings of a saved model to start from"):
         train(run_config("anew"), anew={"max_text_tokens": 3})
-    with pytest.raises(PromptEmbedderError, match="start and model are both given"):
-        train(run_config("both"), model=model, start=tmp_path)
+
+
+def test_fit_trains_a_model_in_place(run_config, tmp_path):
+    """The loop that runs and transfers share, on rows and pairs that are handed in, with a loss of one's own."""
+    config = run_config(evaluation={"dev": "pairs.jsonl"})
+    model = build(config.model, device="cpu")
+    before = model[0].alignment.weight.detach().clone()
+    data = load_training_data(config.data, config.model.document_instruction, seed=1)
+    dev = pair_evaluator(config.evaluation, config.data.root, "dev")
+    fitted = fit(
+        model,
+        data,
+        config.training,
+        loss=make_loss(model, config.training),
+        evaluator=dev,
+        every_steps=2,
+        output=tmp_path / "fit",
+    )
+    assert fitted.steps == 4
+    assert not torch.equal(model[0].alignment.weight, before)
+    assert fitted.dev == pytest.approx(100 * dev(model)["dev_spearman_cosine"])  # the best weights are there
+    assert [steps for steps, _, _ in fitted.curve()] == [8, 16]
+    assert {path.name for path in (tmp_path / "fit").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert not (tmp_path / "run").exists()
+    assert model[0].training_state == TrainingState()
 
 
 def test_other_users_may_read_a_saved_model(run_config):
@@ -139,18 +164,20 @@ def test_variants_run(run_config, changes):
     assert all(np.isfinite(line["loss"]) for line in result.history if "loss" in line)
 
 
-def test_documents_have_the_instruction_of_the_model_that_is_trained(run_config, tiny_model):
-    model = tiny_model(document_instruction="Be found.")
+def test_documents_have_the_instruction_of_the_model_that_is_trained(run_config, tiny_model, tmp_path, monkeypatch):
+    save(tiny_model(document_instruction="Be found."), tmp_path / "start")
     config = run_config(max_steps=1)
     files = tuple(replace(file, asymmetric=True) for file in config.data.files)
     config = replace(config, data=replace(config.data, files=files))
     asked = []
-    whole = model[0].soft_prompt
-    model[0].soft_prompt = lambda instruction, *a, **k: asked.append(instruction) or whole(instruction, *a, **k)
-    folder = train(config, model=model).folder
+    whole = SoftPromptTransformer.soft_prompt
+    monkeypatch.setattr(
+        SoftPromptTransformer, "soft_prompt", lambda self, text: asked.append(text) or whole(self, text)
+    )
+    result = train(config, start=tmp_path / "start")
     assert "Be found." in asked
     assert config.model.document_instruction not in asked
-    assert load_run(folder / "config.yaml").model == model[0].settings
+    assert load_run(result.folder / "config.yaml").model == result.model[0].settings
 
 
 def test_output_not_writable(run_config, tmp_path):

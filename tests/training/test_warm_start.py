@@ -48,7 +48,9 @@ def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
 
 def test_training_hands_the_aspects_of_the_settings_on(run_config, monkeypatch):
     given = {}
-    monkeypatch.setattr("promptembedder.training.warm_start", lambda module, aspects, *rest: given.update(aspects))
+    monkeypatch.setattr(
+        "promptembedder.training.train.warm_start", lambda module, aspects, *rest: given.update(aspects)
+    )
     config = run_config(warm_steps=1, max_steps=1)
     (file,) = config.data.files
     train(replace(config, data=replace(config.data, files=(replace(file, aspect="topic"),))))

@@ -18,9 +18,10 @@ from conftest import INSTRUCTION
 from promptembedder import PromptEmbedderError
 from promptembedder.config import dump_yaml
 from promptembedder.data.settings import DataConfig
-from promptembedder.model.leaves import SoftPromptLeaves
+from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.training import workers
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("worker_run.py")
 
 
@@ -51,15 +52,13 @@ def trained(config, folder, number):
     ("layout", "changes"),
     [
         ("suffix", {"loss": "cached_infonce", "mini_batch_size": 2, "gradient_accumulation": 2}),
-        ("prefix", {"mask_false_negatives": True, "linear_head": True, "centred": True}),
-        ("suffix", {"condition_on": "instruction_and_text", "text_state_cache": 2**20, "text_state_folder": "states"}),
+        ("prefix", {"mask_false_negatives": True, "linear_head": True}),
+        ("suffix", {"text_state_cache": 2**20, "text_state_folder": "states"}),
     ],
 )
 def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layout, changes):
     changes = dict(changes)
-    model = {"layout": layout} | {
-        name: changes.pop(name) for name in ("condition_on", "linear_head", "centred") if name in changes
-    }
+    model = {"layout": layout, "linear_head": changes.pop("linear_head", False)}
     if "text_state_folder" in changes:
         changes["text_state_folder"] = str(tmp_path / "states")
     config = run_config(model=model, batch_size=10, max_steps=4, **changes)
@@ -73,20 +72,18 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
     norms, expected = numbers("grad_norm", printed), numbers("grad_norm", printed_by_one)
     assert len(norms) == 4
     assert norms == pytest.approx(expected, rel=1e-3)
-    if "condition_on" not in model:
-        K, D = 5, 32
-        flags = 4  # two instructions of the data, two defaults of the model
-        instructions = {int(n - flags) // (K * D * 4) for n in numbers("soft_prompt_gradient_bytes", printed)}
-        assert instructions <= {1, 2}
-        assert all((n - flags) % (K * D * 4) == 0 for n in numbers("soft_prompt_gradient_bytes", printed))
-        assert len([n for n in numbers("embedding_bytes", printed) if n > 0]) == 4
-        assert set(numbers("other_gradient_bytes", printed)) == ({D * D * 4} if "linear_head" in model else set())
+    K, D = 5, 32
+    flags = 4  # two instructions of the data, two defaults of the model
+    instructions = {int(n - flags) // (K * D * 4) for n in numbers("soft_prompt_gradient_bytes", printed)}
+    assert instructions <= {1, 2}
+    assert all((n - flags) % (K * D * 4) == 0 for n in numbers("soft_prompt_gradient_bytes", printed))
+    assert len([n for n in numbers("embedding_bytes", printed) if n > 0]) == 4
+    assert set(numbers("other_gradient_bytes", printed)) == ({D * D * 4} if model["linear_head"] else set())
     assert (tmp_path / "two" / "run" / "model" / "alignment.safetensors").is_file()
 
 
-@pytest.mark.parametrize("leaf", [True, False])
-def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path, leaf):
-    config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2, soft_prompt_leaf=leaf)
+def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path):
+    config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2)
     # Ten, twenty or sixty in twos: batches that are not full are left out with several workers only.
     made_up = {"contrast_rows": 1680, "contrast_in_batch_negatives": False}
     config = replace(config, data=DataConfig(root=str(tmp_path), **made_up))
@@ -119,7 +116,7 @@ def test_a_worker_that_dies_leaves_nobody_hanging(run_config, tmp_path):
 def test_last_words_while_the_main_thread_waits_outside_python(formatting_a_traceback):
     """SIGTERM reaches a worker in a collective operation, where no Python handler runs, or in torch's excepthook."""
     code = (
-        "import ctypes, io, sys\nfrom promptembedder.workers import _last_words\n"
+        "import ctypes, io, sys\nfrom promptembedder.training.workers import _last_words\n"
         "with _last_words('the end'):\n"
         f"    sys.stderr = io.StringIO() if {formatting_a_traceback} else sys.stderr\n"
         "    print('ready', flush=True)\n"
@@ -138,7 +135,7 @@ def test_last_words_while_the_main_thread_waits_outside_python(formatting_a_trac
 def test_last_words_after_an_error_on_the_way_out():
     """The launcher's signal can come while a worker is still unwinding: the line is printed all the same."""
     code = (
-        "import time\nfrom promptembedder.workers import _last_words\n"
+        "import time\nfrom promptembedder.training.workers import _last_words\n"
         "try:\n    with _last_words('the end'):\n        raise RuntimeError\n"
         "except RuntimeError:\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
@@ -178,7 +175,7 @@ def test_one_worker_may_have_any_batch(monkeypatch, caplog):
 def test_an_instruction_only_another_worker_met(tiny_model, monkeypatch):
     """Every worker sends the same gradients through its prompter, also those of instructions it did not meet."""
     module = tiny_model()[0]
-    module.leaves = SoftPromptLeaves()
+    module.training_state = TrainingState(SoftPromptLeaves())
     module.soft_prompt("here").sum().backward()
     reduced = []
 
@@ -196,13 +193,13 @@ def test_an_instruction_only_another_worker_met(tiny_model, monkeypatch):
     assert sent == 3 + 2 * 5 * 32 * 4
     assert torch.equal(module.soft_prompt("here").grad, torch.full((1, 5, 32), 0.5))
     assert torch.equal(module.soft_prompt("there").grad, torch.ones(1, 5, 32))
-    module.leaves.backward()
+    module.training_state.leaves.backward()
     assert module.alignment.weight.grad is not None
 
 
 def test_an_instruction_nobody_was_told_of(tiny_model):
     module = tiny_model()[0]
-    module.leaves = SoftPromptLeaves()
+    module.training_state = TrainingState(SoftPromptLeaves())
     module.soft_prompt("surprise").sum().backward()
-    with pytest.raises(PromptEmbedderError, match=r"met instructions the others were not told of: \['surprise'\]"):
+    with pytest.raises(PromptEmbedderError, match=r"met instructions that the others do not know: \['surprise'\]"):
         workers.sum_soft_prompt_gradients(module, [INSTRUCTION])

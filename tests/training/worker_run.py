@@ -37,4 +37,6 @@ if __name__ == "__main__":
         SoftPromptLeafCallback.on_step_end = lambda *a, **k: os._exit(9)
     result = train(load_run(folder / "run.yaml"))
     weights = {n: p.detach().contiguous() for n, p in result.model.named_parameters() if p.requires_grad}
+    if os.environ.get("RANK", "0") == "0":
+        print(result.history)
     save_file(weights, folder / f"worker-{os.environ.get('RANK', '0')}.safetensors")
