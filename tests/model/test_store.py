@@ -221,7 +221,7 @@ def test_prompter_opens_with_peft(saved, tiny_lm):
 
 
 def test_describe_reads_files_only(saved, monkeypatch):
-    monkeypatch.setattr("promptembedder.llms.locate.locate", None)
+    monkeypatch.setattr("promptembedder.model.reopen.locate", None)
     facts = describe(saved)
     assert facts["layout"] == "suffix"
     assert facts["alignment"] == "32 x 32"

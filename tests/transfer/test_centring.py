@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from conftest import INSTRUCTION, SECOND, TEXTS
-from promptembedder import build
+from promptembedder import build, load, save
 from promptembedder.data.rows import load_training_data
 from promptembedder.training.train import train
 from promptembedder.transfer.centring import centre, sample_of_rows
 
 
-@pytest.mark.parametrize("option", [{}, {"condition_on": "instruction_and_text"}, {"instruction_guidance": 1.5}])
-def test_centred_embeddings_have_the_samples_mean_taken_away(tiny_model, option):
-    module = tiny_model(linear_head=True, **option)[0]
+def test_centred_embeddings_have_the_samples_mean_taken_away(tiny_model):
+    module = tiny_model(linear_head=True)[0]
     sample = [(text, (INSTRUCTION, SECOND)[n % 2]) for n, text in enumerate(TEXTS)]
 
     def one_by_one():
@@ -34,28 +32,31 @@ def test_centred_embeddings_have_the_samples_mean_taken_away(tiny_model, option)
     assert torch.equal(one_by_one(), before_BE)
 
 
-def test_training_centres_on_its_rows_once(run_config):
-    config = run_config(model={"centred": True}, alignment_learning_rate=1e-2)
-    found = train(config)
-    plain = build(config.model, seed=config.training.seed)[0]
-    plain.subtract(None)
+def test_rows_are_centred_on_under_their_instructions(run_config):
+    config = run_config()
+    module = build(config.model, device="cpu")[0]
     data = load_training_data(config.data, config.model.document_instruction, config.training.seed)
     texts = [
-        (t, data.prompts[name][end])
+        (text, data.prompts[name][end])
         for name, rows in data.datasets.items()
         for end in ("anchor", "positive")
-        for t in rows[end]
+        for text in rows[end]
     ]
     with torch.no_grad():
-        every = [plain(plain.preprocess([t], prompt=how))["sentence_embedding"][0] for t, how in texts]
-    centre_E = torch.stack(every).mean(0)
-    assert torch.allclose(found.model[0].centre_E, centre_E, atol=1e-5)
-    # What has learnt before keeps the centre that it learnt with.
-    given = train(run_config("given", model={"centred": True}), model=build(config.model, seed=config.training.seed))
-    assert torch.allclose(given.model[0].centre_E, centre_E, atol=1e-5)
-    again = train(run_config("again", alignment_learning_rate=1e-2), start=found.folder)
-    assert torch.equal(again.model[0].centre_E, found.model[0].centre_E)
-    assert not torch.equal(again.model[0].alignment.weight, found.model[0].alignment.weight)
+        every = [module(module.preprocess([text], prompt=how))["sentence_embedding"][0] for text, how in texts]
+    centre(module, sample_of_rows(data, config.training.seed))
+    assert torch.allclose(module.centre_E, torch.stack(every).mean(0), atol=1e-5)
+
+
+def test_what_has_learnt_with_a_centre_keeps_it(run_config, tiny_model, tmp_path):
+    model = tiny_model()
+    model[0].subtract(torch.linspace(0.0, 0.1, 32))
+    save(model, tmp_path / "start")
+    trained = train(run_config(alignment_learning_rate=1e-2), start=tmp_path / "start")
+    assert trained.model[0].centred
+    assert torch.equal(trained.model[0].centre_E, model[0].centre_E)
+    assert torch.equal(load(trained.folder, device="cpu")[0].centre_E, model[0].centre_E)
+    assert not torch.equal(trained.model[0].alignment.weight, model[0].alignment.weight)
 
 
 def test_made_up_rows_are_centred_on_where_there_are_no_others(run_config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from conftest import INSTRUCTION
 from promptembedder import PromptEmbedderError, load, save
-from promptembedder.llms import locate as locate_module
-from promptembedder.llms import open as open_module
 from promptembedder.transfer.transfer import transfer
 
 
@@ -33,7 +32,6 @@ from promptembedder.transfer.transfer import transfer
         ),
         ({"rows": True, "distillation_learning_rate": 1e-3}, "is for training on plain texts"),
         ({"centred": True}, "centred needs texts or labelled rows"),
-        ({"unfrozen_steps": 3}, "needs labelled rows"),
         (
             {"training": {"early_stop_patience": 2}, "evaluation": {"dev": None}},
             "early_stop_patience needs evaluation.dev",
@@ -41,10 +39,7 @@ from promptembedder.transfer.transfer import transfer
         ({"training": {"text_state_folder": "kept"}}, "text_state_folder needs training.text_state_cache"),
         ({"dtype": "bfloat16"}, "the model's prompter runs in float32"),
         ({"rows": True, "training": {"matryoshka_dims": (99,)}}, "the embedding has 48 dimensions"),
-        ({"backbone_layers": 3}, "backbone_layers = 3, but"),
-        ({"starts": ("guess",)}, "unknown start 'guess'; valid: least_squares, ridge"),
         ({"training": {"train_prompter": False}}, "a transfer trains the alignment alone"),
-        ({"training": {"train_alignment": False}}, "a transfer trains the alignment alone"),
     ],
 )
 def test_bad_input_is_said_before_the_backbone_is_opened(
@@ -52,7 +47,7 @@ def test_bad_input_is_said_before_the_backbone_is_opened(
 ):
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     model, settings = tiny_model("llama"), transfer_config(**changes)
-    monkeypatch.setattr(open_module, "load_causal_lm", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("promptembedder.transfer.rebase.load_causal_lm", lambda *a: pytest.fail("loaded"))
     with pytest.raises(PromptEmbedderError, match=re.escape(message)):
         transfer(model, settings)
     assert not (tmp_path / "moved" / "model").exists()
@@ -80,7 +75,7 @@ def test_not_under_torchrun(tiny_model, transfer_config, monkeypatch):
 def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, transfer_config, monkeypatch):
     model = tiny_model("llama")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 1000, "total": 1000})())
-    monkeypatch.setattr(locate_module, "locate", lambda *a: pytest.fail("fetched"))
+    monkeypatch.setattr(sys.modules[transfer.__module__], "locate", lambda *a: pytest.fail("fetched"))
     with pytest.raises(PromptEmbedderError, match=r"GiB of weights in float32, 0\.0 GiB are free on cpu"):
         transfer(model, transfer_config())
 
@@ -107,7 +102,7 @@ def test_a_prompter_to_share_is_compared_by_value_before_anything_is_done(
     other = tiny_model("llama")
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if "lora_B" in n).add_(1)
-    monkeypatch.setattr("promptembedder.llms.locate.locate", None)
+    monkeypatch.setattr(sys.modules[transfer.__module__], "locate", None)
     with pytest.raises(PromptEmbedderError, match="is another one than the model's; it cannot be shared"):
         transfer(other, transfer_config(), share_prompter=tmp_path / "old")
 
@@ -118,3 +113,8 @@ def test_a_transfer_does_not_go_into_a_saved_model(tiny_model, transfer_config, 
     with pytest.raises(PromptEmbedderError, match=r"model is itself a saved model; choose another training\.output"):
         transfer(load(tmp_path / "model"), transfer_config(training={"output": str(tmp_path / "model")}))
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+def test_an_unknown_start_is_refused_with_those_that_there_are(transfer_config):
+    with pytest.raises(ValueError, match="'ridge', 'weighted' or 'mixture'"):
+        transfer_config(starts=("guess",))

@@ -16,14 +16,16 @@ from transformers import TrainerCallback
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
+from promptembedder.data.rows import load_training_data
 from promptembedder.data.settings import DataConfig
 from promptembedder.model.backbone import Backbone
-from promptembedder.model.prompter import trained_state
-from promptembedder.training import fit as fit_module
-from promptembedder.training import train as train_module
-from promptembedder.training.settings import EvaluationConfig, RunConfig, TrainingConfig, WarmStartConfig
+from promptembedder.model.leaves import TrainingState
+from promptembedder.training.fit import fit
 from promptembedder.transfer.rebase import on_backbone
 from promptembedder.transfer.transfer import transfer
+
+# The module: `promptembedder.transfer.transfer` names its function, too.
+PLACE = sys.modules[transfer.__module__]
 
 
 def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, transfer_config, tmp_path, caplog):
@@ -35,36 +37,20 @@ def test_texts_come_before_rows_and_rows_go_on_from_them(tiny_model, transfer_co
     assert [stage.steps for stage in both.stages] == [0, 4, 4]
     assert "train_datasets" not in caplog.text  # the library's remark on a second training
     # The same rows from where the texts left off, by hand.
-    run = RunConfig(
-        model=texts.model[0].settings,
-        data=transfer_config(rows=True).data,
-        training=TrainingConfig(
-            output=str(tmp_path / "by_hand"), max_steps=4, batch_size=4, train_prompter=False, warmup=0,
-            warm_start=WarmStartConfig(steps=0),
-        ),
-        evaluation=EvaluationConfig(),
-    )  # fmt: skip
-    expected = train_module.train(run, model=texts.model).model[0].alignment.weight
+    config = transfer_config(rows=True)
+    rows = load_training_data(config.data, texts.model[0].settings.document_instruction, config.training.seed)
+    alone = replace(config.training, train_prompter=False, warmup=0)
+    fit(texts.model, rows, alone, output=tmp_path / "by_hand")
+    expected = texts.model[0].alignment.weight
     assert torch.equal(both.model[0].alignment.weight, expected)
 
 
-@pytest.mark.parametrize(("warmup", "expected"), [(None, [0.0, 0.1]), (0.5, [0.5, 0.5])])
+@pytest.mark.parametrize(("warmup", "expected"), [(None, 0.0), (0.5, 0.5)])
 def test_w_alone_needs_no_warmup(tiny_model, transfer_config, monkeypatch, warmup, expected):
-    made, seen = fit_module._arguments, []
-    monkeypatch.setattr(fit_module, "_arguments", lambda *a, **k: seen.append(made(*a, **k)) or seen[-1])
-    transfer(tiny_model("llama"), transfer_config(rows=True, unfrozen_steps=2, training={"warmup": warmup}))
-    assert [arguments.warmup_steps for arguments in seen] == expected
-
-
-def test_unfrozen_steps_train_a_prompter_of_its_own(tiny_model, transfer_config):
-    model = tiny_model("llama")
-    before = {name: value.clone() for name, value in trained_state(model[0].prompter).items()}
-    result = transfer(model, transfer_config(rows=True, unfrozen_steps=3, evaluation={"dev": None}))
-    assert result.stages[-1].name == "unfrozen"
-    after = trained_state(result.model[0].prompter)
-    assert not all(torch.equal(before[name], after[name]) for name in before)
-    untouched = trained_state(model[0].prompter)
-    assert all(torch.equal(before[name], untouched[name]) for name in before)
+    seen = []
+    monkeypatch.setattr(PLACE, "fit", lambda *a, **k: seen.append(a[2].warmup) or fit(*a, **k))
+    transfer(tiny_model("llama"), transfer_config(rows=True, training={"warmup": warmup}))
+    assert seen == [expected]
 
 
 def test_made_up_rows_alone_train_the_alignment(tiny_model, transfer_config, tmp_path):
@@ -75,18 +61,16 @@ def test_made_up_rows_alone_train_the_alignment(tiny_model, transfer_config, tmp
     assert not torch.equal(result.model[0].alignment.weight, result.starts[0].weight_PD)
 
 
-@pytest.mark.parametrize("second", ["unfrozen", "alignment_labelled"])
-def test_resumed_equals_uninterrupted(tiny_model, transfer_config, tmp_path, monkeypatch, second):
+def test_resumed_equals_uninterrupted(tiny_model, transfer_config, tmp_path, monkeypatch):
     """Stopped in its second stage: the first is not trained again, the second goes on."""
-    model = tiny_model("llama")
+    model, second = tiny_model("llama"), "alignment_labelled"
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
-    stages = {"unfrozen_steps": 4} if second == "unfrozen" else {"texts": ("texts.txt",), "centred": True}
 
     def settings(name):
-        return transfer_config(rows=True, training={"output": str(tmp_path / name)}, **stages)
+        output = {"output": str(tmp_path / name)}
+        return transfer_config(rows=True, training=output, texts=("texts.txt",), centred=True)
 
     whole = transfer(model, settings("whole"))
-    made = fit_module.make_trainer
     taken = []
 
     class Count(TrainerCallback):
@@ -98,33 +82,21 @@ def test_resumed_equals_uninterrupted(tiny_model, transfer_config, tmp_path, mon
             if self.stop and second in args.output_dir and state.global_step == 3:
                 raise KeyboardInterrupt
 
-    def counting(stop):
-        def make(*arguments):
-            trainer = made(*arguments)
-            trainer.add_callback(Count(stop))
-            return trainer
-
-        return make
-
-    monkeypatch.setattr(fit_module, "_trainer", counting(True))
+    monkeypatch.setattr(PLACE, "fit", lambda *a, **k: fit(*a, **k, callbacks=[Count(True)]))
     with pytest.raises(KeyboardInterrupt):
         transfer(model, settings("parts"))
     with pytest.raises(PromptEmbedderError, match=f"{second} holds an interrupted run: --resume it or remove it"):
         transfer(model, settings("parts"))
     taken.clear()
-    monkeypatch.setattr(fit_module, "_trainer", counting(False))
+    monkeypatch.setattr(PLACE, "fit", lambda *a, **k: fit(*a, **k, callbacks=[Count(False)]))
     resumed = transfer(model, settings("parts"), resume=True)
     assert taken == [(second, 3), (second, 4)]
     assert torch.equal(resumed.model[0].alignment.weight, whole.model[0].alignment.weight)
-    kept, expected = (trained_state(result.model[0].prompter) for result in (resumed, whole))
-    assert all(torch.equal(kept[name], expected[name]) for name in expected)
     with pytest.raises(PromptEmbedderError, match=r"nothing to resume: .*fresh holds no checkpoint"):
         transfer(model, settings("fresh"), resume=True)
     nothing = settings("parts")
     with pytest.raises(PromptEmbedderError, match=r"nothing to resume: training\.max_steps is 0"):
-        transfer(
-            model, replace(nothing, unfrozen_steps=0, training=replace(nothing.training, max_steps=0)), resume=True
-        )
+        transfer(model, replace(nothing, training=replace(nothing.training, max_steps=0)), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +104,6 @@ def test_resumed_equals_uninterrupted(tiny_model, transfer_config, tmp_path, mon
     [
         ({"texts": ("other.txt",)}, "texts"),
         ({"text_instructions": ("Another.",)}, "text_instructions"),
-        ({"distillation_temperature": 0.1}, "distillation_temperature"),
         ({"training": {"max_steps": 6, "alignment_learning_rate": 0.1}}, "training.alignment_learning_rate"),
         ({"training": {"max_steps": 3}}, "sample_of_texts"),
         ({}, "old_model"),
@@ -162,9 +133,8 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(
 ):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     seen = []
-    place = sys.modules["promptembedder.transfer"]
-    made = place.distillation_rows
-    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i, n: seen.append(tuple(i)) or made(t, x, i, n))
+    made = PLACE.distillation_rows
+    monkeypatch.setattr(PLACE, "distillation_rows", lambda t, x, i, n: seen.append(tuple(i)) or made(t, x, i, n))
     model = tiny_model("llama", document_instruction="A document.")
     for given in ((), ("One thing.", "Another.")):
         transfer(model, transfer_config(texts=("texts.txt",), text_instructions=given, centred=False))
@@ -185,10 +155,11 @@ def test_texts_are_read_under_what_the_model_is_used_with_unless_told(
         ({"texts": ("texts.txt",), "rows": True, "distillation_learning_rate": 1e-3}, 1e-2 + 1e-3),
     ],
 )
-def test_learning_rate_of_texts_and_rows(tiny_model, transfer_config, tmp_path, changes, rate):
+def test_learning_rate_of_texts_and_rows(tiny_model, transfer_config, tmp_path, monkeypatch, changes, rate):
+    monkeypatch.setattr("promptembedder.training.rates.rate_factor", lambda *_: 1.0)
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
     quiet = {"evaluation": {"dev": None}, "starts": ("ridge",)}
-    step = {"max_steps": 1, "alignment_learning_rate": 1e-2, "scale_alignment_rate": False}
+    step = {"max_steps": 1, "alignment_learning_rate": 1e-2}
     start = transfer(tiny_model("llama"), transfer_config(**quiet)).model[0].alignment.weight
     moved = transfer(tiny_model("llama"), transfer_config(**quiet, **changes, training=step)).model[0].alignment.weight
     # Adam's first step is as long as the rate; where there are two stages, some number goes the same way in both.
@@ -208,22 +179,21 @@ def test_soft_tokens_of_a_frozen_prompter_are_made_once(tiny_model, transfer_con
 
 
 def test_resume_finds_nothing_of_an_earlier_transfer(tiny_model, transfer_config, tmp_path):
-    settings = {"arguments": {"save_steps": 2, "save_total_limit": 9}}
-    model = tiny_model("llama")
-    transfer(model, transfer_config(rows=True, unfrozen_steps=2, training=settings))
-    moved = tmp_path / "moved"
-    assert (moved / "unfrozen" / "checkpoint-2").is_dir()
+    settings = {"arguments": {"save_total_limit": 9}}  # every two steps, with the dev scores
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    model, moved = tiny_model("llama"), tmp_path / "moved"
+    transfer(model, transfer_config(rows=True, texts=("texts.txt",), training=settings))
+    assert (moved / "alignment_unlabelled" / "checkpoint-2").is_dir()
     transfer(model, transfer_config(rows=True, training=settings))
-    assert not list((moved / "unfrozen").glob("checkpoint-*"))
+    assert not list((moved / "alignment_unlabelled").glob("checkpoint-*"))
     assert (moved / "alignment_labelled" / "checkpoint-4").is_dir()
 
 
 def test_the_old_model_reads_no_more_texts_than_the_steps_take(tiny_model, transfer_config, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(20) for text in TEXTS))
     seen = []
-    place = sys.modules["promptembedder.transfer"]
-    made = place.distillation_rows
-    monkeypatch.setattr(place, "distillation_rows", lambda t, x, i, n: seen.append(len(x)) or made(t, x, i, n))
+    made = PLACE.distillation_rows
+    monkeypatch.setattr(PLACE, "distillation_rows", lambda t, x, i, n: seen.append(len(x)) or made(t, x, i, n))
     transfer(tiny_model("llama"), transfer_config(texts=("texts.txt",)))  # four steps of four
     assert seen == [16]
 
@@ -231,16 +201,15 @@ def test_the_old_model_reads_no_more_texts_than_the_steps_take(tiny_model, trans
 def test_a_training_that_makes_dev_worse_is_not_kept(tiny_model, transfer_config, tmp_path, monkeypatch, caplog):
     result = transfer(
         tiny_model("llama", linear_head=True),
-        transfer_config(rows=True, unfrozen_steps=2, training={"alignment_learning_rate": 3}),
+        transfer_config(rows=True, training={"alignment_learning_rate": 3}),
     )
-    start, trained, unfrozen = result.stages
+    start, trained = result.stages
     assert not trained.kept
     assert [examples for examples, _, _ in trained.curve] == [8, 16]
     assert min(dev for _, _, dev in trained.curve) < start.dev
     assert trained.dev == start.dev
     assert torch.equal(result.model[0].alignment.weight, result.starts[0].weight_PD)
     assert torch.equal(result.model[1].linear.weight, torch.eye(48))
-    assert unfrozen.dev >= start.dev
     assert result.scores["dev"] >= start.dev
     assert "so the weights before it are kept" in caplog.text
     assert "alignment_labelled, not kept" in (tmp_path / "moved" / "report.md").read_text()
@@ -277,7 +246,7 @@ def test_the_new_backbone_reads_each_text_once(tiny_model, transfer_config, tmp_
     assert len(texts) == len(set(texts))
     rows = {row["query"] for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
     assert len(texts) > len(TEXTS) + len(plain) + 2 * len(other) + len(rows) // 2  # of all kinds
-    assert moved.model[0].backbone.text_cache is None
+    assert moved.model[0].training_state == TrainingState()
     calls.clear()
     transfer(old, replace(settings, training=replace(settings.training, output=str(tmp_path / "next"))))
     assert bool(calls) != bool(own)
@@ -287,7 +256,7 @@ def test_the_new_backbone_reads_each_text_once(tiny_model, transfer_config, tmp_
 def test_what_comes_up_once_is_not_held(tiny_model, transfer_config, tmp_path, monkeypatch, layout, rows):
     (tmp_path / "plain.txt").write_text("".join(f"{text}, and {n}\n" for n in range(4) for text in TEXTS))
     opened = []
-    monkeypatch.setattr(sys.modules["promptembedder.transfer"], "text_cache", lambda *given: opened.append(given))
+    monkeypatch.setattr(PLACE, "text_cache", lambda *given: opened.append(given))
     transfer(
         tiny_model(layout=layout),
         transfer_config(
@@ -298,9 +267,9 @@ def test_what_comes_up_once_is_not_held(tiny_model, transfer_config, tmp_path, m
 
 
 def test_nothing_is_held_after_an_error(tiny_model, transfer_config, monkeypatch):
-    place, made = sys.modules["promptembedder.transfer"], []
-    monkeypatch.setattr(place, "on_backbone", lambda *a, **k: made.append(on_backbone(*a, **k)) or made[0])
-    monkeypatch.setattr(place, "_train_stages", lambda *given: 1 / 0)
+    made = []
+    monkeypatch.setattr(PLACE, "on_backbone", lambda *a, **k: made.append(on_backbone(*a, **k)) or made[0])
+    monkeypatch.setattr(PLACE, "_train_stages", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         transfer(tiny_model(layout="suffix"), transfer_config(rows=True))
-    assert made[0][0].backbone.text_cache is None
+    assert made[0][0].training_state == TrainingState()
