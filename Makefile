@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 CODE := src tests benchmarks scripts docs
+WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
+UNWANTED := benchmarks/|runs/|\.png
 
 .PHONY: demo test check lint types docs wheel clean
 
@@ -29,10 +31,16 @@ types: $(READY)
 docs: $(DOCS_READY)
 	$(BIN)/mkdocs build --strict
 
+# Both files hold the shipped model, and neither holds results or pictures.
 wheel: $(READY)
-	rm -rf build dist
+	rm -rf build dist && mkdir build
 	$(BIN)/python -m build
-	$(BIN)/python .ci/check_wheel.py dist
+	$(BIN)/python -m zipfile -l dist/*.whl > build/contents.txt
+	grep -q '$(WEIGHTS)' build/contents.txt
+	! grep -E '$(UNWANTED)' build/contents.txt
+	tar -tzf dist/*.tar.gz > build/contents.txt
+	grep -q '$(WEIGHTS)' build/contents.txt
+	! grep -E '$(UNWANTED)' build/contents.txt
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

