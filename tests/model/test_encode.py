@@ -109,7 +109,7 @@ def test_long_text_is_cut_and_said_once(tiny_model, caplog):
     first = model.encode([long])
     again = model.encode([long + " thirteen"])
     assert np.allclose(first, again, atol=1e-6)
-    assert len([r for r in caplog.records if "is read up to max_text_tokens = 6" in r.message]) == 1
+    assert len([r for r in caplog.records if "is truncated to max_text_tokens = 6" in r.message]) == 1
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])
