@@ -38,13 +38,14 @@ from promptembedder.data.made_up import FAMILIES, Family, contrast_rows
 from promptembedder.data.rows import Row, TrainingData, load_training_data, read_rows
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.model.build import build
+from promptembedder.model.leaves import TrainingState
 from promptembedder.model.module import soft_prompt_module
 from promptembedder.model.prompter import load_trained_state, trained_state
-from promptembedder.training.curves import read_facts
+from promptembedder.model.store import save
 from promptembedder.training.evaluators import pair_evaluator
-from promptembedder.training.fit import text_cache
+from promptembedder.training.fit import fit, text_cache
 from promptembedder.training.settings import RunConfig, load_run
-from promptembedder.training.train import aspects_of, train
+from promptembedder.training.train import aspects_of
 from promptembedder.training.warm_start import warm_start
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -277,26 +278,26 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         families = [family for family in FAMILIES if name == REQUESTS_TOO or "request" not in family.things]
         data = load_training_data(config.data, config.model.document_instruction, seed, families=families)
         model, warm_seconds = started(config, data, arguments)
-        result = train(config, model=model, data=data)
-    facts = read_facts(result.folder)
-    assert facts is not None
+        fitted = fit(model, data, config.training, max_text_tokens=config.data.max_text_tokens)
+    folder = Path(config.training.output) / "model"
+    save(model, folder)
     evaluator = pair_evaluator(config.evaluation, config.data.root, "dev")
     assert evaluator is not None
     start = time.perf_counter()
-    module = soft_prompt_module(result.model)
-    module.backbone.text_cache = text_cache(module, config.training)
-    sts = 100 * evaluator(result.model)["dev_spearman_cosine"]
+    module = soft_prompt_module(model)
+    with module.in_training(TrainingState(text_cache=text_cache(module, config.training))):
+        sts = 100 * evaluator(model)["dev_spearman_cosine"]
     return {
         "sts": round(sts, 2),
-        "seen": round(triplets_right(result.model, SEEN, arguments, instruction), 2),
-        "unseen": round(triplets_right(result.model, UNSEEN, arguments, instruction), 2),
-        "requests": round(both_ways(result.model, REQUESTS, ("do", "thing")), 2),
-        "remarks": round(both_ways(result.model, REMARKS, ("feel", "matter")), 2),
-        "spread": round(spread(result.model, arguments), 4),
-        "seconds": round(warm_seconds + facts["seconds"], 1),
+        "seen": round(triplets_right(model, SEEN, arguments, instruction), 2),
+        "unseen": round(triplets_right(model, UNSEEN, arguments, instruction), 2),
+        "requests": round(both_ways(model, REQUESTS, ("do", "thing")), 2),
+        "remarks": round(both_ways(model, REMARKS, ("feel", "matter")), 2),
+        "spread": round(spread(model, arguments), 4),
+        "seconds": round(warm_seconds + fitted.seconds, 1),
         "evaluation_seconds": round(time.perf_counter() - start, 1),
-        "trained_parameters": facts.get("trained_parameters"),
-        "megabytes": round(sum(p.stat().st_size for p in Path(result.folder).rglob("*") if p.is_file()) / 1e6, 1),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "megabytes": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6, 1),
     }
 
 

@@ -27,10 +27,10 @@ from promptembedder.data.rows import TrainingData, load_training_data
 from promptembedder.data.scored_pairs import read_scored_pairs
 from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.locate import locate
+from promptembedder.training.arguments import shared_arguments
 from promptembedder.training.callbacks import TrainingClock
 from promptembedder.training.curves import Curve, dev_curve, read_facts, seconds_of, write_facts
 from promptembedder.training.evaluators import spread
-from promptembedder.training.fit import shared_arguments
 from promptembedder.training.losses import make_losses
 from promptembedder.training.settings import RunConfig
 from promptembedder.training.trainer import OwnNegativesTrainer

