@@ -146,6 +146,7 @@ def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
         _join(parts, tmp_path / "joined", "00")
 
 
+@pytest.mark.slow
 def test_conversion_happens_once_though_two_ask(tmp_path):
     """Two processes ask for the same conversion at the same time; one converts, both find the whole result."""
     script = f"""

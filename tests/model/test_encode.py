@@ -137,6 +137,7 @@ def test_threads_do_not_hear_each_other(tiny_model):
         assert np.allclose(embeddings, expected[n % 2], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_multi_process_encoding(tiny_model):
     model = tiny_model()
     pool = model.start_multi_process_pool(["cpu", "cpu"])

@@ -72,7 +72,7 @@ def test_an_old_model_opens(tiny_model, in_format_1, tmp_path, start):
 
 def test_the_library_opens_an_old_model_by_the_path_that_it_names(tiny_model, in_format_1):
     model = tiny_model()
-    opened = SentenceTransformer(str(in_format_1(model)), device="cpu", trust_remote_code=False)
+    opened = SentenceTransformer(str(in_format_1(model)), device="cpu", trust_remote_code=True)
     assert np.allclose(opened.encode(TEXTS, prompt=INSTRUCTION), model.encode(TEXTS, prompt=INSTRUCTION), atol=1e-5)
 
 

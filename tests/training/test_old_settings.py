@@ -122,7 +122,7 @@ def test_alpha_may_be_twice_another_rank(tmp_path):
             for name in ("prompts", "batch_sampler", "multi_dataset_batch_sampler", "save_strategy", "eval_strategy")
         ),
         ({"max_grad_norm": 0}, "arguments.max_grad_norm is 0, expected a positive number"),
-        ({"lr_scheduler_type": "zigzag"}, "training.arguments: 'zigzag' is not a valid SchedulerType"),
+        ({"lr_scheduler_type": "zigzag"}, "training.arguments: zigzag is not a valid SchedulerType"),
     ],
 )
 def test_arguments_that_cannot_be_set(run_config, tmp_path, arguments, message):
