@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("promptembedder.bridge.save_file", full)
+    monkeypatch.setattr("promptembedder.bulk.bridge.save_file", full)
     with pytest.raises(PromptEmbedderError, match=r"b.safetensors cannot be written: No space left"):
         Bridge(np.eye(2, dtype=np.float32), {}).save(tmp_path / "b.safetensors")
     assert not list(tmp_path.iterdir())

@@ -337,7 +337,7 @@ def test_a_dataset_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, e
     def failing(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("promptembedder.data.readers.load_dataset", failing)
+    monkeypatch.setattr("datasets.load_dataset", failing)
     message = refusal(load, DataFile(path="hub:owner/name"))
     assert message == f"dataset 'owner/name' could not be fetched from the hub: {error}"
 
@@ -345,7 +345,7 @@ def test_a_dataset_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, e
 def test_rows_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     given = [{**GOOD, "query": "one"}, {**GOOD, "query": "two"}]
     monkeypatch.setattr(
-        "promptembedder.data.readers.load_dataset", lambda name, split: given if split == "train" else []
+        "datasets.load_dataset", lambda name, split: given if split == "train" else []
     )
     rows = list(read_rows(DataFile(path="hub:owner/name"), None))
     assert [row.query for row in rows] == ["one", "two"]

@@ -158,7 +158,7 @@ def test_masking_takes_one_hard_negative(run_config, tmp_path):
 
 def test_not_beside_the_cached_loss(run_config, tmp_path):
     config = run_config(loss="cached_infonce")
-    config = replace(config, data=DataConfig(contrast_rows=60, contrast_in_batch_negatives=False))
+    config = replace(config, data=DataConfig(root=str(tmp_path), contrast_rows=60, contrast_in_batch_negatives=False))
     with pytest.raises(PromptEmbedderError, match="cached_infonce is for large batches of in-batch negatives"):
         train(config)
     assert not (tmp_path / "run").exists()

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, needs_extra
 from promptembedder.text import is_unicode
 
 DATA_ENV = "PROMPTEMBEDDER_DATA"
@@ -87,6 +85,8 @@ def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
         name = path.removeprefix(_HUB_MARK)
         if not name:
             raise PromptEmbedderError(f"data file {path!r} names no dataset, expected hub:owner/name")
+        with needs_extra("train", "a dataset from the hub"):
+            from datasets import load_dataset
         try:
             table = load_dataset(name, split="train")
         except Exception as error:  # of the library, of its HTTP client, of whatever reads the files

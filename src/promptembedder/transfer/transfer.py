@@ -244,7 +244,6 @@ class _Training:
         again = self.resume and last_checkpoint(output) is not None
         checkpoint = checkpoint_of(output, again, soft_prompt_module(self.model).settings)
         make_folder(output, fresh=checkpoint is None)
-        note_settings(output, settings, resumed=checkpoint is not None)
         before = [(parameter, parameter.detach().clone()) for parameter in _trainable(self.model)]
         fitted = fit(
             self.model,
