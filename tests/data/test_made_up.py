@@ -27,6 +27,7 @@ def said(sentence, family):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 6, 7])
 def test_the_positive_shares_the_aspect_and_the_negative_the_rest(seed):
     checked = Counter()

@@ -344,9 +344,7 @@ def test_a_dataset_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, e
 
 def test_rows_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     given = [{**GOOD, "query": "one"}, {**GOOD, "query": "two"}]
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda name, split: given if split == "train" else []
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: given if split == "train" else [])
     rows = list(read_rows(DataFile(path="hub:owner/name"), None))
     assert [row.query for row in rows] == ["one", "two"]
     given[1] = {**GOOD, "query": ""}

@@ -19,6 +19,8 @@ from promptembedder.training.evaluators import pair_evaluator
 from promptembedder.training.fit import fit
 from promptembedder.training.train import train
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_best_checkpoint_comes_back_to_the_last_digit(run_config, tmp_path):
     config = run_config(

@@ -101,6 +101,7 @@ def test_fp16_is_refused(tiny_model):
     callback.on_train_begin(SimpleNamespace(fp16=False), None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"loss": "cached_infonce", "mini_batch_size": 2}])
 def test_the_cache_changes_nothing_but_the_cost(run_config, tmp_path, changes):
     """The same weights with it on as off; later epochs read no text again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ def test_warm_start_writes_the_cue(tiny_model):
     assert torch.nn.functional.cosine_similarity(soft, hard).min() > 0.9
 
 
+@pytest.mark.slow
 def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
     """Made-up instructions too, whose aspects are in the cue; words of one token in the tiny vocabulary stand in."""
     monkeypatch.setattr("promptembedder.data.aspects.ASPECTS", ("in", "a", "the", "splits-into-many"))
@@ -48,9 +50,9 @@ def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
 
 def test_training_hands_the_aspects_of_the_settings_on(run_config, monkeypatch):
     given = {}
-    monkeypatch.setattr(
-        "promptembedder.training.train.warm_start", lambda module, aspects, *rest: given.update(aspects)
-    )
+    # The module: `promptembedder.training.train` names its function, too.
+    place = sys.modules[train.__module__]
+    monkeypatch.setattr(place, "warm_start", lambda module, aspects, *rest: given.update(aspects))
     config = run_config(warm_steps=1, max_steps=1)
     (file,) = config.data.files
     train(replace(config, data=replace(config.data, files=(replace(file, aspect="topic"),))))

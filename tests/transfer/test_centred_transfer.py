@@ -15,6 +15,7 @@ from promptembedder import load
 from promptembedder.training.evaluators import pair_evaluator
 from promptembedder.transfer.transfer import transfer
 
+pytestmark = pytest.mark.slow
 # The module: `promptembedder.transfer.transfer` names its function, too.
 PLACE = sys.modules[transfer.__module__]
 

@@ -24,6 +24,7 @@ from promptembedder.training.fit import fit
 from promptembedder.transfer.rebase import on_backbone
 from promptembedder.transfer.transfer import transfer
 
+pytestmark = pytest.mark.slow
 # The module: `promptembedder.transfer.transfer` names its function, too.
 PLACE = sys.modules[transfer.__module__]
 
