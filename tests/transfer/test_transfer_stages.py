@@ -200,14 +200,12 @@ def test_the_old_model_reads_no_more_texts_than_the_steps_take(tiny_model, trans
 
 
 def test_a_training_that_makes_dev_worse_is_not_kept(tiny_model, transfer_config, tmp_path, monkeypatch, caplog):
-    result = transfer(
-        tiny_model("llama", linear_head=True),
-        transfer_config(rows=True, training={"alignment_learning_rate": 3}),
-    )
+    monkeypatch.setattr(PLACE, "fit", lambda *a, **k: replace(fit(*a, **k), dev=-100.0))
+    old = tiny_model("llama", linear_head=True)
+    result = transfer(old, transfer_config(rows=True, training={"alignment_learning_rate": 3}))
     start, trained = result.stages
     assert not trained.kept
     assert [examples for examples, _, _ in trained.curve] == [8, 16]
-    assert min(dev for _, _, dev in trained.curve) < start.dev
     assert trained.dev == start.dev
     assert torch.equal(result.model[0].alignment.weight, result.starts[0].weight_PD)
     assert torch.equal(result.model[1].linear.weight, torch.eye(48))
