@@ -122,12 +122,13 @@ def test_a_transfer_leaves_one_report_one_json_and_one_picture(tmp_path):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_settings_of_ablations_are_valid(name):
-    load_run(ROOT / "recipes" / "general.yaml", ABLATIONS[name])
+    assert load_run(ROOT / "recipes" / "general.yaml", ABLATIONS[name]).data.has_rows
 
 
 @pytest.mark.parametrize("column", quality.TRAINED)
 def test_settings_of_quality_are_valid(column):
-    load_run(ROOT / "recipes" / f"{quality.TRAINED[column]}.yaml", quality.SETTINGS.get(column, []))
+    recipe = ROOT / "recipes" / f"{quality.TRAINED[column]}.yaml"
+    assert load_run(recipe, quality.SETTINGS.get(column, [])).data.has_rows
 
 
 def test_speeds_are_medians_and_ratios_are_taken_within_a_round(monkeypatch):

@@ -82,8 +82,13 @@ def test_a_shipped_model_is_compared_and_regroups_requests(halves, tiny_model, t
 
 
 def test_losses_are_one_line_per_instruction():
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}, {"step": 3, "loss": 1.0}, {"train_loss": 2.0}]
-    assert _losses(history, {1: "a", 2: "b", 3: "a"}) == {"a": [(1, 2.0), (3, 1.0)], "b": [(2, 3.0)]}
+    history = [
+        {"step": 1, "loss": 2.0, "instructions": [corpus.ARTICLE, corpus.HEADLINE]},
+        {"step": 2, "loss": 3.0, "instructions": [corpus.TOPIC]},
+        {"step": 3, "loss": 1.0, "instructions": [corpus.ARTICLE, corpus.HEADLINE]},
+        {"train_loss": 2.0},
+    ]
+    assert _losses(history) == {corpus.HEADLINE: [(1, 2.0), (3, 1.0)], corpus.TOPIC: [(2, 3.0)]}
 
 
 def test_every_request_has_one_action_and_one_room():

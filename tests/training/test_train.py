@@ -137,7 +137,7 @@ def test_fit_trains_a_model_in_place(run_config, tmp_path):
     )
     assert fitted.steps == 4
     assert not torch.equal(model[0].alignment.weight, before)
-    assert fitted.dev == pytest.approx(100 * dev(model)["dev_spearman_cosine"])  # the best weights are there
+    assert fitted.scores["dev"] == pytest.approx(100 * dev(model)["dev_spearman_cosine"])  # the best weights are there
     assert [steps for steps, _, _ in fitted.curve()] == [8, 16]
     assert {path.name for path in (tmp_path / "fit").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert not (tmp_path / "run").exists()

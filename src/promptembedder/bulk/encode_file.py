@@ -55,7 +55,7 @@ def encode_file(
         max_text_tokens: truncate texts to this many tokens; unset: the model's limit.
         truncate_dim: keep this many dimensions, the first ones, at unit length again.
         precision: how values are stored; `ubinary` keeps a bit of each, eight to a byte.
-        bridge: map the embeddings into an older model's space (`promptembedder.bridge`).
+        bridge: map the embeddings into an older model's space (`promptembedder.bulk.bridge`).
         device: where the model runs; unset: the accelerator, if there is one.
 
     Returns:

@@ -10,16 +10,12 @@ import resource
 import shutil
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from torch import nn
-from transformers import TrainerCallback
 
 from promptembedder import atomic
 from promptembedder.data.settings import DataConfig, DataFile
@@ -32,7 +28,6 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.locate import locate
 from promptembedder.model.encode import encode
 from promptembedder.model.folder import describe, shipped_names
-from promptembedder.model.module import soft_prompt_module
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import load
 from promptembedder.progress import say
@@ -73,8 +68,7 @@ def run_demo(
     _clear(output)
     write_rows(output / "data", train_articles)
     say(f"{len(train_articles)} articles to train on, {len(test_articles)} to test on")
-    noted = _StepInstructions()
-    result = train(_config(output, steps, llm), callbacks=[noted])
+    result = train(_config(output, steps, llm))
     result.folder.rename(output / "model")
     say("comparing with the untrained LLM and the shipped model on the test articles")
     model, other = result.model, _comparable(shipped, output / "model", result.model.max_seq_length)
@@ -85,7 +79,7 @@ def run_demo(
         regrouped = encode(other, household.TEXTS, [household.BY_ACTION, household.BY_ROOM])
         results["regrouped"] = _regrouped_scores(regrouped)
     topics = [a.topic for a in test_articles]
-    draw(output / "picture.png", embedded["trained"], topics, _losses(result.history, noted.by_step), regrouped)
+    draw(output / "picture.png", embedded["trained"], topics, _losses(result.history), regrouped)
     results["seconds"] = round(time.monotonic() - started, 1)
     results["peak_memory_gib"] = round(_peak_memory_gib(), 2)
     atomic.write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
@@ -95,39 +89,14 @@ def run_demo(
     return f"{table(results)}\n\n{next_steps(output)}"
 
 
-class _StepInstructions(TrainerCallback):  # type: ignore[misc]
-    """Notes the instruction of every optimizer step's queries."""
-
-    def __init__(self) -> None:
-        self.by_step: dict[int, str] = {}
-        self._latest: list[str] = []
-        self._hook: Any = None
-
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Watch what the model reads."""
-        assert isinstance(model, SentenceTransformer)
-        self._hook = soft_prompt_module(model).register_forward_pre_hook(self._note)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Queries are read first, and a batch has one instruction for all of them."""
-        self.by_step[state.global_step] = self._latest[0]
-        self._latest.clear()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Watch no longer."""
-        self._hook.remove()
-
-    def _note(self, module: nn.Module, inputs: Sequence[dict[str, Any]]) -> None:
-        self._latest.append(inputs[0]["instruction"])
-
-
-def _losses(history: list[dict[str, Any]], instruction_of: dict[int, str]) -> dict[str, list[tuple[int, float]]]:
-    """Instruction: optimizer steps and their loss."""
-    losses: dict[str, list[tuple[int, float]]] = defaultdict(list)
+def _losses(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Instruction of a step's queries: optimizer steps and their loss."""
+    losses: dict[str, list[tuple[int, float]]] = {HEADLINE: [], TOPIC: []}
     for line in history:
         if "loss" in line:
-            losses[instruction_of[line["step"]]].append((line["step"], line["loss"]))
-    return dict(sorted(losses.items()))
+            (instruction,) = losses.keys() & line["instructions"]
+            losses[instruction].append((line["step"], line["loss"]))
+    return {instruction: points for instruction, points in losses.items() if points}
 
 
 def _comparable(shipped: str | Path | None, trained: Path, max_text_tokens: int) -> SentenceTransformer | None:

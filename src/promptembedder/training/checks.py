@@ -56,16 +56,22 @@ def check_settings(settings: TrainingConfig, layout: Layout, *, scored: bool) ->
 
 
 def check_data(settings: TrainingConfig, data: TrainingData) -> None:
-    """Refuse rows that the settings cannot be applied to; warn if a batch holds fewer rows than `batch_size`.
+    """Refuse rows that the settings cannot be applied to.
 
     Raises:
         PromptEmbedderError: the loss cannot take these rows, no instruction has two, or workers cannot share a batch.
     """
     check_losses(settings, data)
-    most_rows = largest(data)
-    if most_rows < settings.batch_size:
-        logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most_rows)
-    workers.check(settings.batch_size, rows_for_batches(data, settings.batch_size))
+    largest(data)
+    if workers.count() > 1:
+        workers.check(settings.batch_size, rows_for_batches(data, settings.batch_size))
+
+
+def warn_of_small_batches(settings: TrainingConfig, data: TrainingData) -> None:
+    """Warn if batches hold fewer rows than `batch_size`, for want of rows or because texts repeat."""
+    if (most := largest(data)) < settings.batch_size:
+        logger.warning("training.batch_size is %d, but batches hold %d: no more rows", settings.batch_size, most)
+    rows_for_batches(data, settings.batch_size)
 
 
 def rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:

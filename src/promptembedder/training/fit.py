@@ -23,7 +23,7 @@ from promptembedder.model.module import SoftPromptTransformer, soft_prompt_modul
 from promptembedder.training import workers
 from promptembedder.training.arguments import DEV_METRIC, arguments_of, max_grad_norm
 from promptembedder.training.callbacks import SoftPromptLeafCallback, TrainingBar, TrainingClock
-from promptembedder.training.checks import check_data, largest
+from promptembedder.training.checks import check_data, largest, warn_of_small_batches
 from promptembedder.training.curves import Curve, dev_curve
 from promptembedder.training.losses import make_losses
 from promptembedder.training.settings import EvaluationConfig, TrainingConfig
@@ -31,20 +31,24 @@ from promptembedder.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class FitResult:
-    """What the optimizer steps of a run did; the model itself is changed in place.
+class TrainingResult:
+    """What `fit` or `train` made.
 
     Attributes:
-        dev: best Spearman x 100 on dev, whose weights the model has; unset where nothing was scored.
+        model: the trained model; the best on dev where dev pairs are given.
+        folder: of checkpoints and logs (`fit`), of the saved model (`train`).
+        scores: `dev` and, by `train`, `test`, Spearman x 100, where there are such pairs.
         steps: optimizer steps taken, those before a resume counted.
         examples: rows trained on, repetitions counted, the last batch of an instruction as if it were full and
             two made-up rows of one anchor as one.
-        seconds: wall time of the steps and of what came before them; scoring dev is not in it.
+        seconds: wall time of the steps and of the warm start before them; scoring dev is not in it.
         history: the trainer's log lines; `instructions` are those of the line's last step.
         text_state_hit_rate: share of the texts whose states were found, where states are kept.
     """
 
-    dev: float | None
+    model: SentenceTransformer
+    folder: Path
+    scores: dict[str, float]
     steps: int
     examples: int
     seconds: float
@@ -70,7 +74,7 @@ def fit(
     cache: TextStateCache | None = None,
     spent: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
-) -> FitResult:
+) -> TrainingResult:
     """Train a model on rows, in place.
 
     Args:
@@ -92,6 +96,7 @@ def fit(
     """
     module = soft_prompt_module(model)
     check_data(settings, data)
+    warn_of_small_batches(settings, data)
     open_to_training(module, settings)
     if cache is None:
         cache = text_cache(module, settings)
@@ -123,8 +128,10 @@ def fit(
         _run(trainer, checkpoint, clock)
     best = None if evaluator is None else trainer.state.best_metric
     steps = trainer.state.global_step
-    return FitResult(
-        None if best is None else 100 * best,
+    return TrainingResult(
+        model,
+        place,
+        {} if best is None else {"dev": 100 * best},
         steps,
         steps * min(settings.batch_size, largest(data)) * settings.gradient_accumulation,
         clock.spent,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ from promptembedder.model.module import SoftPromptTransformer, default_prompts, 
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import load, save
 from promptembedder.training import workers
-from promptembedder.training.arguments import DEV_METRIC
 from promptembedder.training.checks import check_data, check_settings
-from promptembedder.training.curves import Curve, dev_curve, write_facts
+from promptembedder.training.curves import write_facts
 from promptembedder.training.evaluators import pair_evaluator
-from promptembedder.training.fit import FitResult, fit, open_to_training
+from promptembedder.training.fit import TrainingResult, fit, open_to_training
 from promptembedder.training.run_folder import checkpoint_of, make_folder, note_settings
 from promptembedder.training.settings import RunConfig
 from promptembedder.training.warm_start import warm_start
@@ -37,35 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Settings of a model that weights do not depend on: a run that starts from a saved one may set them anew.
 MAY_DIFFER = frozenset({"default_instruction", "document_instruction", "max_text_tokens"})
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run made.
-
-    Attributes:
-        model: the trained model; the best on dev where dev is given.
-        folder: where it was saved.
-        scores: `dev` and `test`, Spearman x 100, where the files are given.
-        steps: optimizer steps taken.
-        examples: rows trained on, as `FitResult.examples` counts them.
-        seconds: wall time of warm start and optimizer steps; scoring dev is not in it.
-        history: the trainer's log lines.
-        text_state_hit_rate: share of the texts whose states were found, where states are kept.
-    """
-
-    model: SentenceTransformer
-    folder: Path
-    scores: dict[str, float]
-    steps: int
-    examples: int
-    seconds: float
-    history: list[dict[str, Any]]
-    text_state_hit_rate: float | None = None
-
-    def curve(self, before: float = 0.0) -> Curve:
-        """Dev scores on the way: (examples, seconds of training, Spearman x 100); `before`: seconds to add."""
-        return dev_curve(self.history, self.examples // max(self.steps, 1), DEV_METRIC, before)
 
 
 def train(
@@ -126,24 +96,15 @@ def train(
         )
         if workers.number() == 0:
             _save(model, output / "model", config, fitted, start)
-        scores = {} if fitted.dev is None else {"dev": fitted.dev}
+        scores = dict(fitted.scores)
         with distributed_evaluation(model) as mine:
             if test is not None and mine:
                 scores["test"] = 100 * test(model)["test_spearman_cosine"]
-    return TrainingResult(
-        model,
-        output / "model",
-        scores,
-        fitted.steps,
-        fitted.examples,
-        fitted.seconds,
-        fitted.history,
-        fitted.text_state_hit_rate,
-    )
+    return replace(fitted, folder=output / "model", scores=scores)
 
 
 def _save(
-    model: SentenceTransformer, folder: Path, config: RunConfig, fitted: FitResult, start: str | Path | None
+    model: SentenceTransformer, folder: Path, config: RunConfig, fitted: TrainingResult, start: str | Path | None
 ) -> None:
     """The model, its settings and what its training took."""
     save(model, folder)

@@ -80,7 +80,7 @@ def transfer(
     """Move a trained model to another backbone, save it to `<output>/model` and report on it.
 
     The prompter's weights are not touched. The two models share one prompter in memory, so what moves, casts or trains
-    the prompter of one does so for both; open the model anew to be free of that.
+    the prompter of one does so for both; load the saved model for one that shares nothing.
 
     Args:
         model: the trained model.
@@ -257,7 +257,7 @@ class _Training:
             cache=self.cache,
         )
         save(self.model, output / "model")
-        dev, was = fitted.dev, stages[-1].dev
+        dev, was = fitted.scores.get("dev"), stages[-1].dev
         worse = dev is not None and was is not None and dev < was
         if worse:
             logger.warning("%s: dev fell from %.2f to %.2f, so the weights before it are kept", self.name, was, dev)
