@@ -16,7 +16,7 @@ class DataFile:
         weight: how often its batches are drawn relative to its size.
         instruction: for rows without one.
         asymmetric: documents (`pos`, `neg`) get the model's document instruction, not the row's.
-        max_rows: use the first so many, in file order.
+        max_rows: use this many rows, the first ones in file order.
         aspect: one word for what texts are alike in under the instruction, such as `intent`; see `WarmStartConfig`.
         in_batch_negatives: a row's candidates are all documents of its batch; off: its own positive and negatives
             alone, for rows of so few classes that many of the others are as right. Each row needs a `neg` then, and
@@ -39,7 +39,7 @@ class DataConfig:
     Attributes:
         root: folder that relative paths start from; unset: `$PROMPTEMBEDDER_DATA`, else the current folder.
         files: the sources; batches never mix instructions.
-        contrast_rows: so many made-up rows more, in which the instruction alone decides what is alike
+        contrast_rows: number of made-up rows besides, in which the instruction alone decides what is alike
             (`promptembedder.contrast`); they always have a hard negative. They come in twos, one anchor under two
             instructions in one batch, so a batch holds twice as many; an odd one is left out. About 70 instructions
             share them.

@@ -41,7 +41,7 @@ BASELINES: dict[str, tuple[str, str]] = {
 }
 # Read in place of an empty text, such as a document without title and body.
 _EMPTY = "."
-# Their documents are told apart from their queries.
+# Kinds of tasks whose documents are not queries.
 _WITH_DOCUMENTS = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 
 
@@ -107,9 +107,11 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
 
     def made_with(self, metadata: Any) -> dict[str, Any]:
         """What else than model and rows decides the scores of a task."""
+        read = self._instruction_read
+        reads = self.reads_instructions
         return {
-            "instruction": self._told(self._instruction(metadata), document=False) if self.reads_instructions else None,
-            "document_instruction": self._told(None, document=True) if self.reads_instructions else None,
+            "instruction": read(self._instruction(metadata), document=False) if reads else None,
+            "document_instruction": read(None, document=True) if reads else None,
             "max_tokens": self.model.max_seq_length,
         }
 
@@ -121,8 +123,8 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
             return given
         return str(self.get_instruction(metadata, PromptType.query))
 
-    def _told(self, instruction: str | None, *, document: bool) -> str:
-        """The instruction, or what the model is told without one."""
+    def _instruction_read(self, instruction: str | None, *, document: bool) -> str:
+        """The instruction, or what the model reads without one."""
         if self._ours:
             settings = soft_prompt_module(self.model).settings
             return instruction or (settings.document_instruction if document else settings.default_instruction)
@@ -130,11 +132,11 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
 
     def _embed(self, texts: list[str], instruction: str | None, *, document: bool, **kwargs: Any) -> Any:
         options: dict[str, Any] = {"batch_size": kwargs.get("batch_size", 32), "show_progress_bar": False}
-        told = self._told(instruction, document=document)
+        instruction_read = self._instruction_read(instruction, document=document)
         if self._ours:
-            options["prompt"] = told
+            options["prompt"] = instruction_read
         elif self._wrap is not None:
-            texts = [self._wrap(text, told) for text in texts]
+            texts = [self._wrap(text, instruction_read) for text in texts]
         embeddings = self.model.encode(texts, **options)
         if not np.isfinite(embeddings).all():
             raise PromptEmbedderError(f"{self.mteb_model_meta.name} gives embeddings that are not finite numbers")

@@ -46,7 +46,7 @@ QUICK: dict[str, int] = {
     "Cranfield": 200,
     "HWU64ScenarioAction": 200,
 }
-# Tasks beside these, where they are asked for by name.
+# Tasks beside these, where they are named.
 _QUICK_OTHERS = 200
 # Rows per label that the quick suite's classifiers draw their training samples (8 per label, ten draws) from.
 _QUICK_TRAIN_PER_LABEL = 10

@@ -215,7 +215,7 @@ class _OnDisk(TextStateCache):
         if self._checksum(body) != checksum:
             if not self._said_damaged:
                 self._said_damaged = True
-                logger.warning("damaged text states in %s: computed again (said once)", path)
+                logger.warning("damaged text states in %s: computed again (warned once)", path)
             self._files.pop(key, None)
             return None
         with suppress(OSError):

@@ -213,10 +213,10 @@ def _library_modules(folder: Path, entries: Sequence[tuple[str, str]]) -> list[M
 @contextmanager
 def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
     """What the library says of missing and damaged files, as one line; `more`: kinds of errors that mean the same."""
-    told: tuple[type[Exception], ...] = (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError)
+    damaged: tuple[type[Exception], ...] = (AttributeError, KeyError, OSError, SafetensorError, TypeError, ValueError)
     try:
         yield
-    except told + more as error:
+    except damaged + more as error:
         reason = " ".join(str(error).split())[:200]
         raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 

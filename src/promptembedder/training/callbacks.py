@@ -32,7 +32,7 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         instructions: all that training can meet, the same on every worker; needed with several workers only.
 
     Attributes:
-        trainer: to be set before training; its wrapper for several workers is told not to sum gradients itself.
+        trainer: to be set before training; its wrapper for several workers then sums no gradients itself.
     """
 
     trainer: SentenceTransformerTrainer | None = None

@@ -103,7 +103,7 @@ def rows_for_batches(data: TrainingData, batch_size: int) -> dict[str, int]:
 
 
 def _most_rows(columns: list[Counter[str]], rows: int, times: int, batches: int) -> int:
-    """A bound on the rows in so many batches: every text of a column comes in each once, as the commonest of all."""
+    """A bound on the rows in `batches` batches: each holds every text of a column once, also the commonest one."""
     by_column = (sum(min(found, batches) for found in counts.values()) for counts in columns)
     return max(1, min(rows - times + min(times, batches), *by_column))
 

@@ -13,7 +13,7 @@ from promptembedder.training.settings import EvaluationConfig
 
 
 def spread(count: int, at_most: int | None) -> list[int]:
-    """Positions of at most so many of `count` pairs, evenly spread."""
+    """Positions of at most `at_most` of `count` pairs, evenly spread."""
     picked = count if at_most is None else min(at_most, count)
     return [n * count // picked for n in range(picked)]
 
@@ -34,7 +34,7 @@ class _UnderInstruction(EmbeddingSimilarityEvaluator):  # type: ignore[misc]
 def pair_evaluator(
     config: EvaluationConfig, root: str | None, part: Literal["dev", "test"]
 ) -> EmbeddingSimilarityEvaluator | None:
-    """The library's evaluator of the dev or test pairs, told to embed both sentences under the instruction.
+    """The library's evaluator of the dev or test pairs, which embeds both sentences under the instruction.
 
     None where the settings name no file for the part. Of dev `dev_pairs` pairs count, evenly spread.
     """

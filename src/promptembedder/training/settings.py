@@ -51,7 +51,7 @@ class EvaluationConfig:
 
     Attributes:
         dev: file for checkpoints and early stop.
-        dev_pairs: use so many of dev's pairs, evenly spread; unset: all.
+        dev_pairs: use this many of dev's pairs, evenly spread; unset: all.
         test: file for the figure printed last.
         instruction: under which both sentences are embedded.
         every_steps: how often dev is scored.
@@ -88,8 +88,8 @@ class TrainingConfig:
             positive (GISTEmbed with the model as its own guide).
         train_prompter: off: only W is trained.
         warm_start: see `WarmStartConfig`.
-        early_stop_patience: stop after so many dev scores without a better one.
-        text_state_cache: keep the backbone's states of texts, so many bytes (`8GiB`) at most over all workers of
+        early_stop_patience: stop after this many dev scores without a better one.
+        text_state_cache: keep the backbone's states of texts, at most this many bytes (`8GiB`) over all workers of
             a machine, so that a text seen again is not read again (layout `suffix`); unset: off, in
             a transfer with rows or dev pairs a third of the free memory, 8 GiB at most.
         text_state_folder: keep them here, from run to run; unset: in memory.

@@ -34,7 +34,7 @@ from promptembedder.training.warm_start import warm_start
 logger = logging.getLogger(__name__)
 
 
-# Settings of a model that weights do not depend on: a run that starts from a saved one may set them anew.
+# Settings of a model that weights do not depend on: a run that starts from a saved one may change them.
 MAY_DIFFER = frozenset({"default_instruction", "document_instruction", "max_text_tokens"})
 
 
@@ -61,7 +61,7 @@ def train(
             interrupted run in the way; output not writable.
     """
     if anew and start is None:
-        raise PromptEmbedderError("anew is for settings of a saved model to start from; give start, too")
+        raise PromptEmbedderError("anew holds settings for a saved model; give start, too")
     if start is not None:
         config = replace(config, model=_structure_of(folder_of(start), config, anew or {}))
     settings, output = config.training, Path(config.training.output)

@@ -98,7 +98,7 @@ def warm_start(
 def _examples(
     prompter: Prompter, instructions: Mapping[str, str | None], config: WarmStartConfig, seed: int
 ) -> Iterator[tuple[str, str]]:
-    """Endless (instruction, aspect) pairs to fit on; what is wrong with the settings is said at once."""
+    """Endless (instruction, aspect) pairs to fit on; wrong settings raise at once."""
     drawn = random.Random(seed)
     _cue_ids(prompter, config.cue, made_up.MEANING)
     usable = [aspect for aspect in made_up.ASPECTS if _is_token(prompter, aspect)]

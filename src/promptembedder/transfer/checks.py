@@ -83,7 +83,7 @@ def warn_of_what_stays_behind(old: SoftPromptTransformer, config: TransferConfig
     """Warn of what belongs to the old backbone and is not trained on the new one."""
     if not config.trains and (old.settings.deep_rank is not None or old.settings.linear_head):
         logger.warning(
-            "the model's deep soft prompt or linear head belongs to its backbone and starts anew; without rows or "
+            "the model's deep soft prompt or linear head belongs to its backbone and starts again; without rows or "
             "texts to train on the new one goes without"
         )
     if old.centred and not config.centres:

@@ -25,7 +25,7 @@ from promptembedder.transfer.settings import StartName
 logger = logging.getLogger(__name__)
 
 
-# Below so many shared tokens a fit says nothing about the rest of the vocabulary.
+# With fewer shared tokens a fit says nothing about the rest of the vocabulary.
 _FEWEST_SHARED = 64
 _HELD_BACK = 0.1
 # Below this share of the soft tokens' weights a closed form is a poor start.

@@ -30,7 +30,7 @@ class TransferConfig:
         texts: files of plain texts, on which the new model learns to agree with the old one, before any rows.
         text_instructions: under which they are read; empty: the evaluation's, if there is one, the model's default
             one and that of its documents.
-        max_texts: train on so many of them at most, and no more than the steps take.
+        max_texts: train on at most this many, and no more than the steps take.
         distillation_learning_rate: of W and whatever else is trained with it, on texts. Unset: as on rows
             (`training.alignment_learning_rate`), and a quarter of it where embeddings are centred. Scaled as that one.
         training: steps, batch and learning rate of the alignment; the prompter stays as it is.

@@ -118,7 +118,7 @@ def transfer(
         check_memory(config.backbone, peeked, dtype, device)
     located = locate(config.backbone, config.backbone_revision)
     check_shape(located, config)
-    # No device is asked for: the new model goes where the old one is.
+    # No device is named: the new model goes where the old one is.
     moved = on_backbone(model, located, dtype=config.dtype)
     new = soft_prompt_module(moved)
     warn_of_what_stays_behind(old, config)
