@@ -115,7 +115,7 @@ def test_what_has_learnt_before_has_no_warm_start(run_config):
     after = train(run_config("second", max_steps=1, warm_steps=3, **tiny), start=start).model
     before = dict(load(start, device="cpu").named_parameters())
     assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.named_parameters())
-    with pytest.raises(PromptEmbedderError, match="anew is for settings of a saved model to start from"):
+    with pytest.raises(PromptEmbedderError, match="anew holds settings for a saved model"):
         train(run_config("anew"), anew={"max_text_tokens": 3})
 
 

@@ -200,7 +200,7 @@ def test_the_old_model_reads_no_more_texts_than_the_steps_take(tiny_model, trans
 
 
 def test_a_training_that_makes_dev_worse_is_not_kept(tiny_model, transfer_config, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(PLACE, "fit", lambda *a, **k: replace(fit(*a, **k), dev=-100.0))
+    monkeypatch.setattr(PLACE, "fit", lambda *a, **k: replace(fit(*a, **k), scores={"dev": -100.0}))
     old = tiny_model("llama", linear_head=True)
     result = transfer(old, transfer_config(rows=True, training={"alignment_learning_rate": 3}))
     start, trained = result.stages
