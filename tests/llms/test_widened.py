@@ -57,7 +57,7 @@ def test_no_copy_of_the_weights_and_no_part_of_the_model(tiny_model, emulated):
     module = tiny_model(dtype="bfloat16")[0]
     names = set(module.state_dict())
     module(module.preprocess(TEXTS))
-    view = module.backbone._copies["widened"]
+    view = module.backbone._copies[("widened", "cpu", "torch.bfloat16")]
     assert {p.data_ptr() for p in view.parameters()} == {p.data_ptr() for p in module.backbone.lm.parameters()}
     assert set(module.state_dict()) == names
     assert module.backbone.__getstate__()["_copies"] == {}

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from promptembedder.llms.packing import Packed, attend_apart
 from promptembedder.llms.states import shallow_copy
 
 NAME = "sdpa_or_apart"
@@ -48,6 +49,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     earlier: StatesApart | None = None,
+    packed: Packed | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -60,32 +62,28 @@ def attend(
         value: likewise.
         attention_mask: (B, 1, K, T + K), true where a token may look; None: causal, nothing padded.
         earlier: states of the tokens before; unset: scaled dot-product attention.
+        packed: how texts lie in a single row; unset: they do not.
         scaling: of the scores.
         **kwargs: what else `transformers` hands over.
 
     Returns:
         (B, K, H x R, d), and None in the place of weights.
     """
+    if packed is not None:
+        return packed.attend(module, query, key, value, scaling), None
     if earlier is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     layer = earlier.layers[module.layer_idx]
-    B, heads, K, d = query.shape
-    H, T = key.shape[1], layer.keys.shape[2]
-    # Query heads of one key/value head become rows of one product; nothing is repeated.
-    query_BHQd = query.reshape(B, H, heads // H * K, d) * (scaling if scaling is not None else d**-0.5)
-    # States may be kept in a narrower precision than the new tokens are computed in.
-    earlier_keys, earlier_values = layer.keys.to(query.dtype), layer.values.to(query.dtype)
-    scores_BHQS = torch.cat([query_BHQd @ earlier_keys.mT, query_BHQd @ key.mT], dim=-1)
-    scores_BHQS = scores_BHQS.to(torch.promote_types(scores_BHQS.dtype, torch.float32))
+    K, T = query.shape[2], layer.keys.shape[2]
     if attention_mask is None:
         place_K = torch.arange(K, device=query.device)
         attention_mask = torch.cat([place_K.new_ones(K, T).bool(), place_K[:, None] >= place_K], dim=1)[None, None]
-    hidden_BHQS = ~attention_mask.expand(-1, 1, K, T + K).repeat(1, 1, heads // H, 1)
-    weights_BHQS = scores_BHQS.masked_fill(hidden_BHQS, torch.finfo(scores_BHQS.dtype).min).softmax(-1).to(query.dtype)
-    output_BHQd = weights_BHQS[..., :T] @ earlier_values + weights_BHQS[..., T:] @ value
-    return output_BHQd.reshape(B, heads, K, d).transpose(1, 2).contiguous(), None
+    # States may be kept in a narrower precision than the new tokens are computed in.
+    before = layer.keys.to(query.dtype), layer.values.to(query.dtype), attention_mask[..., :T]
+    output = attend_apart(query, before, (key, value, attention_mask[..., T:]), scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -139,6 +139,22 @@ def unpacked(rows: Iterable[Sequence[Tensor]], mask_BL: Tensor, empty: DynamicCa
     return States(empty, mask_BL)
 
 
+def stacked(layers: Sequence[tuple[Tensor, Tensor]], mask_BL: Tensor, empty: DynamicCache) -> States:
+    """States of keys and values (B, H, L, d) of each layer, none beyond a layer's window.
+
+    Args:
+        layers: of the LLM, in order.
+        mask_BL: 1 for tokens, 0 for padding.
+        empty: an unused cache of the LLM.
+    """
+    for layer, (keys, values) in zip(empty.layers, layers, strict=True):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if layer.is_sliding:
+            layer.cumulative_length = mask_BL.shape[1]
+    return States(empty, mask_BL)
+
+
 def _kinds(cache: DynamicCache) -> list[list[Any]]:
     """The cache's layers, those with the same window together."""
     kinds: dict[Any, list[Any]] = {}

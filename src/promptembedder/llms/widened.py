@@ -60,6 +60,11 @@ def helps(lm: nn.Module) -> bool:
     weight = next(lm.parameters())
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or cpu_has_bfloat16():
         return False
+    return is_tokenwise(lm)
+
+
+def is_tokenwise(lm: nn.Module) -> bool:
+    """Whether only linear layers, embeddings and root-mean-square norms have weights: each token is treated alone."""
     return all(_is_known(module) for module in lm.modules() if any(True for _ in module.parameters(recurse=False)))
 
 

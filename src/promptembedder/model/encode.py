@@ -69,10 +69,9 @@ def _encode_batch(
     model: SentenceTransformer, module: SoftPromptTransformer, texts: list[str], instructions: list[str]
 ) -> list[Tensor]:
     tokens = batch_to_device(module.preprocess(texts), model.device)
-    embed = module.embedder(tokens["input_ids"], tokens["attention_mask"])
     embeddings = []
-    for instruction in instructions:
-        features = {"sentence_embedding": embed(instruction)}
+    for embedding_BE in module.embed(tokens["input_ids"], tokens["attention_mask"], instructions):
+        features = {"sentence_embedding": embedding_BE}
         for later in list(model)[1:]:
             features = later(features)
         embeddings.append(features["sentence_embedding"])

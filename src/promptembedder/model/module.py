@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -117,6 +117,7 @@ class SoftPromptTransformer(InputModule):
         self._opening_ids = opening if config.layout == "prefix" else []
         self._head_ids = [*([] if config.layout == "prefix" else opening), *plain_ids(self.tokenizer, head)]
         self._tail_ids = plain_ids(self.tokenizer, tail)
+        backbone.head_ids = tuple(self._head_ids)
         backbone.check_room(config.max_text_tokens, self._beside_texts)
 
     @classmethod
@@ -206,24 +207,26 @@ class SoftPromptTransformer(InputModule):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Add `sentence_embedding` (B, E) float32 to the features of `preprocess`."""
         instruction = features.get("instruction", self.settings.default_instruction)
-        embed = self.embedder(features["input_ids"], features["attention_mask"])
-        embedding_BE = embed(instruction)
+        (embedding_BE,) = self.embed(features["input_ids"], features["attention_mask"], [instruction])
         if self.training_state.leaves is not None and torch.is_grad_enabled():
             self.training_state.leaves.embedding_bytes += embedding_BE.nbytes
         return {**features, "sentence_embedding": embedding_BE}
 
-    def embedder(self, ids_BT: Tensor, mask_BT: Tensor) -> Callable[[str], Tensor]:
-        """Texts to be embedded under any number of instructions; in layout `suffix` they are read here, once.
+    def embed(self, ids_BT: Tensor, mask_BT: Tensor, instructions: Sequence[str]) -> list[Tensor]:
+        """Embed texts under any number of instructions; in layout `suffix` every text is read once.
 
         Args:
             ids_BT: text token ids, as `preprocess` gives them.
             mask_BT: 1 for tokens, 0 for padding.
+            instructions: what to embed the texts under.
 
         Returns:
-            An instruction to embeddings (B, E) float32 of the texts under it.
+            Embeddings (B, E) float32 under each instruction.
         """
-        read = self.backbone.embedder(ids_BT, mask_BT, self.training_state.text_cache)
-        return lambda instruction: self._centred(read(self.soft_prompt(instruction), self.instruction_ids(instruction)))
+        soft_prompts = [self.soft_prompt(instruction) for instruction in instructions]
+        ids = [self.instruction_ids(instruction) for instruction in instructions]
+        embeddings = self.backbone.embed(ids_BT, mask_BT, soft_prompts, ids, self.training_state.text_cache)
+        return [self._centred(embedding_BE) for embedding_BE in embeddings]
 
     def _centred(self, embedding_BE: Tensor) -> Tensor:
         embedding_BE = embedding_BE.to(self.alignment.weight.dtype)  # as a linear head is, also after `model.half()`
