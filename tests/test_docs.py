@@ -41,6 +41,39 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(place), f"{link}#{anchor}"
 
 
+def sentences(page):
+    """Sentences of each line of a page's prose; code blocks, tables, headings and front matter are left out."""
+    text = re.sub(r"\A---\n.*?\n---\n|^ *```.*?^ *```$", "", page.read_text(), flags=re.S | re.M)
+    for line in text.splitlines():
+        if line.strip() and not line.lstrip().startswith(("|", "#", ":::")):
+            prose = re.sub(r"^ *(?:[-*]|\d+\.) +", "", line)
+            prose = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", prose))
+            yield re.split(r"(?<=[.!?])[\"')\]*]* +(?=\S)", prose)
+
+
+PROSE = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / "src").glob("promptembedder/models/*/*.md"),
+]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_prose_has_one_short_sentence_a_line(page):
+    lines = list(sentences(page))
+    assert not [line for line in lines if len(line) > 1], "more than one sentence a line"
+    assert not [s for (s, *_) in lines if len(re.findall(r"\w\S*", s)) > 25], "more than 25 words"
+    assert not [s for (s, *_) in lines if len(re.findall(r"\[[^\]]+\]", s)) > 1], "more than one link"
+
+
+def test_sentences_are_told_apart(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A. B\n\nSee `a. b` [it](x.md). **One.** Two (1.5).\n\n```sh\nmake. Go.\n```\n- 3. Four.\n| a. b |\n"
+    )
+    assert list(sentences(page)) == [["See code [it].", "**One.", "Two (1.5)."], ["3.", "Four."]]
+
+
 def test_readme_targets_exist():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))

@@ -1,4 +1,4 @@
-"""The main job on real text."""
+"""The demo: train and compare on real text."""
 
 from promptembedder.demo.run import run_demo
 

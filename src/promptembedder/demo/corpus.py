@@ -1,4 +1,4 @@
-"""Articles of the demo: read, split, and written as training rows."""
+"""Read the demo's articles, split them, and write them as training rows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def split(articles: list[Article], test_per_topic: int = TEST_PER_TOPIC) -> tupl
 
 
 def write_rows(folder: Path, articles: list[Article]) -> None:
-    """Training rows under two instructions: a headline finds its article, an article one of the same topic."""
+    """Write training rows under two instructions: headline to article, and article to article of the same topic."""
     drawn = random.Random(SEED)
     by_topic = _by_topic(articles)
     headlines = [{"query": a.headline, "pos": [a.body], "instruction": HEADLINE} for a in articles]

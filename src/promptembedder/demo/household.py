@@ -1,4 +1,4 @@
-"""Made-up requests to a house, each about one action and one room: what an instruction alone changes."""
+"""Made-up requests to a smart home, each about one action and one room, to compare two instructions."""
 
 from __future__ import annotations
 

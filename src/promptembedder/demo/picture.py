@@ -32,7 +32,7 @@ def draw(
 
     Args:
         path: PNG file.
-        articles: (N, E) of test articles, "articles" as they are searched and "topics" as they are grouped.
+        articles: (N, E) of test articles, "articles" under the search instruction, "topics" under the topic one.
         topics: of the N articles.
         losses: instruction: optimizer steps and their loss.
         regrouped: (2, N, E) of the made-up requests, by action and by room; None: not drawn.

@@ -20,7 +20,7 @@ def report(results: dict[str, Any], model: SentenceTransformer, steps: int, n_tr
 
     Args:
         results: what `results.json` holds.
-        model: the trained one.
+        model: the demo's trained model.
         steps: optimizer steps taken.
         n_train: training articles.
         n_test: test articles.

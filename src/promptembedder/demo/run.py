@@ -1,4 +1,4 @@
-"""The main job on real text: train on BBC news with SmolLM2-135M, compare with the untrained LLM, report.
+"""The demo on real text: train on BBC news with SmolLM2-135M, compare with the untrained LLM, report.
 
 Shapes: N texts, E embedding width.
 """
@@ -35,7 +35,7 @@ from promptembedder.training.settings import EvaluationConfig, RunConfig, Traini
 from promptembedder.training.train import train
 
 _SHIPPED = "smollm2-135m"
-# Tells a demo's folder from one whose folders merely have the same names.
+# A file that marks a demo's folder; another folder may hold files of the same names.
 _MARK = ".promptembedder-demo"
 
 
@@ -50,11 +50,11 @@ def run_demo(
     """Train, compare, and write `report.md`, `results.json`, `picture.png` and `model/` into a folder.
 
     Args:
-        output: the folder; what an earlier demo left there is replaced.
+        output: the folder; files of an earlier demo are replaced.
         steps: optimizer steps.
         llm: prompter and backbone.
-        articles: to train and to test on; unset: BBC news.
-        shipped: a trained model to compare with; left out where it is not there or has another backbone.
+        articles: training and test articles; unset: BBC news.
+        shipped: a trained model to compare with; ignored if it is missing or has another backbone.
 
     Returns:
         The report's table and the two commands to try next, as text.
@@ -90,7 +90,7 @@ def run_demo(
 
 
 def _losses(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Instruction of a step's queries: optimizer steps and their loss."""
+    """Optimizer steps and their loss, by the instruction of the step's queries."""
     losses: dict[str, list[tuple[int, float]]] = {HEADLINE: [], TOPIC: []}
     for line in history:
         if "loss" in line:
@@ -100,7 +100,7 @@ def _losses(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]
 
 
 def _comparable(shipped: str | Path | None, trained: Path, max_text_tokens: int) -> SentenceTransformer | None:
-    """The model to compare with, reading texts of the same length; None where the two have different backbones."""
+    """The shipped model with the trained one's text limit; None if it is missing or has another backbone."""
     if shipped is None or (isinstance(shipped, str) and shipped not in shipped_names()):
         return None
     if describe(shipped)["backbone"] != describe(trained)["backbone"]:
@@ -111,7 +111,7 @@ def _comparable(shipped: str | Path | None, trained: Path, max_text_tokens: int)
 
 
 def _regrouped_scores(regrouped_2NE: NDArray[np.float32]) -> dict[str, dict[str, float]]:
-    """Instruction: V-measure against actions and against rooms."""
+    """V-measure against actions and against rooms, by instruction."""
     return {
         instruction: {
             "action": round(v_measure(embeddings_NE, household.ACTION_OF), 4),
@@ -149,7 +149,7 @@ def _config(output: Path, steps: int, llm: str) -> RunConfig:
 
 
 def _clear(output: Path) -> None:
-    """Make the folder and remove what an earlier demo left; refuse a folder that is somebody else's."""
+    """Make the folder and remove an earlier demo's files; refuse a folder with other files."""
     ours = {_MARK, "data", "training", "model", "results.json", "report.md", "picture.png", "sample.txt"}
     try:
         output.mkdir(parents=True, exist_ok=True)

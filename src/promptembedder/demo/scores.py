@@ -17,7 +17,7 @@ from promptembedder.model import baselines
 from promptembedder.model.encode import encode
 from promptembedder.model.module import soft_prompt_module
 
-# (N, E) of "headlines", of "articles" as they are searched, and of articles by "topics".
+# (N, E) of "headlines", of "articles" under the search instruction, and of articles under the "topics" one.
 Embedded = dict[str, NDArray[np.float32]]
 METHODS = {
     "mean_pooling": "untrained, mean of last hidden states",
@@ -34,8 +34,8 @@ def embed_articles(
     """Embeddings of headlines and articles by method.
 
     Args:
-        trained: the demo's model; its backbone is the baselines', which know no instruction.
-        shipped: the model of the package, where it has the same backbone.
+        trained: the demo's model; the baselines use its backbone, without an instruction.
+        shipped: the model of the package; None: left out.
         articles: N of them.
     """
     module = soft_prompt_module(trained)

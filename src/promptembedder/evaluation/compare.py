@@ -1,4 +1,4 @@
-"""One page out of several models' results: a row per task, a column per model, means, ratios, pictures."""
+"""Several models' results on one page: a row per task, a column per model, means, ratios, pictures."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Column:
     Attributes:
         name: of the model.
         scores: main scores x 100 by task.
-        more: further scores x 100 worth a row, by row title.
+        more: further scores x 100 that get a row, by the row's title.
         kinds: kind of each task.
         rows: revision of each task's rows; scores of different rows are not comparable.
-        training: `trained_parameters`, `seconds`, `examples`, `steps` where the model was trained here.
+        training: `trained_parameters`, `seconds`, `examples`, `steps` if promptembedder trained the model.
     """
 
     name: str
@@ -50,8 +50,9 @@ class Comparison:
 
     Attributes:
         columns: one per model, by name.
-        shared: tasks of all columns, kind by kind.
-        to: the column that ratios are taken to.
+        shared: tasks that all columns have, sorted by kind.
+        to: name of the column that ratios are relative to; unset: no ratios.
+        kinds: kind of each task.
     """
 
     columns: dict[str, Column]
@@ -65,19 +66,19 @@ class Comparison:
         return statistics.mean(self.columns[name].scores[task] for task in tasks)
 
     def ratio(self, name: str) -> float:
-        """Mean of a column relative to the chosen one's."""
+        """Mean of a column divided by the mean of column `to`."""
         assert self.to is not None
         return self.mean(name) / self.mean(self.to)
 
 
 def read_columns(places: Sequence[Path]) -> list[Column]:
-    """The models found in results folders, as `promptembedder evaluate` or mteb write them.
+    """The results of each model found in folders that `promptembedder evaluate` or mteb wrote.
 
     Args:
         places: folders of one model and revision, or any folder above them.
 
     Raises:
-        PromptEmbedderError: a place without results, or a result that cannot be read.
+        PromptEmbedderError: a folder without results, or a result that cannot be read.
     """
     folders: dict[Path, None] = {}
     for place in places:
@@ -94,7 +95,7 @@ def compare(columns: Sequence[Column], to: str | None = None) -> Comparison:
     """Put columns side by side.
 
     Raises:
-        PromptEmbedderError: no such column, no task in common, or a task whose rows differ between columns.
+        PromptEmbedderError: `to` names no column, no task in common, or a task whose rows differ between columns.
     """
     by_name = {column.name: column for column in columns}
     if to is not None and to not in by_name:
@@ -117,7 +118,7 @@ def compare(columns: Sequence[Column], to: str | None = None) -> Comparison:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table: tasks, means per kind and over all, ratios."""
+    """The comparison as a Markdown table: tasks, means per kind and over all tasks, ratios."""
     names = list(comparison.columns)
     columns = comparison.columns.values()
     lines = [f"| | {' | '.join(map(_cell, names))} |", "| --- |" + " ---: |" * len(names)]
@@ -146,7 +147,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def write_report(comparison: Comparison, folder: Path, title: str = "Comparison") -> None:
-    """Write `report.md`, `report.html`, `comparison.json` and the pictures; each appears whole or not at all.
+    """Write `report.md`, `report.html`, `comparison.json` and the pictures, atomically.
 
     Raises:
         PromptEmbedderError: the folder cannot be written.
@@ -194,7 +195,7 @@ td:first-child, th:first-child {{ text-align: left; }}
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """The model's name without its owner; with owner and as much of the revision as it takes where two are alike."""
+    """Names of columns: model names without owner; with owner, and revision if needed, where two are equal."""
     full: dict[Path, str] = {}
     revisions: dict[Path, str] = {}
     for folder in folders:
@@ -277,7 +278,7 @@ def _draw_training(comparison: Comparison, path: Path) -> None:
     ):  # fmt: skip
         for name, column in comparison.columns.items():
             at = (column.training or {}).get(key)
-            if at is None:  # not known, such as of a model trained elsewhere
+            if at is None:  # unknown, such as of a model trained elsewhere
                 continue
             axes.scatter([at], [comparison.mean(name)])
             axes.annotate(

@@ -24,7 +24,7 @@ NAME = "sdpa_or_apart"
 
 
 class StatesApart(DynamicCache):
-    """Earlier states that new ones are not joined to: `update` gives the new ones back as they came."""
+    """Earlier states that new ones are not joined to: `update` returns the new states unchanged."""
 
     def __init__(self, cache: DynamicCache) -> None:
         self.__dict__.update(shallow_copy(cache).__dict__)
@@ -35,7 +35,7 @@ class StatesApart(DynamicCache):
 
 
 def install(lm: PreTrainedModel) -> bool:
-    """Let an LLM that uses scaled dot-product attention understand `earlier=`; False where it uses something else."""
+    """Let an LLM with scaled dot-product attention accept `earlier=`; False if it has another attention."""
     if lm.config._attn_implementation not in ("sdpa", NAME):
         return False
     lm.set_attn_implementation(NAME)
@@ -60,11 +60,11 @@ def attend(
         query: (B, H x R, K, d).
         key: of the new tokens, (B, H, K, d) with `earlier`.
         value: likewise.
-        attention_mask: (B, 1, K, T + K), true where a token may look; None: causal, nothing padded.
+        attention_mask: (B, 1, K, T + K), true where a token may attend; None: causal, nothing padded.
         earlier: states of the tokens before; unset: scaled dot-product attention.
         packed: how texts lie in a single row; unset: they do not.
         scaling: of the scores.
-        **kwargs: what else `transformers` hands over.
+        **kwargs: further arguments of `transformers`.
 
     Returns:
         (B, K, H x R, d), and None in the place of weights.

@@ -11,5 +11,5 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sharing_copy(module: M) -> M:
-    """A deep copy whose module tree is its own, while all parameters and buffers are the original's."""
+    """A deep copy with its own module tree that shares all parameters and buffers with the original."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})

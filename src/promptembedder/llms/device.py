@@ -31,9 +31,9 @@ def resolve_dtype(setting: str, device: torch.device | str | None = None) -> tor
     """
     if setting != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
-    # Without a device sentence-transformers takes the accelerator that there is.
+    # Without a device, sentence-transformers uses the accelerator, if there is one.
     kind = torch.device(device if device is not None else get_device_name()).type
-    if kind == "cuda":  # older ones emulate it, as some CPUs do
+    if kind == "cuda":  # older GPUs emulate bfloat16, as some CPUs do
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if kind != "cpu":
         return torch.bfloat16

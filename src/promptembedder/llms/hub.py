@@ -1,4 +1,4 @@
-"""What comes from the hub: named files of a repository, fetched once and kept in its cache."""
+"""Files of a repository on the hub, fetched once and kept in the hub's cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from promptembedder.errors import PromptEmbedderError
 def fetched(
     hub_id: str, patterns: list[str], revision: str | None = None, *, what: str = "model", advice: str | None = None
 ) -> tuple[Path, str | None]:
-    """Fetch files of a hub id, or find them in its cache.
+    """Fetch files of a hub id, or find them in the cache.
 
     Args:
         hub_id: `owner/name`.
-        patterns: of the files wanted.
+        patterns: of the names of the files.
         revision: branch, tag or commit.
-        what: name of the thing, for an error.
-        advice: what to do where it cannot be had; unset: check the id.
+        what: kind of repository, for the error.
+        advice: for the error; unset: check the id, the network and HF_TOKEN.
 
     Returns:
         The folder, and the commit.
@@ -32,7 +32,7 @@ def fetched(
             # Some repositories hold the same weights a second time, in their maker's layout.
             snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"])
         )
-    except Exception as error:  # what its HTTP client raises, which is another one from version to version
+    except Exception as error:  # the HTTP client and its errors depend on the version
         advice = advice or "check the id, your network and HF_TOKEN"
         why = type(error).__name__
         raise PromptEmbedderError(f"{what} {hub_id} could not be fetched from the hub ({why}); {advice}") from error

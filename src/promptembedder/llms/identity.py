@@ -1,4 +1,4 @@
-"""Which LLM it is, known by its weights."""
+"""Identify an LLM by its weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def fingerprint(lm: torch.nn.Module) -> str:
     """Identify an LLM by its weights: sha256 over names, shapes and 64 spread values of every parameter.
 
     Values are compared as bfloat16, so that a float32 and a bfloat16 copy of one checkpoint agree. Adapter
-    weights (LoRA) are left out, and the wrapping that peft adds to names.
+    weights (LoRA) are left out; names are taken without the prefixes that peft adds.
     """
     return digest({_plain_name(n): p for n, p in lm.named_parameters() if "lora_" not in n})
 
 
 def digest(named: Mapping[str, torch.Tensor]) -> str:
-    """What `fingerprint` says of an LLM, of any tensors by name."""
+    """The hash that `fingerprint` computes of an LLM, of any tensors by name."""
     found = hashlib.sha256()
     for name, tensor in sorted(named.items()):
         values = tensor.detach().reshape(-1)

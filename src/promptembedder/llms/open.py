@@ -1,4 +1,4 @@
-"""A located LLM, opened: its config checked, its weights frozen, its tokenizer."""
+"""Open a located LLM: check its config, freeze its weights, open its tokenizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_config(located: LocatedModel) -> Any:
     missing = [n for n in ("inputs_embeds", "position_ids", CACHE_ARGUMENT) if n not in taken]
     if missing:
         raise PromptEmbedderError(f"base model {where} is not supported: its forward takes no {', '.join(missing)}")
-    # An LLM that also sees or hears keeps its layers' kinds one level below.
+    # A multimodal LLM keeps the types of its layers in its text config.
     if kinds := _other_than_attention(config) or _other_than_attention(config.get_text_config(decoder=True)):
         raise PromptEmbedderError(
             f"base model {where} is not supported: {kinds}; llama, qwen, gemma 3, mistral styles work"
@@ -49,7 +49,7 @@ def load_config(located: LocatedModel) -> Any:
 
 
 def _other_than_attention(config: Any) -> str:
-    """What of an LLM's layers soft tokens pass by, or cannot go on from."""
+    """Why an LLM's layers do not work with soft tokens; empty if they do."""
     if getattr(config, "hidden_size_per_layer_input", None):
         return "its layers read token ids, which soft tokens have none of"
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}

@@ -1,4 +1,4 @@
-"""Silence of transformers while a model opens."""
+"""Silence transformers while a model opens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No per-tensor progress bars or advice meant for other uses while a model opens."""
+    """Hide per-tensor progress bars and messages of transformers below errors."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

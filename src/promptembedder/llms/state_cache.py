@@ -43,9 +43,9 @@ _ABANDONED_SECONDS = 3600
 
 
 class TextStateCache(ABC):
-    """States by token ids, least recently used out first. `open_text_cache` makes one.
+    """Text states by token ids; the least recently used are dropped first. `open_text_cache` opens one.
 
-    A text reads the same whether its states were just computed or found: what `put` returns is what `get` will.
+    `put` returns what a later `get` returns, so a text reads the same whether its states were computed or found.
 
     Args:
         precision: `same` keeps states as they are; `bfloat16` and `int8` (one scale per head and token) are smaller.
@@ -61,7 +61,7 @@ class TextStateCache(ABC):
 
     @staticmethod
     def key(ids_L: Tensor) -> str:
-        """What a text is looked up by."""
+        """The key of a text: a hash of its token ids."""
         return hashlib.sha256(ids_L.to("cpu", torch.int64).numpy().tobytes()).hexdigest()[:40]
 
     def get(self, key: str, device: torch.device) -> list[Tensor] | None:
@@ -71,8 +71,8 @@ class TextStateCache(ABC):
             self.misses += 1
             return None
         self.hits += 1
-        # Moved before they are decoded: int8 is a quarter of the way's traffic.
-        # Only CUDA waits for a copy before the memory under it is used again.
+        # Tensors are moved before they are decoded: int8 is a quarter of the bytes.
+        # Only CUDA waits for a copy before it uses the memory again.
         apart = device.type == "cuda"
         return _decoded({name: tensor.to(device, non_blocking=apart) for name, tensor in found.items()})
 
@@ -113,7 +113,7 @@ class _InMemory(TextStateCache):
 
     def _write(self, key: str, tensors: dict[str, Tensor]) -> None:
         kept = {
-            # Pinned memory lets the way back to CUDA overlap with its work; other devices do not know it.
+            # Pinned memory lets the copy back to CUDA overlap with computing; other devices do not support it.
             name: tensor.cpu().pin_memory() if tensor.device.type == "cuda" else tensor.cpu()
             for name, tensor in tensors.items()
         }
@@ -122,7 +122,7 @@ class _InMemory(TextStateCache):
 
 
 class _Files(LRUCache[str, tuple[Path, int]]):
-    """Paths and sizes of files; what falls out of the budget is deleted."""
+    """Paths and sizes of files; files beyond the budget are deleted."""
 
     def popitem(self) -> tuple[str, tuple[Path, int]]:
         key, (path, size) = super().popitem()
@@ -133,7 +133,7 @@ class _Files(LRUCache[str, tuple[Path, int]]):
 class _OnDisk(TextStateCache):
     """One file per text: a checksum, then safetensors.
 
-    Workers of a machine share the folder. Each deletes what it wrote itself, and its part of what earlier runs left.
+    Workers of a machine share the folder. Each deletes its own files, and its part of the files of earlier runs.
     """
 
     def __init__(
@@ -183,12 +183,12 @@ class _OnDisk(TextStateCache):
         for path in self._folder.glob("??/*"):
             try:
                 stat = path.stat()
-            except FileNotFoundError:  # another worker was faster
+            except FileNotFoundError:  # another worker deleted it
                 continue
             if path.suffix == _ENDING:
                 held.append((stat.st_mtime, path, stat.st_size))
             elif path.name.startswith(".") and time.time() - stat.st_mtime > _ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)  # of a run that was killed while it wrote
+                path.unlink(missing_ok=True)  # of a run that was killed while writing
         return held
 
     def _own(self, key: str, path: Path, size: int) -> None:
@@ -201,7 +201,7 @@ class _OnDisk(TextStateCache):
         return self._folder / key[:2] / f"{key}{_ENDING}"
 
     def _checksum(self, body: bytes) -> bytes:
-        # Over the identity too: another run may change the folder's while this one is at work.
+        # The identity is included, because another run may change the folder's identity meanwhile.
         return zlib.crc32(body, zlib.crc32(self._identity)).to_bytes(_CHECKSUM_BYTES, "big")
 
     def _read(self, key: str) -> dict[str, Tensor] | None:
@@ -219,7 +219,7 @@ class _OnDisk(TextStateCache):
             self._files.pop(key, None)
             return None
         with suppress(OSError):
-            os.utime(path)  # the next run goes by it
+            os.utime(path)  # the next run sorts by it
         self._files.get(key)  # counts as use
         return safetensors.torch.load(body)
 
@@ -262,10 +262,10 @@ def open_text_cache(
         precision: of the states held.
         folder: where to keep them; unset: in memory. A folder of another identity is emptied first.
         worker: number of this worker on its machine.
-        workers: how many there are.
+        workers: number of workers on the machine.
 
     Raises:
-        PromptEmbedderError: more bytes than the memory or the disk has; a folder that cannot be written or holds
+        PromptEmbedderError: budget above the memory or the disk; a folder that cannot be written or holds
             other files.
     """
     if folder is None:

@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache
 
-# What an LLM's `forward` calls the states to continue from.
+# Name of the argument of an LLM's `forward` that takes the states to continue from.
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
@@ -70,8 +70,8 @@ def merged(parts: Sequence[tuple[Tensor, States]]) -> States:
     """Put the states of chunks back into one batch.
 
     Args:
-        parts: row numbers and states of each chunk, shortest texts first. They are emptied on the way, so that the
-            memory never holds a long batch twice.
+        parts: row numbers and states of each chunk, shortest texts first. They are emptied in the process, so
+            that memory never holds a long batch twice.
 
     Returns:
         One batch, rows in order, aligned on the right.

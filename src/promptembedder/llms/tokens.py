@@ -1,4 +1,4 @@
-"""What tokenizers make of words, without and with the special tokens that they add by themselves."""
+"""Token ids of words, and the special tokens that a tokenizer adds before a text."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ _PROBE = "a"
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a tokenizer puts before a text; those it puts after would end it before what follows."""
+    """The special tokens that a tokenizer puts before a text.
+
+    Special tokens after the text are left out, because they would end the text before the soft tokens.
+    """
     plain, whole = plain_ids(tokenizer, _PROBE), list(tokenizer(_PROBE)["input_ids"])
     starts = range(len(whole) - len(plain) + 1)
     return next((whole[:n] for n in starts if whole[n : n + len(plain)] == plain), [])
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Tokens of words, no special ones."""
+    """Token ids of words, without special tokens."""
     return list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def continuing_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Tokens of words, which begin with a blank, as they go on from others.
+    """Token ids of words that begin with a blank and continue a text.
 
-    By themselves some tokenizers put a blank of their own before them, and make one token more of it.
+    Some tokenizers put their own blank before words that stand alone, and make one more token of it.
     """
     before, both = plain_ids(tokenizer, _PROBE), plain_ids(tokenizer, _PROBE + words)
     return both[len(before) :] if both[: len(before)] == before else plain_ids(tokenizer, words)

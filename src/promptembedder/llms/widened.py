@@ -1,8 +1,8 @@
 """bfloat16 weights on CPUs that have no bfloat16 instructions: kept in bfloat16, multiplied in float32.
 
 Such CPUs emulate bfloat16 matrix products, 2.5 times slower than float32 ones (`benchmarks/cpu_precision.py`). Widening
-one weight matrix just before its product costs little beside a product over hundreds of tokens, loses nothing (every
-bfloat16 is a float32), and only one widened matrix exists at a time.
+one weight matrix just before its product costs little compared with a product over hundreds of tokens. The values stay
+the same, because every bfloat16 is a float32. Only one widened matrix exists at a time.
 
 Shapes: L any leading dimensions, I inputs, O outputs of a linear layer.
 """
@@ -54,8 +54,8 @@ class WidenedLinear(nn.Module):
 def helps(lm: nn.Module) -> bool:
     """Whether an LLM's products are faster widened: bfloat16 weights on a CPU without bfloat16 instructions.
 
-    Only LLMs of linear layers, embeddings and root-mean-square norms (which compute in float32 anyway) are; others hold
-    layers that want inputs of their weights' own dtype.
+    All layers must be linear layers, embeddings or root-mean-square norms, which compute in float32 anyway. Other
+    layers require inputs of their weights' dtype.
     """
     weight = next(lm.parameters())
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or cpu_has_bfloat16():
@@ -75,7 +75,7 @@ def _is_known(module: nn.Module) -> bool:
 def widened(lm: nn.Module) -> nn.Module:
     """A view of a frozen LLM that computes in float32: the same weights in memory, `WidenedLinear` for its layers.
 
-    Feed it float32 embeddings; everything between its layers then is float32 too.
+    Its inputs must be float32 embeddings; all values between its layers are then float32, too.
     """
     view = sharing_copy(lm)
     for module in list(view.modules()):

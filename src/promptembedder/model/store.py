@@ -229,8 +229,10 @@ tags: [sentence-transformers, promptembedder, soft-prompts]
 ---
 # Soft-prompt embedder
 
-Prompting LLM `{bases.prompter}`, frozen Embedding LLM `{bases.backbone}`, layout `{settings.layout}`,
-{settings.num_soft_tokens} soft tokens, {module.get_embedding_dimension()} dimensions.
+This model embeds texts under an instruction.
+The Prompting LLM `{bases.prompter}` reads the instruction and writes soft tokens ({settings.num_soft_tokens}).
+The frozen Embedding LLM `{bases.backbone}` reads the text and the soft tokens (layout `{settings.layout}`).
+Embeddings have {module.get_embedding_dimension()} dimensions.
 
 ```python
 import promptembedder

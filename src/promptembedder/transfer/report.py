@@ -1,4 +1,4 @@
-"""What a transfer made, and its report."""
+"""The result of a transfer, and its report."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from promptembedder.transfer.closed_forms import Start
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a transfer.
+    """One stage of a transfer.
 
-    The time that scoring the closed forms and following dev takes is in none of these figures.
+    No figure includes the time to score closed forms or dev pairs.
 
     Attributes:
         name: `closed_form` (`random` where there is none), `alignment_unlabelled` or `alignment_labelled`.
-        dev: Spearman x 100 after it, where dev pairs are given.
-        seconds: wall time of its fit, or of its optimizer steps and, without labels, of the old model's reading.
-        examples: rows or texts it was trained on, repetitions counted.
+        dev: Spearman x 100 on dev pairs after the stage; None without dev pairs.
+        seconds: wall time of the fit or of the optimizer steps; on plain texts also of the old model's encoding.
+        examples: rows or texts that it was trained on, repetitions counted.
         steps: optimizer steps.
-        curve: (examples, seconds since the transfer began, dev) during it, those of the stages before counted.
-        kept: off where dev fell, so that the model is left as it was before it.
+        curve: (examples, seconds, dev) during the stage; both counts start with the transfer.
+        kept: False if the dev score fell, so that the weights before the stage were kept.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What a transfer made.
+    """The result of a transfer.
 
     Attributes:
-        model: on the new backbone.
-        folder: where it was saved.
-        stages: in their order.
-        starts: the closed-form alignments tried, best first; without any, the random one.
-        scores: `dev` and `test` at the end, Spearman x 100, where the files are given.
+        model: the model on the new backbone.
+        folder: folder of the saved model.
+        stages: in the order in which they ran.
+        starts: the closed-form alignments tried, best first; the random one if there are none.
+        scores: `dev` and `test` at the end, Spearman x 100, if the files are given.
     """
 
     model: SentenceTransformer
@@ -64,7 +64,7 @@ class TransferResult:
 
 
 def write_report(result: TransferResult, folder: Path, backbone: str) -> None:
-    """Write `results.json`, `report.md` and, where there is a curve, `picture.png`."""
+    """Write `results.json`, `report.md` and, if there is a curve, `picture.png`."""
     start = result.stages[0]
     before: Curve = [] if start.dev is None else [(0, start.seconds, start.dev)]
     curves: dict[str, Curve] = {}
