@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -73,8 +74,6 @@ def test_a_terminal_of_few_characters(model):
 
 
 def test_a_stream_of_few_characters(model, command, monkeypatch):
-    import io
-
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252", errors="strict"))
     ended = command("explain", model, INSTRUCTION, "--top", 400)

@@ -49,5 +49,5 @@ def test_no_instruction_is_the_default(given):
 
 @pytest.mark.parametrize("given", [0, [], "\udcff", b""])
 def test_what_is_no_instruction(given):
-    with pytest.raises(PromptEmbedderError, match="an instruction (is|holds)"):
+    with pytest.raises(PromptEmbedderError, match=r"an instruction (is|holds)"):
         instruction_or(given, "default")

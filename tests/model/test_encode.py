@@ -120,9 +120,7 @@ def test_the_library_takes_lists_and_others_are_refused(tiny_model):
     """`SentenceTransformer.encode` takes an iterable that it does not know for one text."""
     model = tiny_model()
     for texts in (Column(TEXTS), (text for text in TEXTS), set(TEXTS)):
-        with pytest.raises(
-            PromptEmbedderError, match=r"expected a string; encode takes a list of texts: list\(texts\)"
-        ):
+        with pytest.raises(PromptEmbedderError, match=r"a string; encode takes a list of texts: list\(texts\)"):
             model.encode(texts)
 
 
@@ -159,7 +157,7 @@ def test_bad_arguments_are_named_before_any_text_is_read(tiny_model, monkeypatch
         with pytest.raises(PromptEmbedderError, match=message):
             promptembedder.encode(model, TEXTS, instructions)
     for size in (0, 2.5, "2", None):
-        with pytest.raises(PromptEmbedderError, match="batch_size is .*, expected a number of texts, 1 or more"):
+        with pytest.raises(PromptEmbedderError, match="expected a number of texts, 1 or more"):
             promptembedder.encode(model, TEXTS, batch_size=size)
     model.prompts["query"] = 3
     with pytest.raises(PromptEmbedderError, match="an instruction is int 3"):
@@ -170,7 +168,7 @@ def test_bad_arguments_are_named_before_any_text_is_read(tiny_model, monkeypatch
 def test_a_prompt_that_is_no_instruction(tiny_model, instruction):
     model = tiny_model()
     for encode in (model.encode, model.encode_query, model.encode_document):
-        with pytest.raises(PromptEmbedderError, match="an instruction (is|holds)"):
+        with pytest.raises(PromptEmbedderError, match=r"an instruction (is|holds)"):
             encode(TEXTS, prompt=instruction)
 
 
