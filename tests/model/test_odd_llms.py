@@ -12,6 +12,9 @@ import promptembedder
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import ModelConfig, PromptEmbedderError
 from promptembedder.llms.tokens import check_ids, without_embedding
+from promptembedder.model.baselines import mean_pooling
+from promptembedder.model.vocabulary import shared_vocabulary
+from promptembedder.transfer.closed_forms import closed_forms
 
 NO_ROW = "<|image|>"
 
@@ -36,6 +39,7 @@ def test_a_pad_token_without_an_embedding_is_never_read(odd, tiny_model):
     assert model.tokenizer.pad_token_id == 320
     expected = odd(lambda tokenizer: None)
     np.testing.assert_allclose(model.encode(TEXTS), expected.encode(TEXTS), atol=1e-6)
+    assert np.isfinite(mean_pooling(model[0], TEXTS)).all()
     # Instructions of different lengths are padded, too.
     both = ["Short.", INSTRUCTION]
     ids, _ = model[0].prompter.tokenize(both)
@@ -60,6 +64,21 @@ def test_a_token_without_an_embedding_is_refused_before_any_text_is_read(odd, la
 def test_so_it_is_in_the_template(odd):
     with pytest.raises(PromptEmbedderError, match="text_template holds the token"):
         odd(lambda tokenizer: tokenizer.add_tokens([NO_ROW]), text_template=NO_ROW + "{text}")
+
+
+def test_words_without_an_embedding_do_not_start_an_alignment(odd, tiny_lm, tmp_path):
+    """Two tokenizers may share an added word, for which one of the LLMs has no embedding."""
+    folder = shutil.copytree(tiny_lm("llama", 48), tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zzzz"])
+    tokenizer.save_pretrained(folder)
+    model = odd(lambda tokenizer: tokenizer.add_tokens(["zzzz"]), backbone=str(folder))
+    assert np.isfinite(model.encode(TEXTS)).all()
+    prompter, backbone = model[0].prompter.tokenizer, model.tokenizer
+    everything, embedded = (shared_vocabulary(prompter, backbone, rows) for rows in (None, (320, 320)))
+    assert len(everything[0]) == len(embedded[0]) + 1
+    moved = odd(lambda tokenizer: tokenizer.add_tokens(["zzzz"]))
+    assert closed_forms(moved[0], model[0], [INSTRUCTION])
 
 
 def test_check_ids(tiny_model):

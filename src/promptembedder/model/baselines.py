@@ -30,7 +30,8 @@ def mean_pooling(module: SoftPromptTransformer, texts: Iterable[str], *, batch_s
         encoded = module.tokenizer(
             batch, padding=True, truncation=True, max_length=module.settings.max_text_tokens, return_tensors="pt"
         ).to(lm.device)
-        hidden_BTD = lm(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).last_hidden_state
+        ids_BT = encoded["input_ids"] * encoded["attention_mask"]  # some pad tokens have no embedding
+        hidden_BTD = lm(input_ids=ids_BT, attention_mask=encoded["attention_mask"]).last_hidden_state
         return pool(hidden_BTD, encoded["attention_mask"], "mean")
 
     return _embedded(embed, texts, batch_size)

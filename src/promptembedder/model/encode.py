@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def encode(
     for n, text in enumerate(texts):
         module.reader.check_readable(text, f"text {n}")
     one = instructions is None or isinstance(instructions, str)
-    given = [instructions] if one else listed(instructions or (), "instructions")
+    given: list[Any] = [instructions] if one else listed(cast(Iterable[str], instructions), "instructions")
     several = [instruction_for(model, instruction) for instruction in given]
     for instruction in several:
         module.check_instruction(instruction)
