@@ -141,6 +141,11 @@ def write_tiny_lm(folder: Path, architecture: str, width: int = 32, seed: int = 
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the fuzz tests run."""
+    parser.addoption("--fuzz-examples", type=int, default=300, help="Examples that each fuzz test tries.")
+
+
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_lm(architecture, width, seed)`: the folder of a tiny random LLM, made once a session."""

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 import promptembedder
 from conftest import INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
+from promptembedder.model.baselines import hard_cue, mean_pooling
 
 
 def test_encode_is_plain_sentence_transformers(tiny_model):
@@ -76,24 +77,116 @@ def test_without_an_instruction_the_models_default_prompt_counts(tiny_model):
     assert np.allclose(promptembedder.encode(model, TEXTS), model.encode(TEXTS, prompt=INSTRUCTION), atol=1e-5)
 
 
+class Column:
+    """Rows with labels, as a shuffled pandas Series: `[]` looks up a label, `iter` goes by position."""
+
+    def __init__(self, rows):
+        self.rows = dict(enumerate(rows))
+        self.order = list(reversed(self.rows))
+
+    def __getitem__(self, label):
+        return self.rows[label]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return (self.rows[label] for label in self.order)
+
+
+ITERABLES = {
+    "column": lambda texts: Column(texts[::-1]),
+    "gaps": lambda texts: (lambda column: (column.rows.pop(2) and column.order.remove(2)) or column)(
+        Column([*texts[:2:-1], "left out", *texts[2::-1]])
+    ),
+    "generator": lambda texts: (text for text in texts),
+    "set": lambda texts: dict.fromkeys(texts).keys(),
+    "array": np.array,
+}
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_any_iterable_is_read_by_position(tiny_model, kind):
+    model = tiny_model()
+    expected = promptembedder.encode(model, TEXTS, [INSTRUCTION, "Find the topic."])
+    made = ITERABLES[kind]
+    found = promptembedder.encode(model, made(TEXTS), made([INSTRUCTION, "Find the topic.", "x", "y", "z"]))
+    np.testing.assert_allclose(found[:2], expected, atol=1e-6)
+    np.testing.assert_array_equal(mean_pooling(model[0], made(TEXTS)), mean_pooling(model[0], TEXTS))
+    np.testing.assert_array_equal(hard_cue(model[0], made(TEXTS)), hard_cue(model[0], TEXTS))
+
+
+def test_the_library_takes_lists_and_others_are_refused(tiny_model):
+    """`SentenceTransformer.encode` takes an iterable that it does not know for one text."""
+    model = tiny_model()
+    for texts in (Column(TEXTS), (text for text in TEXTS), set(TEXTS)):
+        with pytest.raises(PromptEmbedderError, match=r"a string; encode takes a list of texts: list\(texts\)"):
+            model.encode(texts)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [([""], "text 0 is empty"), ([" \n"], "text 0 is empty"), ([3], "text 0 is int, expected a string")],
+    [
+        ([3], "text 0 is int 3, expected a string"),
+        (["a", None], "text 1 is None, expected a string"),
+        (["a", float("nan")], "text 1 is float nan, expected a string"),
+        (["a", "b\ud800"], "text 1 holds lone surrogates"),
+        ("a text", "texts: found str, expected a list or another iterable of strings"),
+        (None, "texts: found None, expected a list"),
+        ({"id": "a"}, "texts: found dict, expected a list"),
+        (np.array([["a", "b"]]), "texts: found ndarray, expected a list"),
+    ],
 )
 def test_bad_texts(tiny_model, texts, message):
     with pytest.raises(PromptEmbedderError, match=message):
         promptembedder.encode(tiny_model(), texts)
 
 
-def test_a_bad_text_is_told_by_its_place_before_any_is_read(tiny_model, monkeypatch):
+def test_bad_arguments_are_named_before_any_text_is_read(tiny_model, monkeypatch):
     model = tiny_model()
+    module = type(model[0])
     monkeypatch.setattr(type(model[0].backbone), "read_text", lambda *a: pytest.fail("read"))
-    with pytest.raises(PromptEmbedderError, match="text 7 is empty"):
-        promptembedder.encode(model, [*TEXTS[:1] * 7, "", *TEXTS], batch_size=2)
-    with pytest.raises(PromptEmbedderError, match="takes a list of texts"):
-        promptembedder.encode(model, "a text")
-    with pytest.raises(PromptEmbedderError, match="batches of at least one"):
-        promptembedder.encode(model, TEXTS, batch_size=0)
+    monkeypatch.setattr(module, "soft_tokens", lambda *a: pytest.fail("read"))
+    with pytest.raises(PromptEmbedderError, match="text 7 is int"):
+        promptembedder.encode(model, [*TEXTS[:1] * 7, 7, *TEXTS], batch_size=2)
+    for instructions, message in (
+        ([INSTRUCTION, 3], "an instruction is int 3, expected a string"),
+        (3, "instructions: found int 3, expected a list"),
+        ("a\udcff", "an instruction holds lone surrogates"),
+    ):
+        with pytest.raises(PromptEmbedderError, match=message):
+            promptembedder.encode(model, TEXTS, instructions)
+    for size in (0, 2.5, "2", None):
+        with pytest.raises(PromptEmbedderError, match="expected a number of texts, 1 or more"):
+            promptembedder.encode(model, TEXTS, batch_size=size)
+    model.prompts["query"] = 3
+    with pytest.raises(PromptEmbedderError, match="an instruction is int 3"):
+        promptembedder.encode(model, TEXTS)
+
+
+@pytest.mark.parametrize("instruction", [3, 0, [], ["a"], b"a", "a\udcff"])
+def test_a_prompt_that_is_no_instruction(tiny_model, instruction):
+    model = tiny_model()
+    for encode in (model.encode, model.encode_query, model.encode_document):
+        with pytest.raises(PromptEmbedderError, match=r"an instruction (is|holds)"):
+            encode(TEXTS, prompt=instruction)
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "prefix", "text_template": "{text}"}])
+def test_blank_texts_are_read_as_a_full_stop(tiny_model, options, caplog):
+    """Topic models pad with empty strings; a page may be blank."""
+    model = tiny_model(**options)
+    texts = [TEXTS[0], "", *TEXTS[1:], " \n"]
+    expected = model.encode([text.strip() or "." for text in texts], prompt=INSTRUCTION)
+    for way in (model.encode, model.encode_query, model.encode_document):
+        np.testing.assert_array_equal(way(texts, prompt=INSTRUCTION, batch_size=32), expected)
+    assert [r.message for r in caplog.records if "empty" in r.message] == ["an empty text is read as '.' (warned once)"]
+    caplog.clear()
+    np.testing.assert_allclose(promptembedder.encode(model, texts, INSTRUCTION, batch_size=2), expected, atol=1e-5)
+    told = [r.message for r in caplog.records if "empty" in r.message]
+    assert told == ["2 of 7 texts are empty and read as '.', the first is text 1"]
+    assert np.isfinite(mean_pooling(model[0], texts)).all()
+    assert np.isfinite(hard_cue(model[0], texts)).all()
 
 
 def test_unknown_argument_is_refused(tiny_model):
@@ -101,6 +194,17 @@ def test_unknown_argument_is_refused(tiny_model):
         tiny_model().encode(TEXTS, instructon="misspelt")
     with pytest.raises(PromptEmbedderError, match=r"processing_kwargs are not taken; model.max_seq_length"):
         tiny_model().encode(TEXTS, processing_kwargs={"text": {"max_length": 3}})
+    with pytest.raises(PromptEmbedderError, match="task 'documents' is unknown, expected 'query' or 'document'"):
+        tiny_model().encode(TEXTS, task="documents")
+
+
+@pytest.mark.parametrize("wanted", ["token_embeddings", "pooled"])
+def test_an_output_that_a_model_does_not_have(tiny_model, wanted):
+    model = tiny_model(linear_head=True)
+    with pytest.raises(PromptEmbedderError, match=f"a model gives no '{wanted}', only .*sentence_embedding"):
+        model.encode(TEXTS, output_value=wanted)
+    (first, *_) = model.encode(TEXTS, output_value=None)
+    assert {"sentence_embedding", "instruction", "input_ids", "attention_mask"} == set(first)
 
 
 def test_long_text_is_cut_and_said_once(tiny_model, caplog):

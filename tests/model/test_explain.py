@@ -19,5 +19,21 @@ def test_explain_reads_the_mixture(tiny_model):
     for reading, row in zip(readings, weights.tolist(), strict=True):
         assert [w for _, w in reading.words] == pytest.approx(sorted(row, reverse=True)[:4])
         assert reading.entropy == pytest.approx(-sum(p * math.log(p) for p in row if p > 0), rel=1e-4)
-    with pytest.raises(PromptEmbedderError, match="instruction is empty"):
-        explain(model, " ")
+    # Without an instruction, the model's own.
+    model.prompts["query"] = INSTRUCTION
+    assert explain(model, top=4) == explain(model, " ", top=4) == readings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), "an instruction is int 3, expected a string"),
+        ((["a"],), "an instruction is list, expected a string"),
+        (("a\udc80",), "an instruction holds lone surrogates"),
+        ((INSTRUCTION, 0), "top = 0, expected 1 to 320"),
+        ((INSTRUCTION, "5"), "top = '5', expected 1 to 320"),
+    ],
+)
+def test_bad_arguments(tiny_model, arguments, message):
+    with pytest.raises(PromptEmbedderError, match=message):
+        explain(tiny_model(), *arguments)

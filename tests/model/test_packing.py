@@ -70,7 +70,10 @@ def test_what_texts_begin_with_is_read_once(tiny_model):
     embeddings(module, TEXTS)
     assert len(module.backbone.head_ids) == rows[0] > 3
     embeddings(module, TEXTS)
-    alike = sum(len(module._text_ids(text, 0)) - rows[0] + module.backbone.num_soft_tokens for text in TEXTS)
+    alike = sum(
+        int(module.preprocess([text])["attention_mask"].sum()) - rows[0] + module.backbone.num_soft_tokens
+        for text in TEXTS
+    )
     assert rows[1:] == [alike, alike]
     features = module.preprocess(TEXTS)
     features["input_ids"][:, 0] = 9  # other texts than the module's own
@@ -121,7 +124,9 @@ def test_several_instructions_are_one_pass(tiny_model):
         lambda layer, inputs: passes.append(inputs[0].shape[1])
     )
     promptembedder.encode(model, TEXTS, INSTRUCTIONS)
-    own = sum(len(model[0]._text_ids(text, 0)) - len(model[0].backbone.head_ids) for text in TEXTS)
+    own = sum(
+        int(model[0].preprocess([text])["attention_mask"].sum()) - len(model[0].backbone.head_ids) for text in TEXTS
+    )
     assert passes == [own + len(TEXTS) * len(INSTRUCTIONS) * model[0].backbone.num_soft_tokens]
 
 

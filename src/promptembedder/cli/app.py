@@ -10,11 +10,13 @@ import os
 import sys
 import warnings
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
 
 from promptembedder import progress
+from promptembedder.cli.arguments import check_output
 from promptembedder.cli.bridge import bridge
 from promptembedder.cli.compare import compare
 from promptembedder.cli.demo import demo
@@ -41,6 +43,7 @@ for verb in (train, encode, evaluate, transfer, bridge, compare, explain, info, 
 
 def _print_version(asked: bool) -> None:
     if asked:
+        check_output()
         print(f"promptembedder {version('promptembedder')}")
         raise typer.Exit
 
@@ -55,6 +58,7 @@ def options(
 ) -> None:
     """Options that come before the command."""
     if context.invoked_subcommand is None:
+        check_output()
         print(context.get_help())
         raise typer.Exit
     progress.set_quiet(quiet)
@@ -67,6 +71,7 @@ def options(
 
 def main() -> None:
     """Entry point of the `promptembedder` command."""
+    _prepare_streams()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Deprecations inside the libraries are for this project to follow up, not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -74,8 +79,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, because an error of Python's own flush at exit is no single line
     except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
@@ -83,8 +90,35 @@ def main() -> None:
         message = _message(error)
         if message is None:
             raise
+        _flush_or_discard()
         _fail(message, 2)
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Make standard streams safe to use, whatever terminal or service manager has opened them, or has not."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: a file that is opened later must not take its place and get stray output
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:  # `print` would turn to standard output
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process lives
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # tokens of any script, on a terminal that has few
+
+
+def _flush_or_discard() -> None:
+    """Leave nothing for Python to write at exit where it cannot be written, such as to a disk that is full."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(error: Exception) -> str | None:

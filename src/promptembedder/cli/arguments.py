@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.text import is_blank, is_unicode
 
 ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Saved model: folder, hub id, or name of one in the package.")
@@ -15,3 +19,35 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; unset: the a
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 DataFolder = Annotated[Path | None, typer.Option(help="Folder that relative paths of data files start from.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
+
+
+def check_instruction(instruction: str | None, name: str = "--instruction") -> None:
+    """Refuse an instruction that is blank, such as an unset variable of the shell, or no valid Unicode.
+
+    Raises:
+        PromptEmbedderError: it is.
+    """
+    if instruction is not None and is_blank(instruction):
+        raise PromptEmbedderError(f"{name} must be a sentence")
+    if instruction is not None and not is_unicode(instruction):
+        raise PromptEmbedderError(f"{name} is not valid UTF-8 text")
+
+
+def check_input(texts: str) -> None:
+    """Refuse to read standard input that is closed.
+
+    Raises:
+        PromptEmbedderError: it is.
+    """
+    if texts == "-" and sys.stdin is None:
+        raise PromptEmbedderError("standard input is closed; give a file of texts")
+
+
+def check_output() -> None:
+    """Refuse to make what standard output alone would show where that is closed.
+
+    Raises:
+        PromptEmbedderError: it is.
+    """
+    if sys.stdout is None:
+        raise PromptEmbedderError("standard output is closed")

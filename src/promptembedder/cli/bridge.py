@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from promptembedder.cli.arguments import BatchSize
+from promptembedder.cli.arguments import BatchSize, check_input, check_instruction
 from promptembedder.errors import PromptEmbedderError
 
 
@@ -22,10 +22,10 @@ def bridge(
     batch_size: BatchSize = 32,
 ) -> None:
     """Fit a linear map from a new model's embeddings to an old index; prints what it keeps, as one JSON line."""
+    check_instruction(instruction)
+    check_input(texts)
     from promptembedder.model.folder import describe
 
-    if instruction is not None and not instruction.strip():
-        raise PromptEmbedderError("--instruction must be a sentence")
     for place in (old, new):
         describe(place)  # a missing model is reported before the other one reads every text
     from promptembedder.bulk.bridge import FEWEST_TEXTS, PROBE, fit

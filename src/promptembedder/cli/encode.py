@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from promptembedder.cli.arguments import BatchSize, Device, ModelPath
+from promptembedder.cli.arguments import BatchSize, Device, ModelPath, check_input, check_instruction
 from promptembedder.progress import say
 
 
@@ -34,6 +34,8 @@ def encode(
     device: Device = None,
 ) -> None:
     """Embed texts from a file or standard input into .npy or .parquet, in their order."""
+    check_instruction(instruction)
+    check_input(texts)
     from promptembedder.bulk.encode_file import encode_file
 
     count, width = encode_file(

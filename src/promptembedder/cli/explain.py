@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from promptembedder.cli.arguments import AsJson, ModelPath
+from promptembedder.cli.arguments import AsJson, ModelPath, check_instruction, check_output
 
 
 def explain(
@@ -18,12 +18,14 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Show the words that each soft token of an instruction mixes, with their weights."""
+    check_output()
+    check_instruction(instruction, "INSTRUCTION")
     from promptembedder.model.explain import explain as read
-    from promptembedder.model.module import soft_prompt_module
+    from promptembedder.model.instructions import instruction_for
     from promptembedder.model.store import load
 
     embedder = load(model)
-    asked = instruction if instruction is not None else soft_prompt_module(embedder).settings.default_instruction
+    asked = instruction_for(embedder, instruction)
     readings = read(embedder, asked, top)
     if as_json:
         print(json.dumps({"instruction": asked, "soft_tokens": [asdict(r) for r in readings]}))

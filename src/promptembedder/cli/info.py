@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from promptembedder.cli.arguments import AsJson, ModelPath
+from promptembedder.cli.arguments import AsJson, ModelPath, check_output
 
 
 def info(model: ModelPath, as_json: AsJson = False) -> None:
     """Show what a saved model is made of; opens no LLM."""
+    check_output()
     from promptembedder.model.folder import describe
 
     facts = describe(model)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.model import folder as shipped
 from promptembedder.model.baselines import PROMPT_EOL
 from promptembedder.model.folder import CONFIG_FILE, may_be_hub_id, saved_model
-from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.instructions import instruction_for
+from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.store import load
+from promptembedder.text import checked_texts, fill_blanks
 from promptembedder.training.curves import read_facts
-
-logger = logging.getLogger(__name__)
 
 _BLOCK = 2**24
 # An LLM without training: pooling, and what its text is wrapped in; `{instruction}` makes it read the task's.
@@ -39,8 +38,6 @@ BASELINES: dict[str, tuple[str, str]] = {
     "prompt_eol": ("lasttoken", PROMPT_EOL),
     "hard_instruction": ("lasttoken", "Instruct: {instruction}\n" + PROMPT_EOL),
 }
-# Read in place of an empty text, such as a document without title and body.
-_EMPTY = "."
 # Kinds of tasks whose documents are not queries.
 _WITH_DOCUMENTS = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 
@@ -94,16 +91,14 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: PromptType | None = None, **kwargs: Any) -> Any:
         """Embed the texts of a task: its instruction for queries and symmetric tasks, the document's for documents."""
         texts = [text for batch in inputs for text in batch["text"]]
-        if empty := sum(not text.strip() for text in texts):
-            logger.warning("%s: %d of %d texts are empty and read as %r", task_metadata.name, empty, len(texts), _EMPTY)
-            texts = [text if text.strip() else _EMPTY for text in texts]
+        texts = fill_blanks(texts, task_metadata.name)
         if prompt_type == PromptType.document and task_metadata.type in _WITH_DOCUMENTS:
             return self._embed(texts, None, document=True, **kwargs)
         return self._embed(texts, self._instruction(task_metadata), document=False, **kwargs)
 
-    def encode_under(self, texts: list[str], instruction: str, **kwargs: Any) -> Any:
-        """Embed texts under an instruction."""
-        return self._embed(texts, instruction, document=False, **kwargs)
+    def encode_under(self, texts: Iterable[str], instruction: str, **kwargs: Any) -> Any:
+        """Embed texts, any iterable of them, under an instruction."""
+        return self._embed(fill_blanks(checked_texts(texts)), instruction, document=False, **kwargs)
 
     def made_with(self, metadata: Any) -> dict[str, Any]:
         """What else than model and rows decides the scores of a task."""
@@ -126,8 +121,7 @@ class InstructedEncoder(AbsEncoder):  # type: ignore[misc]
     def _instruction_read(self, instruction: str | None, *, document: bool) -> str:
         """The instruction, or what the model reads without one."""
         if self._ours:
-            settings = soft_prompt_module(self.model).settings
-            return instruction or (settings.document_instruction if document else settings.default_instruction)
+            return instruction_for(self.model, instruction, document=document)
         return instruction or (self._document_instruction if document else "")
 
     def _embed(self, texts: list[str], instruction: str | None, *, document: bool, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
-from promptembedder.llms.hub import fetched
+from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
 from promptembedder.llms.quiet import quiet_transformers
 
 
@@ -81,12 +81,13 @@ class LocatedModel:
     revision: str | None = None
 
 
-def locate(name: str, revision: str | None = None) -> LocatedModel:
+def locate(name: str, revision: str | None = None, access: HubAccess = AS_CONFIGURED) -> LocatedModel:
     """Find a base LLM and make it a folder of safetensors, converting a GGUF file on first use.
 
     Args:
         name: short name (`CARRIED_MODELS`), path of a folder or of a `.gguf` file, or a hub id.
         revision: hub branch, tag or commit; of a short name it asks for the hub's copy, not the package's.
+        access: how the hub is asked.
 
     Raises:
         PromptEmbedderError: the model cannot be had; the message says which command installs it.
@@ -98,7 +99,7 @@ def locate(name: str, revision: str | None = None) -> LocatedModel:
         if parts is not None:
             return LocatedModel(name, converted(f"{name}-{carried.sha256[:12]}", carried.sha256, parts))
         hint = carried.install if revision is None else None
-        return LocatedModel(name, *_from_hub(carried.hub_id, revision, hint=hint))
+        return LocatedModel(name, *_from_hub(carried.hub_id, revision, access, hint=hint))
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         digest = sha256_of([path])
@@ -112,7 +113,7 @@ def locate(name: str, revision: str | None = None) -> LocatedModel:
             f"base model {name!r} not found: give a folder, a .gguf file, a hub id (owner/name), or one of "
             + ", ".join(CARRIED_MODELS)
         )
-    return LocatedModel(name, *_from_hub(name, revision, hint=None))
+    return LocatedModel(name, *_from_hub(name, revision, access, hint=None))
 
 
 def peek_config(name: str, revision: str | None = None) -> Any | None:
@@ -153,6 +154,7 @@ def _installed_parts(carried: CarriedModel) -> list[Path] | None:
     return parts
 
 
-def _from_hub(hub_id: str, revision: str | None, hint: str | None) -> tuple[Path, str | None]:
+def _from_hub(hub_id: str, revision: str | None, access: HubAccess, hint: str | None) -> tuple[Path, str | None]:
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
-    return fetched(hub_id, patterns, revision, what="base model", advice=f"install it with: {hint}" if hint else None)
+    advice = f"install it with: {hint}" if hint else None
+    return fetched(hub_id, patterns, revision, what="base model", advice=advice, access=access)

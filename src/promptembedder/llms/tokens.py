@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
+
+from promptembedder.errors import PromptEmbedderError
 
 _PROBE = "a"
 
@@ -29,3 +33,25 @@ def continuing_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
     """
     before, both = plain_ids(tokenizer, _PROBE), plain_ids(tokenizer, _PROBE + words)
     return both[len(before) :] if both[: len(before)] == before else plain_ids(tokenizer, words)
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int, what: str) -> None:
+    """Refuse tokens that an LLM has no embedding for; some tokenizers have more tokens than their LLM has embeddings.
+
+    Args:
+        tokenizer: that made the ids.
+        ids: of some words.
+        rows: how many embeddings the LLM has.
+        what: name of the words, for the error.
+
+    Raises:
+        PromptEmbedderError: a token has none.
+    """
+    if ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise PromptEmbedderError(f"{what} holds the token {token!r}, which the LLM has no embedding for")
+
+
+def without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """Added tokens that an LLM with so many embeddings has none for, as they are spelled in a text."""
+    return [token for token, index in tokenizer.get_added_vocab().items() if index >= rows]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,14 +15,15 @@ from torch import Tensor
 
 from promptembedder import progress
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
-from promptembedder.text import check_text
+from promptembedder.text import checked_texts, fill_blanks, listed
 
 
 def encode(
     model: SentenceTransformer,
-    texts: Sequence[str],
-    instructions: Sequence[str] | str | None = None,
+    texts: Iterable[str],
+    instructions: Iterable[str] | str | None = None,
     *,
     batch_size: int = 32,
     show_progress_bar: bool = False,
@@ -29,28 +32,31 @@ def encode(
 
     Args:
         model: made by `build` or `load`.
-        texts: N texts.
-        instructions: one instruction, several (I of them), or unset for the model's default.
+        texts: N texts, any iterable of them, by position. Blank ones are read as a full stop, with one warning.
+        instructions: one instruction, several (I of them), or unset for the model's default. Blank ones mean that, too.
         batch_size: texts per forward.
         show_progress_bar: print one.
 
     Returns:
-        (N, E), or (I, N, E) for a sequence of instructions, float32; N may be 0. On the unit sphere, but for a model
-        with a `truncate_dim`: the first numbers of such vectors.
+        (N, E), or (I, N, E) for several instructions, float32; N may be 0. On the unit sphere, but for a model with a
+        `truncate_dim`: the first numbers of such vectors.
 
     Raises:
-        PromptEmbedderError: a text is empty or no string, said before any is read; one string in place of several.
+        PromptEmbedderError: a text or an instruction is no string, one string in place of several texts. All arguments
+            are checked before any text is read, and a text is named by its place, from 0.
     """
     module = soft_prompt_module(model)
-    if isinstance(texts, str) or batch_size < 1:
-        raise PromptEmbedderError("encode takes a list of texts, and batches of at least one")
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+        raise PromptEmbedderError(f"batch_size is {batch_size!r}, expected a number of texts, 1 or more")
+    texts = checked_texts(texts)
     for n, text in enumerate(texts):
-        check_text(text, n)
+        module.reader.check_readable(text, f"text {n}")
     one = instructions is None or isinstance(instructions, str)
-    several = [instructions or ""] if instructions is None or isinstance(instructions, str) else list(instructions)
-    # As the library's `encode` without a prompt.
-    default = model.prompts.get(model.default_prompt_name or "") or module.settings.default_instruction
-    several = [instruction or default for instruction in several]
+    given: list[Any] = [instructions] if one else listed(cast(Iterable[str], instructions), "instructions")
+    several = [instruction_for(model, instruction) for instruction in given]
+    for instruction in several:
+        module.check_instruction(instruction)
+    texts = fill_blanks(texts)
     width = model.get_embedding_dimension() or module.get_embedding_dimension()
     result = np.zeros((len(several), len(texts), width), dtype=np.float32)
     by_length = sorted(range(len(texts)), key=lambda n: -len(texts[n]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
 from sentence_transformers import SentenceTransformer
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import soft_prompt_module
 
 
@@ -24,24 +26,23 @@ class SoftTokenReading:
     entropy: float
 
 
-def explain(model: SentenceTransformer, instruction: str, top: int = 5) -> list[SoftTokenReading]:
+def explain(model: SentenceTransformer, instruction: str | None = None, top: int = 5) -> list[SoftTokenReading]:
     """Read the K soft tokens that a model's prompter writes for an instruction.
 
     Args:
         model: made by `build` or `load`.
-        instruction: as in `encode(prompt=...)`.
+        instruction: as in `encode(prompt=...)`: unset or blank, the model's default.
         top: words listed per soft token.
 
     Raises:
-        PromptEmbedderError: the instruction is empty; `top` is larger than the vocabulary.
+        PromptEmbedderError: the instruction is no string; `top` is no number of words, or larger than the vocabulary.
     """
     module = soft_prompt_module(model)
-    if not instruction.strip():
-        raise PromptEmbedderError("instruction is empty, expected a sentence")
+    instruction = instruction_for(model, instruction)
     with torch.inference_mode():
         weights_KV = module.soft_tokens(instruction).weights_NKV[0]
-        if not 1 <= top <= weights_KV.shape[-1]:
-            raise PromptEmbedderError(f"top = {top}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
+        if not isinstance(top, numbers.Integral) or not 1 <= top <= weights_KV.shape[-1]:
+            raise PromptEmbedderError(f"top = {top!r}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
         entropy_K = torch.special.entr(weights_KV).sum(-1)
         heaviest = weights_KV.topk(top, dim=-1)
     tokenizer = module.prompter.tokenizer

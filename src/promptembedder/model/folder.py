@@ -10,7 +10,8 @@ from typing import Any
 from promptembedder.config import parse
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.hub import fetched
+from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
+from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
 
 FORMAT_VERSION = 2
@@ -60,12 +61,13 @@ def shipped_hint() -> str:
     return f"; models by name: {', '.join(shipped_names())}" if shipped_names() else ""
 
 
-def saved_model(hub_id: str, revision: str | None = None) -> Path | None:
+def saved_model(hub_id: str, revision: str | None = None, access: HubAccess = AS_CONFIGURED) -> Path | None:
     """A saved model's folder, fetched from the hub: settings and safetensors, no code and no pickle.
 
     Args:
         hub_id: `owner/name`.
         revision: branch, tag or commit; unset: the main branch.
+        access: how the hub is asked.
 
     Returns:
         None where there is no such model, or it is not one of ours.
@@ -79,20 +81,21 @@ def saved_model(hub_id: str, revision: str | None = None) -> Path | None:
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # without a network it would tell of every try
     try:
-        hf_hub_download(hub_id, CONFIG_FILE, revision=revision)
+        hf_hub_download(hub_id, CONFIG_FILE, revision=revision, **access.arguments)
     except Exception:  # as above; whatever it is, there is no model to open
         return None
     finally:
         logging.set_verbosity(before)
-    return fetched(hub_id, ["*.json", "*.safetensors", "*.md"], revision)[0]
+    return fetched(hub_id, ["*.json", "*.safetensors", "*.md"], revision, access=access)[0]
 
 
-def folder_of(model: str | Path, revision: str | None = None) -> Path:
+def folder_of(model: str | Path, revision: str | None = None, access: HubAccess = AS_CONFIGURED) -> Path:
     """The folder of a saved model, given as that, as the name of one of the package, or as a hub id.
 
     Args:
         model: which.
         revision: of a hub id: branch, tag or commit.
+        access: how the hub is asked.
 
     Raises:
         PromptEmbedderError: it has to come from the hub, and does not.
@@ -100,7 +103,7 @@ def folder_of(model: str | Path, revision: str | None = None) -> Path:
     folder = shipped_folder(model)
     if not may_be_hub_id(model):
         return folder
-    fetched = saved_model(str(model), revision)
+    fetched = saved_model(str(model), revision, access)
     if fetched is None:
         raise PromptEmbedderError(
             f"no model at {model}: no such folder, and the hub has none of ours by that id; check the id, your network "
@@ -141,7 +144,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     saved = read_saved(folder_of(path))
     settings, width = saved.config, saved.embedding_dimension
-    truncate_dim = library_settings(saved.folder).get("truncate_dim")
+    library = library_settings(saved.folder)
+    truncate_dim = library.get("truncate_dim")
+    prompts, default_name = library.get("prompts") or {}, library.get("default_prompt_name")
     sizes = [p.stat().st_size for p in saved.folder.rglob("*") if p.is_file()]
     lora = f", rank {settings.lora_rank}" if settings.prompter_training == "lora" else ""
     return {
@@ -159,8 +164,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "softmax_temperature": settings.softmax_temperature,
         "text_template": settings.text_template,
         "max_text_tokens": settings.max_text_tokens,
-        "default_instruction": settings.default_instruction,
-        "document_instruction": settings.document_instruction,
+        "default_instruction": own_instruction(settings, prompts, default_name, document=False),
+        "document_instruction": own_instruction(settings, prompts, default_name, document=True),
         "dtype": settings.dtype,
         "format_version": saved.format_version,
         "size_mb": round(sum(sizes) / 1e6, 1),

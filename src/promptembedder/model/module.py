@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import numbers
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,9 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.tokens import opening_ids, plain_ids
+from promptembedder.llms.hub import HubAccess
 from promptembedder.model.alignment import Alignment
 from promptembedder.model.backbone import Backbone
+from promptembedder.model.features import Features
 from promptembedder.model.folder import (
     ALIGNMENT_FILE,
     CENTRE,
@@ -43,23 +45,21 @@ from promptembedder.model.folder import (
     folder_of,
     read_saved,
 )
+from promptembedder.model.handed import taken_dtype
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.model.parts import Parts
 from promptembedder.model.prompter import Prompter, SoftTokens, load_trained_state, trained_state
+from promptembedder.model.prompts import FollowedModel, default_prompts
+from promptembedder.model.reader import TextReader
 from promptembedder.model.reopen import reopen, weights_of
 from promptembedder.model.settings import ModelConfig
-from promptembedder.text import check_text
+from promptembedder.text import instruction_or
 
 logger = logging.getLogger(__name__)
 
 
 # Soft prompts remembered at inference: thousands, or, at 31 x 5 x 576 floats of a deep one, some 180.
 _REMEMBERED_BYTES = 64 * 2**20
-
-
-def default_prompts(settings: ModelConfig) -> dict[str, str]:
-    """What `prompt_name` stands for; the library's own are empty, which would be the queries' for documents, too."""
-    return {"query": settings.default_instruction, "document": settings.document_instruction}
 
 
 def _memory() -> LRUCache[str, Tensor]:
@@ -100,24 +100,17 @@ class SoftPromptTransformer(InputModule):
         self.alignment = alignment
         self.prompter = prompter
         self.backbone = backbone
-        self.tokenizer = tokenizer
         self.settings = config
+        self.tokenizer = tokenizer
         self.base_models = base_models
         self.centre_E: Tensor
         self.register_buffer("centre_E", torch.zeros(backbone.width))
         self.centred = False
         self.training_state = TrainingState()
+        self._model = FollowedModel()
         self._remembered = _memory()
         self._remembering = threading.RLock()  # servers encode in several threads
         self._remembered_for: Tensor | None = None
-        self._said_truncated = False
-        head, tail = config.text_template.split("{text}")
-        # What opens a sequence goes before the first words: in layout `prefix` these are the instruction's.
-        opening = opening_ids(tokenizer)
-        self._opening_ids = opening if config.layout == "prefix" else []
-        self._head_ids = [*([] if config.layout == "prefix" else opening), *plain_ids(self.tokenizer, head)]
-        self._tail_ids = plain_ids(self.tokenizer, tail)
-        backbone.head_ids = tuple(self._head_ids)
         backbone.check_room(config.max_text_tokens, self._beside_texts)
 
     @classmethod
@@ -126,9 +119,11 @@ class SoftPromptTransformer(InputModule):
         return cls(parts.prompter, parts.alignment, parts.backbone, parts.tokenizer, config, parts.base_models)
 
     def on_model_ready(self, model: BaseModel) -> None:
-        """Give `prompt_name` the model's two instructions, where the saved ones are empty (sentence-transformers)."""
+        """Make the model's prompts the one source of its two instructions (called by sentence-transformers)."""
         for name, instruction in default_prompts(self.settings).items():
-            model.prompts[name] = model.prompts.get(name) or instruction
+            model.prompts[name] = instruction_or(model.prompts.get(name), instruction)
+        if not self._model.follow(model):  # two models share this module, each with prompts of its own
+            model.default_prompt_name = model.default_prompt_name or "query"
 
     # -- texts and instructions to features ---------------------------------------------------------------------
 
@@ -138,9 +133,8 @@ class SoftPromptTransformer(InputModule):
         """Tokenise texts and put the instruction beside them.
 
         Args:
-            inputs: texts; each a non-empty string.
-            prompt: the instruction; unset or empty: the model's default, or its document instruction when
-                `task` is `document`.
+            inputs: texts; blank ones are read as a full stop.
+            prompt: the instruction; unset or blank: the model's own, for documents where `task` is `document`.
             task: `query`, `document` or unset, as sentence-transformers hands it over.
             **unknown: refused, so that a misspelt argument is not lost.
 
@@ -148,18 +142,28 @@ class SoftPromptTransformer(InputModule):
             `input_ids` and `attention_mask`, (B, T), right padded; `instruction`, a string.
 
         Raises:
-            PromptEmbedderError: a text that is empty or no string, an unknown argument.
+            PromptEmbedderError: a text or instruction that is no string, an unknown argument or task. No number of the
+                text is given: sentence-transformers sorts texts by length and hands over a batch of them.
         """
         if unknown.pop("processing_kwargs", None):
             raise PromptEmbedderError("processing_kwargs are not taken; model.max_seq_length sets how much is read")
         if unknown:
             raise PromptEmbedderError(f"unknown arguments {sorted(unknown)}; valid: prompt, task")
-        default = self.settings.document_instruction if task == "document" else self.settings.default_instruction
-        instruction = prompt or default
-        rows = [self._text_ids(text, n) for n, text in enumerate(inputs)]
-        features: dict[str, Any] = self._padded(rows)
-        features["instruction"] = instruction
-        return features
+        if task not in (None, "query", "document"):
+            raise PromptEmbedderError(f"task {task!r} is unknown, expected 'query' or 'document'")
+        instruction = instruction_or(prompt, self._model.own_instruction(self.settings, document=task == "document"))
+        most = self.settings.max_text_tokens
+        limit = min(most, self.training_state.max_text_tokens or most)
+        return {**self.reader.features(inputs, limit), "instruction": instruction}
+
+    def check_instruction(self, instruction: str) -> None:
+        """Refuse an instruction that one of the two LLMs cannot read, without running it.
+
+        Raises:
+            PromptEmbedderError: a token has no embedding, or the prompter's chat template does not take it.
+        """
+        self.prompter.tokenize([instruction])
+        self.instruction_ids(instruction)
 
     @contextmanager
     def in_training(self, state: TrainingState) -> Iterator[None]:
@@ -176,31 +180,11 @@ class SoftPromptTransformer(InputModule):
         with self.in_training(replace(self.training_state, max_text_tokens=max_text_tokens)):
             yield
 
-    def _text_ids(self, text: Any, n: int) -> list[int]:
-        check_text(text, n)
-        most = self.settings.max_text_tokens
-        limit = min(most, self.training_state.max_text_tokens or most)
-        ids = plain_ids(self.tokenizer, text)
-        if len(ids) > limit and not self._said_truncated:
-            self._said_truncated = True
-            logger.warning("a text of %d tokens is truncated to max_text_tokens = %d (warned once)", len(ids), limit)
-        return self._head_ids + ids[:limit] + self._tail_ids
-
-    def _padded(self, rows: list[list[int]]) -> dict[str, Any]:
-        length = max(len(row) for row in rows)
-        ids_BT = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
-        mask_BT = torch.zeros_like(ids_BT)
-        for n, row in enumerate(rows):
-            ids_BT[n, : len(row)] = torch.tensor(row)
-            mask_BT[n, : len(row)] = 1
-        return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
     @property
     def _beside_texts(self) -> int:
         """Tokens that the backbone reads beside a text's, at most."""
         instruction = self.settings.max_instruction_tokens if self.settings.layout == "prefix" else 0
-        around = len(self._opening_ids) + len(self._head_ids) + len(self._tail_ids)
-        return around + instruction + self.settings.num_soft_tokens
+        return self.reader.beside_texts + instruction + self.settings.num_soft_tokens
 
     # -- features to embeddings ---------------------------------------------------------------------------------
 
@@ -210,7 +194,7 @@ class SoftPromptTransformer(InputModule):
         (embedding_BE,) = self.embed(features["input_ids"], features["attention_mask"], [instruction])
         if self.training_state.leaves is not None and torch.is_grad_enabled():
             self.training_state.leaves.embedding_bytes += embedding_BE.nbytes
-        return {**features, "sentence_embedding": embedding_BE}
+        return Features(features, sentence_embedding=embedding_BE)
 
     def embed(self, ids_BT: Tensor, mask_BT: Tensor, instructions: Sequence[str]) -> list[Tensor]:
         """Embed texts under any number of instructions; in layout `suffix` every text is read once.
@@ -292,9 +276,7 @@ class SoftPromptTransformer(InputModule):
         if self.settings.layout == "suffix":
             ids = []
         else:
-            # The end stays: it goes on to the soft prompt.
-            words = plain_ids(self.tokenizer, f"{instruction}\n")
-            ids = self._opening_ids + words[-self.settings.max_instruction_tokens :]
+            ids = self.reader.instruction_ids(instruction, self.settings.max_instruction_tokens)
         return torch.tensor(ids, dtype=torch.long, device=self.alignment.weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,21 +290,33 @@ class SoftPromptTransformer(InputModule):
 
     # -- what sentence-transformers asks of a module ------------------------------------------------------------
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
+        """The backbone's."""
+        return self.reader.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        rows = len(self.backbone.lm.get_input_embeddings().weight)
+        self.reader = TextReader(tokenizer, rows, self.settings.text_template, self.settings.layout)
+        self.backbone.head_ids = self.reader.head_ids
+
     def get_embedding_dimension(self) -> int:
         """E, the width of an embedding."""
         return self.backbone.width
 
     @property
     def max_seq_length(self) -> int:
-        """Text tokens read at most; may be set."""
+        """Text tokens read at most; may be set, to any kind of integer."""
         return self.settings.max_text_tokens
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int) -> None:
-        if not isinstance(tokens, int) or tokens < 1:
+        if not isinstance(tokens, numbers.Integral) or isinstance(tokens, bool) or tokens < 1:
             raise PromptEmbedderError(f"max_seq_length must be a positive number of tokens, found {tokens!r}")
-        self.backbone.check_room(tokens, self._beside_texts)
-        self.settings = replace(self.settings, max_text_tokens=tokens)
+        limit = int(tokens)
+        self.backbone.check_room(limit, self._beside_texts)
+        self.settings = replace(self.settings, max_text_tokens=limit)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
@@ -335,8 +329,14 @@ class SoftPromptTransformer(InputModule):
             "base_models": asdict(self.base_models),
         }
 
-    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write settings, alignment and the prompter's trained weights; the two LLMs are named, not copied."""
+    def save(self, output_path: str, *, safe_serialization: bool = True) -> None:
+        """Write settings, alignment and the prompter's trained weights; the two LLMs are named, not copied.
+
+        Raises:
+            PromptEmbedderError: `safe_serialization` is off, which would be pickle.
+        """
+        if not safe_serialization:
+            raise PromptEmbedderError("weights are saved as safetensors only: leave safe_serialization on")
         folder = Path(output_path)
         (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
         stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
@@ -360,11 +360,25 @@ class SoftPromptTransformer(InputModule):
         dtype: str | None = None,
         prompter: str | None = None,
         backbone: str | None = None,
-        **kwargs: Any,
+        token: str | bool | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+        **handed: Any,
     ) -> SoftPromptTransformer:
-        """Open a saved module from its folder or hub id; see `promptembedder.load` for whole models and arguments."""
-        saved = read_saved(folder_of(model_name_or_path, revision) / subfolder)
-        parts, config = reopen(saved, device=device, dtype=dtype, prompter=prompter, backbone=backbone)
+        """Open a saved module from its folder or hub id; see `promptembedder.load` for whole models and arguments.
+
+        `token`, `cache_folder` and `local_files_only` are for the hub, `handed` is the rest of what
+        `SentenceTransformer(folder, ...)` hands over.
+
+        Raises:
+            PromptEmbedderError: as in `promptembedder.load`; an argument that is unknown or has no effect here.
+        """
+        named = taken_dtype(handed)
+        access = HubAccess(token, cache_folder, local_files_only)
+        saved = read_saved(folder_of(model_name_or_path, revision, access) / subfolder)
+        parts, config = reopen(
+            saved, device=device, dtype=dtype or named, prompter=prompter, backbone=backbone, access=access
+        )
         module = cls.of(parts, config)
         module._restore(saved)
         return module

@@ -144,7 +144,7 @@ def _alignment_start(
         return random_start(P, D, torch.Generator().manual_seed(seed))
     if same:
         return torch.eye(P)
-    ids_prompter, ids_backbone = shared_vocabulary(prompter_tokenizer, tokenizer)
+    ids_prompter, ids_backbone = shared_vocabulary(prompter_tokenizer, tokenizer, (len(prompter_VP), len(backbone_VD)))
     words_SP, words_SD = prompter_VP[ids_prompter] * prompter_scale, backbone_VD[ids_backbone] * backbone_scale
     # Least squares shrinks words, the more so the worse the prompter's embeddings predict the backbone's.
     fitted_PD = least_squares(moments(words_SP, words_SD))

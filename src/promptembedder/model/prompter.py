@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.open import input_embeddings
 from promptembedder.llms.states import CACHE_ARGUMENT
-from promptembedder.llms.tokens import opening_ids, plain_ids
+from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,9 @@ class Prompter(nn.Module):
         """Token ids and mask, (N, S) int64 each, of the requests in the LLM's chat template.
 
         Padding stands after what all of them begin with, the template's opening, so that `begin` reads that once.
+
+        Raises:
+            PromptEmbedderError: the chat template does not take a request, or a token has no embedding.
         """
         lm: Any = self.lm
         rows = [self._request_ids(request) for request in requests]
@@ -94,7 +97,8 @@ class Prompter(nn.Module):
         window = getattr(lm.config.get_text_config(decoder=True), "sliding_window", None)
         if length + self.num_soft_tokens > (window or sys.maxsize):
             shared = 0  # padding in the middle would push the opening out of the window
-        ids_NS = torch.full((len(rows), length), int(self.tokenizer.pad_token_id or 0))
+        # Padding is masked, so 0 does: some pad tokens have no embedding.
+        ids_NS = torch.zeros((len(rows), length), dtype=torch.long)
         mask_NS = torch.zeros_like(ids_NS)
         for n, row in enumerate(rows):
             ids = torch.tensor(row)
@@ -184,16 +188,28 @@ class Prompter(nn.Module):
         if len(cut) > self.max_request_tokens:
             _say_cut(len(cut), self.max_request_tokens)
             request = self.tokenizer.decode(cut[: self.max_request_tokens])
-        if not self.tokenizer.chat_template:
-            return opening_ids(self.tokenizer) + plain_ids(self.tokenizer, request + "\n")
-        template = self.tokenizer.get_chat_template()
-        encoded = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": request}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            chat_template=_SAME_EVERY_DAY + template if "strftime_now" in template else template,
-        )
+        if self.tokenizer.chat_template:
+            ids = self._in_chat_template(request)
+        else:
+            ids = opening_ids(self.tokenizer) + plain_ids(self.tokenizer, request + "\n")
+        if not ids:
+            raise PromptEmbedderError("an instruction has no tokens in the prompter's vocabulary")
+        check_ids(self.tokenizer, ids, len(input_embeddings(self.lm)[0]), "an instruction for the prompter")  # type: ignore[arg-type]
+        return ids
+
+    def _in_chat_template(self, request: str) -> list[int]:
+        try:
+            template = self.tokenizer.get_chat_template()
+            encoded = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": request}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                chat_template=_SAME_EVERY_DAY + template if "strftime_now" in template else template,
+            )
+        except Exception as error:  # a template is a program of the LLM's maker, so it may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise PromptEmbedderError(f"the chat template of the prompter takes no instruction: {reason}") from error
         return list(encoded["input_ids"])
 
 

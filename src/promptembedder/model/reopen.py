@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.hub import AS_CONFIGURED, HubAccess
 from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
 from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
+from promptembedder.model.handed import dtype_name
 from promptembedder.model.parts import Parts, open_parts
 from promptembedder.model.settings import ModelConfig
 
@@ -28,6 +30,7 @@ def reopen(
     dtype: str | None = None,
     prompter: str | None = None,
     backbone: str | None = None,
+    access: HubAccess = AS_CONFIGURED,
 ) -> tuple[Parts, ModelConfig]:
     """Open the LLMs of a saved model and make its parts, with the saved W and the settings that they run with.
 
@@ -37,20 +40,19 @@ def reopen(
         dtype: `bfloat16` or `float32` in place of the saved one.
         prompter: where the Prompting LLM is now.
         backbone: where the Embedding LLM is now.
+        access: how the hub is asked.
 
     Raises:
         PromptEmbedderError: as in `load`.
     """
     config, expected = saved.config, saved.base_models
-    if dtype not in (None, "bfloat16", "float32"):
-        raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected 'bfloat16' or 'float32'")
-    if dtype is not None:
-        config = replace(config, dtype=dtype)  # type: ignore[arg-type]
+    if (precision := dtype_name(dtype)) is not None:
+        config = replace(config, dtype=precision)  # type: ignore[arg-type]
     with weights_of(saved) as stored:
         if expected.prompter == expected.backbone:
             prompter, backbone = prompter or backbone, backbone or prompter
-        prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter")
-        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone")
+        prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter", access)
+        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone", access)
         parts = open_parts(config, prompter_at, backbone_at, device, seed=0, weight_PD=stored["weight"].float())
     for role in ("prompter", "backbone"):
         want, have = (getattr(bases, f"{role}_fingerprint") for bases in (expected, parts.base_models))
@@ -82,15 +84,15 @@ def weights_of(saved: SavedModel) -> Iterator[dict[str, Tensor]]:
         raise PromptEmbedderError(f"model folder {saved.folder} holds a damaged safetensors file: {error}") from error
 
 
-def _at(name: str, revision: str | None, instead: str | None, role: str) -> LocatedModel:
+def _at(name: str, revision: str | None, instead: str | None, role: str, access: HubAccess) -> LocatedModel:
     """An LLM where it was, or where it is now."""
     if instead is not None:
-        return locate(instead)
+        return locate(instead, access=access)
     if Path(name).is_absolute() and not Path(name).exists():
         raise PromptEmbedderError(
             f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
         )
-    return locate(name, revision)
+    return locate(name, revision, access)
 
 
 def _remedy(expected: BaseModels, role: str) -> str:

@@ -29,6 +29,7 @@ from promptembedder.model.folder import (
     prompter_owner,
     read_json,
 )
+from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
 
@@ -123,7 +124,7 @@ def save(
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         model.save_pretrained(str(scratch), create_model_card=False)
-        (scratch / "README.md").write_text(card or _card(soft_prompt_module(model)), encoding="utf-8")
+        (scratch / "README.md").write_text(card or _card(model), encoding="utf-8")
         if lender is not None:
             _share_prompter(scratch, lender, target.resolve())
         _open_to_readers(scratch)  # as `atomic` leaves single files
@@ -221,7 +222,8 @@ def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
         raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 
 
-def _card(module: SoftPromptTransformer) -> str:
+def _card(model: SentenceTransformer) -> str:
+    module = soft_prompt_module(model)
     bases, settings = module.base_models, module.settings
     return f"""---
 library_name: sentence-transformers
@@ -238,6 +240,6 @@ Embeddings have {module.get_embedding_dimension()} dimensions.
 import promptembedder
 
 model = promptembedder.load("path/of/this/folder")  # or its id on the hub
-embeddings = model.encode(["a text"], prompt={json.dumps(settings.default_instruction, ensure_ascii=False)})
+embeddings = model.encode(["a text"], prompt={json.dumps(instruction_for(model), ensure_ascii=False)})
 ```
 """

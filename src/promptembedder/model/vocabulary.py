@@ -15,18 +15,28 @@ _WORD_MARK = "\u2581"  # sentencepiece's visible blank
 _BYTE_FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
-def shared_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def shared_vocabulary(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, rows: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids (S,) and (S,) of the spellings that two vocabularies share, special tokens left out.
 
     Spellings are compared as bytes: byte-level BPE (`Ġthe`), sentencepiece (`▁the`) and byte fallbacks
     (`<0x0A>`) come out the same. A byte fallback counts only where no other token has its spelling: no text is ever
     split into it, so that its embedding is untrained.
+
+    Args:
+        first: a tokenizer.
+        second: another one.
+        rows: embeddings that the two LLMs have; tokens without one are left out. Unset: every token has one.
     """
     spelled_first, spelled_second = _spellings(first), _spellings(second)
     shared = sorted(spelled_first.keys() & spelled_second.keys())
     ids_first = torch.tensor([spelled_first[s] for s in shared], dtype=torch.long)
     ids_second = torch.tensor([spelled_second[s] for s in shared], dtype=torch.long)
-    return ids_first, ids_second
+    if rows is None:
+        return ids_first, ids_second
+    embedded_S = (ids_first < rows[0]) & (ids_second < rows[1])
+    return ids_first[embedded_S], ids_second[embedded_S]
 
 
 def _spellings(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:

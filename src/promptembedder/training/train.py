@@ -19,7 +19,8 @@ from promptembedder.data.rows import TrainingData, load_training_data
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.build import build
 from promptembedder.model.folder import folder_of, read_saved
-from promptembedder.model.module import SoftPromptTransformer, default_prompts, soft_prompt_module
+from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.prompts import default_prompts
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import load, save
 from promptembedder.training import workers

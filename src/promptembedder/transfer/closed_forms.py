@@ -74,7 +74,8 @@ def closed_forms(
         only: names wanted; empty: all.
 
     """
-    prompter_to_new = shared_vocabulary(old.prompter.tokenizer, new.tokenizer)
+    rows = len(input_embeddings(old.prompter.lm)[0]), len(input_embeddings(new.backbone.lm)[0])  # type: ignore[arg-type]
+    prompter_to_new = shared_vocabulary(old.prompter.tokenizer, new.tokenizer, rows)
     if len(prompter_to_new[0]) < _FEWEST_SHARED:
         return []
     wanted = [name for name in NAMES if not only or name in only]

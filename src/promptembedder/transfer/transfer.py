@@ -38,10 +38,10 @@ from promptembedder.llms.locate import locate, peek_config
 from promptembedder.llms.state_cache import TextStateCache
 from promptembedder.model.fits import random_start
 from promptembedder.model.folder import CENTRE
+from promptembedder.model.instructions import instruction_for
 from promptembedder.model.leaves import TrainingState
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
-from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import save
 from promptembedder.training.checks import check_losses, largest
 from promptembedder.training.curves import seconds_of, write_facts
@@ -99,7 +99,7 @@ def transfer(
     test = pair_evaluator(config.evaluation, config.data.root, "test")
     texts = _read_texts(config)
     read = _enough(texts, config)
-    rows = _read_rows(config, old.settings)
+    rows = _read_rows(config, instruction_for(model, document=True))
     if rows is not None:
         check_losses(config.training, rows)
     make_folder(output, fresh=False)
@@ -124,10 +124,10 @@ def transfer(
     warn_of_what_stays_behind(old, config)
     trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
     try:
-        starts, fitting = _starts(old, new, config, _instructions(old, config, rows))
+        starts, fitting = _starts(old, new, config, _instructions(model, config, rows))
         if starts[0].name == "random" and config.centred is None:
             config = replace(config, centred=False)  # the mean would be that of noise
-        sample = _sample(old, config, rows, texts)
+        sample = _sample(model, config, rows, texts)
         with _states_held(new, config.training, again=dev is not None or rows is not None) as cache:
             starts, centring = _begin_with_best(moved, starts, dev, sample, config.data.max_text_tokens)
             name = "random" if starts[0].name == "random" else "closed_form"
@@ -204,7 +204,7 @@ def _train_stages(
     stages = [start]
     if texts and settings.max_steps:
         begin = time.perf_counter()
-        instructions = config.text_instructions or _instructions(soft_prompt_module(model), config)
+        instructions = config.text_instructions or _instructions(model, config)
         taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
         on_texts = replace(settings, alignment_learning_rate=config.learning_rate_on_texts)
@@ -341,7 +341,7 @@ def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max
     return time.perf_counter() - begin
 
 
-def _sample(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
+def _sample(old: SentenceTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
     """Texts to centre embeddings on: plain ones where there are some, as they are likelier the user's own."""
     if not config.centres:
         return []
@@ -350,19 +350,19 @@ def _sample(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingDa
     return sample_of_rows(rows, config.training.seed)
 
 
-def _instructions(old: SoftPromptTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
+def _instructions(old: SentenceTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
     """Those that matter in this transfer: of the rows or texts, the evaluation and the model."""
     scored = config.evaluation.dev or config.evaluation.test
     named = [*config.text_instructions, config.evaluation.instruction if scored else None]
-    named += [old.settings.default_instruction, old.settings.document_instruction]
+    named += [instruction_for(old), instruction_for(old, document=True)]
     named += [] if rows is None else rows.instructions
     return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
 
 
-def _read_rows(config: TransferConfig, old: ModelConfig) -> TrainingData | None:
+def _read_rows(config: TransferConfig, document_instruction: str) -> TrainingData | None:
     if not config.data.has_rows:
         return None
-    data = load_training_data(config.data, old.document_instruction, config.training.seed)
+    data = load_training_data(config.data, document_instruction, config.training.seed)
     if config.trains:
         largest(data)
     return data
