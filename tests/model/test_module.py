@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
 
 import promptembedder
-from conftest import INSTRUCTION, TEXTS
+from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
+from promptembedder.model.prompter import mixture
 
 
 def test_the_text_limit_may_be_set(tiny_model, tmp_path):
@@ -53,16 +55,15 @@ def test_prompter_and_backbone_share_weights_until_trained(tiny_model):
 def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatch):
     model = tiny_model()
     module, calls = model[0], []
-    original = module.soft_tokens
-    monkeypatch.setattr(module, "soft_tokens", lambda instruction: calls.append(instruction) or original(instruction))
+    module.prompter.register_forward_hook(lambda *_: calls.append(1))
     before = model.encode(TEXTS, prompt=INSTRUCTION)
     model.encode(TEXTS, prompt=INSTRUCTION)
-    assert calls == [INSTRUCTION]
+    assert len(calls) == 1
     lora = next(p for n, p in module.named_parameters() if "lora_B" in n)
     with torch.no_grad():
         lora.add_(0.5)
     after = model.encode(TEXTS, prompt=INSTRUCTION)
-    assert calls == [INSTRUCTION] * 2
+    assert len(calls) == 2
     assert not np.allclose(before, after, atol=1e-4)
     # The fused optimizer that trainers use changes values without raising tensor versions.
     optimizer = torch.optim.AdamW([lora], fused=True)
@@ -74,7 +75,7 @@ def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatc
     model.encode(TEXTS, prompt=INSTRUCTION)
     assert len(calls) == 4
     # What was remembered on another device stays behind when the model moves.
-    module._remembered_for = module._remembered_for.to("meta")
+    module._memory._version = module._memory._version.to("meta")
     model.encode(TEXTS, prompt=INSTRUCTION)
     assert len(calls) == 5
     # Weights that nobody trains any more may change, too.
@@ -84,8 +85,8 @@ def test_soft_prompt_is_remembered_until_a_weight_changes(tiny_model, monkeypatc
     model.encode(TEXTS, prompt=INSTRUCTION)
     assert len(calls) == 6
     # Pools of processes get a copy without what it remembers, which may lie on an accelerator.
-    assert module._remembered
-    assert not copy.deepcopy(module)._remembered
+    assert len(module._memory) == 1
+    assert len(copy.deepcopy(module)._memory) == len(pickle.loads(pickle.dumps(module._memory))) == 0  # noqa: S301
 
 
 @pytest.mark.parametrize("how", ["lora", "full"])
@@ -121,13 +122,44 @@ def test_trained_parameters_are_those_that_are_there_now(tiny_model, how):
 @pytest.mark.parametrize(("room", "calls"), [(2, 3), (1, 4), (0.9, 5)])
 def test_soft_prompts_are_remembered_as_long_as_there_is_room(tiny_model, monkeypatch, room, calls):
     model = tiny_model(deep_rank=3)
-    original = type(model[0]).soft_tokens
     with torch.no_grad():
         size = model[0].soft_prompt(INSTRUCTION).nbytes
-    monkeypatch.setattr("promptembedder.model.module._REMEMBERED_BYTES", int(room * size))
+    monkeypatch.setattr("promptembedder.model.memory._REMEMBERED_BYTES", int(room * size))
     module, made = copy.deepcopy(model[0]), []
-    monkeypatch.setattr(type(module), "soft_tokens", lambda self, text: made.append(text) or original(self, text))
+    module.prompter.register_forward_hook(lambda *_: made.append(1))
     with torch.no_grad():
         for instruction in ("One.", "One.", "Two.", "One.", "Three."):
             module.soft_prompt(instruction)
     assert len(made) == calls
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_new_instructions_are_written_together_and_as_alone(tiny_model, architecture):
+    """In one pass of the prompter, after another one behind the states of the chat template's opening."""
+    model = tiny_model(architecture)
+    instructions = [INSTRUCTION, "Short.", "Find the topic of each of the texts."]
+    module, passes = copy.deepcopy(model[0]), []
+    with torch.no_grad():
+        alone = [copy.deepcopy(model[0]).soft_prompt(instruction) for instruction in instructions]
+        module.prompter.register_forward_hook(lambda _, inputs, __: passes.append(inputs[2]))
+        together = module.soft_prompts([instructions[0], *instructions])
+        assert len(passes) == 1
+        for expected, found in zip(alone, together[1:], strict=True):
+            assert torch.allclose(expected, found, atol=1e-5)
+        module.soft_prompts([f"Number {n}." for n in range(20)])
+        assert all(len(opening.ids_P) for opening in passes)
+        for n in (0, 19):
+            expected = model[0].soft_prompt(f"Number {n}.")
+            assert torch.allclose(module.soft_prompt(f"Number {n}."), expected, atol=1e-5)
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("peaked", [True, False])
+def test_a_mixture_leaves_out_words_of_no_weight(peaked):
+    generator = torch.Generator().manual_seed(2)
+    logits_NV = torch.randn(3, 400, generator=generator) * (40 if peaked else 1)
+    weights_NV, words_VP = logits_NV.softmax(-1), torch.randn(400, 8, generator=generator)
+    few = int((weights_NV > 1e-13).any(0).sum())
+    assert (few < 50) == peaked
+    with torch.no_grad():
+        assert torch.allclose(mixture(weights_NV, words_VP), weights_NV @ words_VP, atol=1e-6)

@@ -60,7 +60,7 @@ def test_equals_two_segments(tiny_model, monkeypatch, architecture, changes):
         states = module.backbone.read_text(features["input_ids"], features["attention_mask"])
         for instruction, found_BE in zip(INSTRUCTIONS, found_IBE, strict=True):
             expected_BE = module.backbone.read_soft_prompt(states, module.soft_prompt(instruction))
-            assert torch.allclose(found_BE, expected_BE, atol=1e-5)
+            assert torch.allclose(found_BE, expected_BE, atol=5e-5, rtol=1e-4)
 
 
 def test_what_texts_begin_with_is_read_once(tiny_model):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import numbers
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
@@ -47,8 +45,9 @@ from promptembedder.model.folder import (
 )
 from promptembedder.model.handed import taken_dtype
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
+from promptembedder.model.memory import SoftPromptMemory
 from promptembedder.model.parts import Parts
-from promptembedder.model.prompter import Prompter, SoftTokens, load_trained_state, trained_state
+from promptembedder.model.prompter import Opening, Prompter, SoftTokens, load_trained_state, trained_state
 from promptembedder.model.prompts import FollowedModel, default_prompts
 from promptembedder.model.reader import TextReader
 from promptembedder.model.reopen import reopen, weights_of
@@ -56,14 +55,6 @@ from promptembedder.model.settings import ModelConfig
 from promptembedder.text import instruction_or
 
 logger = logging.getLogger(__name__)
-
-
-# Soft prompts remembered at inference: thousands, or, at 31 x 5 x 576 floats of a deep one, some 180.
-_REMEMBERED_BYTES = 64 * 2**20
-
-
-def _memory() -> LRUCache[str, Tensor]:
-    return LRUCache(_REMEMBERED_BYTES, getsizeof=lambda soft_1RD: soft_1RD.nbytes)
 
 
 class SoftPromptTransformer(InputModule):
@@ -108,9 +99,7 @@ class SoftPromptTransformer(InputModule):
         self.centred = False
         self.training_state = TrainingState()
         self._model = FollowedModel()
-        self._remembered = _memory()
-        self._remembering = threading.RLock()  # servers encode in several threads
-        self._remembered_for: Tensor | None = None
+        self._memory = SoftPromptMemory()
         backbone.check_room(config.max_text_tokens, self._beside_texts)
 
     @classmethod
@@ -207,7 +196,7 @@ class SoftPromptTransformer(InputModule):
         Returns:
             Embeddings (B, E) float32 under each instruction.
         """
-        soft_prompts = [self.soft_prompt(instruction) for instruction in instructions]
+        soft_prompts = self.soft_prompts(instructions)
         ids = [self.instruction_ids(instruction) for instruction in instructions]
         embeddings = self.backbone.embed(ids_BT, mask_BT, soft_prompts, ids, self.training_state.text_cache)
         return [self._centred(embedding_BE) for embedding_BE in embeddings]
@@ -223,22 +212,40 @@ class SoftPromptTransformer(InputModule):
 
     def soft_tokens(self, instruction: str) -> SoftTokens:
         """What the prompter writes for an instruction alone: tokens (1, K, P) and weights (1, K, V)."""
-        ids_NS, mask_NS = self.prompter.tokenize([instruction])
+        return self._soft_tokens([instruction])
+
+    def _soft_tokens(self, instructions: Sequence[str], opening: Opening | None = None) -> SoftTokens:
+        ids_NS, mask_NS = self.prompter.tokenize(instructions)
         device = self.alignment.weight.device
         # Fused attention adds up in any order on GPUs; workers must get the same bits.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
-            return self.prompter(ids_NS.to(device), mask_NS.to(device))  # type: ignore[no-any-return]
+            return self.prompter(ids_NS.to(device), mask_NS.to(device), opening)  # type: ignore[no-any-return]
 
     def soft_prompt(self, instruction: str) -> Tensor:
-        """The soft prompt (1, R, D) of an instruction.
+        """The soft prompt (1, R, D) of an instruction; see `soft_prompts`."""
+        return self.soft_prompts([instruction])[0]
 
-        Without gradients it is computed once and remembered until a weight or the temperature changes. With
-        gradients it is a leaf of the current step where `training_state` has leaves (see `SoftPromptLeaves`), else
+    def soft_prompts(self, instructions: Sequence[str]) -> list[Tensor]:
+        """The soft prompts (1, R, D) of instructions.
+
+        Without gradients they are computed once and remembered until a weight or the temperature changes. With
+        gradients each is a leaf of the current step where `training_state` has leaves (see `SoftPromptLeaves`), else
         part of the graph.
         """
-        if not torch.is_grad_enabled():
-            with self._remembering:
-                return self._remembered_soft_prompt(instruction)
+        if torch.is_grad_enabled():
+            return [self._soft_prompt_of_step(instruction) for instruction in instructions]
+        # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
+        parameters = (*self.alignment.parameters(), *self.prompter.trained_parameters())
+        sums = torch.stack([p.detach().sum() for p in parameters])
+        version = torch.cat([sums, sums.new_tensor([self.prompter.temperature])])
+        return self._memory.recall(
+            instructions,
+            version,
+            self.prompter.read_opening,
+            lambda missing, opening: self.alignment(self._soft_tokens(missing, opening).tokens_NKP),
+        )
+
+    def _soft_prompt_of_step(self, instruction: str) -> Tensor:
         leaves = self.training_state.leaves
         if leaves is None:
             return self.alignment(self.soft_tokens(instruction).tokens_NKP)  # type: ignore[no-any-return]
@@ -252,25 +259,6 @@ class SoftPromptTransformer(InputModule):
             return self.soft_tokens(instruction).tokens_NKP
         return leaves.constant(instruction, lambda: self.soft_tokens(instruction).tokens_NKP)
 
-    def _remembered_soft_prompt(self, instruction: str) -> Tensor:
-        # Sums of the values, not tensor versions: the fused optimizers that trainers use do not raise versions.
-        parameters = (*self.alignment.parameters(), *self.prompter.trained_parameters())
-        sums = torch.stack([p.detach().sum() for p in parameters])
-        sums = torch.cat([sums, sums.new_tensor([self.prompter.temperature])])
-        before = self._remembered_for
-        # The library moves models between devices, and these tensors do not go along.
-        if before is None or before.device != sums.device or not torch.equal(sums, before):
-            self._remembered.clear()
-            self._remembered_for = sums
-        if (known_1RD := self._remembered.get(instruction)) is not None:
-            return known_1RD
-        # Not an inference tensor: training code may meet it again outside inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            soft_1RD: Tensor = self.alignment(self.soft_tokens(instruction).tokens_NKP)
-        if soft_1RD.nbytes <= self._remembered.maxsize:
-            self._remembered[instruction] = soft_1RD
-        return soft_1RD
-
     def instruction_ids(self, instruction: str) -> Tensor:
         """The instruction (I,) as the backbone reads it in layout `prefix`; empty in layout `suffix`."""
         if self.settings.layout == "suffix":
@@ -280,13 +268,7 @@ class SoftPromptTransformer(InputModule):
         return torch.tensor(ids, dtype=torch.long, device=self.alignment.weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pools of processes get the model on the CPU, what it remembers may lie on an accelerator.
-        left_out = {"_remembered": None, "_remembered_for": None, "_remembering": None}
-        return {**self.__dict__, **left_out, "training_state": TrainingState()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._remembered, self._remembering = _memory(), threading.RLock()
+        return {**self.__dict__, "training_state": TrainingState()}
 
     # -- what sentence-transformers asks of a module ------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.open import input_embeddings
-from promptembedder.llms.states import CACHE_ARGUMENT
+from promptembedder.llms.states import CACHE_ARGUMENT, States, shallow_copy
 from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 # Some chat templates print today's date (Llama 3.2); soft prompts of one instruction must not change overnight. The day
 # is the one that Llama's template falls back to.
 _SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+
+
+# All words below this weigh less together than float32 resolves.
+_NO_WEIGHT = 1e-13
 
 
 class SoftTokens(NamedTuple):
@@ -41,6 +45,23 @@ class SoftTokens(NamedTuple):
 
     tokens_NKP: Tensor
     weights_NKV: Tensor
+
+
+class Opening(NamedTuple):
+    """What every request begins with, read by the LLM.
+
+    Attributes:
+        ids_P: its tokens.
+        states: of one row.
+    """
+
+    ids_P: Tensor
+    states: States
+
+    def begins(self, ids_NS: Tensor, mask_NS: Tensor) -> bool:
+        """Whether all requests begin with it, and go on."""
+        P = len(self.ids_P)
+        return ids_NS.shape[1] > P and bool((mask_NS[:, :P] != 0).all() and (ids_NS[:, :P] == self.ids_P).all())
 
 
 class Prompter(nn.Module):
@@ -106,17 +127,36 @@ class Prompter(nn.Module):
             mask_NS[n, :shared] = mask_NS[n, length - len(row) + shared :] = 1
         return ids_NS, mask_NS
 
-    def begin(self, ids_NS: Tensor, mask_NS: Tensor) -> tuple[DynamicCache, int]:
+    @torch.no_grad()
+    def read_opening(self) -> Opening | None:
+        """What the chat template puts before every request, read; None where that is nothing.
+
+        It holds as long as the weights do.
+        """
+        lm: Any = self.lm
+        rows = [self._request_ids(request) for request in ("a", "Two words")]
+        alike = [ids[0] for ids in itertools.takewhile(lambda ids: ids[0] == ids[1], zip(*rows, strict=False))]
+        if not alike:
+            return None
+        ids_P = torch.tensor(alike, device=lm.get_input_embeddings().weight.device)
+        cache = DynamicCache(config=lm.config)
+        lm(input_ids=ids_P[None], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
+        return Opening(ids_P, States(cache, torch.ones_like(ids_P)[None]))
+
+    def begin(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None = None) -> tuple[DynamicCache, int]:
         """Read what all requests begin with once, in place of N times; gradients pass.
 
         Args:
             ids_NS: request token ids, as `tokenize` pads them.
             mask_NS: 1 for tokens, 0 for padding.
+            opening: of `read_opening`, where that is not to be read again.
 
         Returns:
             The cache to read the rest with, and how many tokens are in it; at least one is left to read.
         """
         lm: Any = self.lm
+        if opening is not None and opening.begins(ids_NS, mask_NS):
+            return shallow_copy(opening.states.expanded(len(ids_NS)).cache), len(opening.ids_P)
         cache = DynamicCache(config=lm.config)
         alike_S = (mask_NS != 0).all(0) & (ids_NS == ids_NS[:1]).all(0)
         shared = min(int(alike_S.cumprod(0).sum()), ids_NS.shape[1] - 1)
@@ -126,7 +166,7 @@ class Prompter(nn.Module):
         cache.batch_repeat_interleave(len(ids_NS))
         return cache, shared
 
-    def forward(self, ids_NS: Tensor, mask_NS: Tensor) -> SoftTokens:
+    def forward(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None = None) -> SoftTokens:
         """Generate K soft tokens per request, keeping gradients through all K steps.
 
         No sampling and no argmax: soft token k = softmax(logits_k / temperature) @ embeddings, fed back as the
@@ -135,10 +175,11 @@ class Prompter(nn.Module):
         Args:
             ids_NS: request token ids, as `tokenize` pads them.
             mask_NS: 1 for tokens, 0 for padding.
+            opening: of `read_opening`; unset: all of the requests is read.
         """
         lm: Any = self.lm
         embeddings_VP, scale = input_embeddings(lm)
-        cache, shared = self.begin(ids_NS, mask_NS)
+        cache, shared = self.begin(ids_NS, mask_NS, opening)
         inputs_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
         positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         tokens, weights = [], []
@@ -154,7 +195,7 @@ class Prompter(nn.Module):
             logits_NV = output.logits[:, -1]
             logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
             weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
-            token_NP = (weights_NV.to(embeddings_VP.dtype) @ embeddings_VP) * scale
+            token_NP = mixture(weights_NV, embeddings_VP) * scale
             tokens.append(token_NP)
             weights.append(weights_NV)
             if step + 1 < self.num_soft_tokens:
@@ -216,6 +257,19 @@ class Prompter(nn.Module):
 @cache
 def _say_cut(tokens: int, limit: int) -> None:
     logger.warning("an instruction of %d tokens is read up to %d", tokens, limit)
+
+
+def mixture(weights_NV: Tensor, embeddings_VP: Tensor) -> Tensor:
+    """Means (N, P) of embeddings, weighted.
+
+    Without gradients, words of no weight to speak of are not read: a mixture of few words costs less than a pass over
+    the whole matrix of embeddings.
+    """
+    if not torch.is_grad_enabled() and embeddings_VP.device.type == "cpu":
+        ids = (weights_NV > _NO_WEIGHT).any(0).nonzero()[:, 0]
+        if len(ids) < len(embeddings_VP) // 8:
+            return weights_NV[:, ids].to(embeddings_VP.dtype) @ embeddings_VP[ids]
+    return weights_NV.to(embeddings_VP.dtype) @ embeddings_VP
 
 
 def trained_state(prompter: Prompter) -> dict[str, Tensor]:
