@@ -43,14 +43,14 @@ class TextReader:
         self._opening_ids = opening if layout == "prefix" else []
         # What every text begins with, in both layouts.
         self.head_ids = [*([] if layout == "prefix" else opening), *plain_ids(tokenizer, head)]
-        self._tail_ids = plain_ids(tokenizer, tail)
-        self._check([*opening, *self.head_ids, *self._tail_ids], "text_template")
+        self.tail_ids = plain_ids(tokenizer, tail)
+        self._check([*opening, *self.head_ids, *self.tail_ids], "text_template")
         self._unreadable = without_embedding(tokenizer, rows)
 
     @property
     def beside_texts(self) -> int:
         """Tokens read with every text: opening and template."""
-        return len(self._opening_ids) + len(self.head_ids) + len(self._tail_ids)
+        return len(self._opening_ids) + len(self.head_ids) + len(self.tail_ids)
 
     def features(self, texts: Iterable[Any], limit: int) -> dict[str, Any]:
         """`input_ids` and `attention_mask`, (B, T), right padded, of texts truncated to `limit` tokens.
@@ -58,7 +58,7 @@ class TextReader:
         Raises:
             PromptEmbedderError: a text is no string, or holds a token that the backbone has no embedding for.
         """
-        return _padded([self.head_ids + self._text_ids(text, limit) + self._tail_ids for text in texts])
+        return _padded([self.head_ids + self._text_ids(text, limit) + self.tail_ids for text in texts])
 
     def instruction_ids(self, instruction: str, limit: int) -> list[int]:
         """What layout `prefix` reads before the soft prompt.
