@@ -95,9 +95,8 @@ def test_every_example_has_a_test() -> None:
 def test_path() -> None:
     [line] = blocks("The model's folder", "sh")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        line, shell=True, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
-    )
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, check=True)
     assert (Path(done.stdout.strip()) / "modules.json").is_file()
 
 
