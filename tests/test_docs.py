@@ -80,6 +80,13 @@ def test_readme_targets_exist():
     assert set(re.findall(r"^make ([a-z]+)", readme, re.M)) <= targets
 
 
+def test_versions_of_wrappers_are_those_under_test():
+    shown = re.findall(r"^\|[^|]*\| `([^`]+)`", (ROOT / "docs" / "wrappers.md").read_text(), re.M)
+    pinned = (ROOT / "tests" / "wrappers" / "requirements.txt").read_text().splitlines()
+    assert len(shown) == 9
+    assert set(shown) <= set(pinned)
+
+
 def test_import_needs_no_extra():
     """All but the folder `evaluation` opens where no extra is installed, and so does every public name."""
     script = """
