@@ -41,6 +41,12 @@ from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig
 from promptembedder.transfer.settings import TransferConfig
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many examples each fuzz test tries."""
+    parser.addoption("--fuzz-examples", type=int, default=300, help="examples that each fuzz test tries")
+
+
 TEXTS = [
     "A man is playing a guitar.",
     "Rain.",

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.paths import expanded
 
 RULES = ConfigDict(extra="forbid", str_min_length=1, allow_inf_nan=False)
 PositiveInt = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(lambda path: str(expanded(path)) if path.startswith("~") else path)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -69,6 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         PromptEmbedderError: file missing or not YAML.
     """
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 from promptembedder.errors import PromptEmbedderError
@@ -14,6 +15,14 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's composed form, NFC: an accented letter is one character, however it was typed.
+
+    Tokenizers of most LLMs read the two forms of a letter as other tokens, and so as another text.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def check_text(text: Any, n: int) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from promptembedder import progress
+from promptembedder.cli.arguments import expanding_paths
 from promptembedder.cli.bridge import bridge
 from promptembedder.cli.compare import compare
 from promptembedder.cli.demo import demo
@@ -36,7 +37,7 @@ app = typer.Typer(
     help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
 )
 for verb in (train, encode, evaluate, transfer, bridge, compare, explain, info, demo):
-    app.command()(verb)
+    app.command()(expanding_paths(verb))
 
 
 def _print_version(asked: bool) -> None:

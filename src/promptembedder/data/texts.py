@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
 
-from promptembedder.data.readers import parse_json, read_jsonl, read_lines
+from promptembedder.data.readers import parse_json_line, read_jsonl, read_lines
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
 
@@ -80,7 +80,7 @@ def _jsonl_rows(source: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(source), 1):
         if line.strip():
             where = f"standard input, line {number}"
-            yield where, parse_json(line, where)
+            yield where, parse_json_line(line, where)
 
 
 def _lines(source: str) -> Iterator[str]:

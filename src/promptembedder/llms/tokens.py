@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from promptembedder.text import composed
+
 _PROBE = "a"
 
 
@@ -15,8 +17,8 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Tokens of words, no special ones."""
-    return list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+    """Tokens of words in composed form (NFC), no special ones."""
+    return list(tokenizer(composed(words), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def continuing_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
