@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import gzip
 import io
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -187,6 +188,21 @@ def tiny_model(tiny_settings: Callable[..., ModelConfig]) -> Callable[..., Sente
         return model
 
     return make
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """`closed(path)`: the file may not be read, also where the tests run as root."""
+    shut: set[Path] = set()
+    before = Path.open
+
+    def opening(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path in shut:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return before(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", opening)
+    return shut.add
 
 
 class Outcome(NamedTuple):
