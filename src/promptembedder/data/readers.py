@@ -7,10 +7,11 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promptembedder.errors import PromptEmbedderError, needs_extra
+from promptembedder.errors import PromptEmbedderError, needs_extra, shown
 from promptembedder.paths import ending, expanded, unreadable
 from promptembedder.text import is_unicode
 
@@ -122,16 +123,29 @@ def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
+    with reading_parquet(f"data file {file}"):
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    yield from ((f"{file}, row {n + 1}", row) for n, row in enumerate(rows))
+
+
+@contextmanager
+def reading_parquet(what: str) -> Iterator[None]:
+    """What pyarrow says of a damaged file, and of values that Python has none for, as one line.
+
+    Raises:
+        PromptEmbedderError: the file cannot be read.
+    """
+    import pyarrow
+
     try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PromptEmbedderError(
-            f"data file {file} cannot be read as Parquet: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    yield from ((f"{file}, row {n + 1}", row) for n, row in enumerate(table.to_pylist()))
+        yield
+    except PromptEmbedderError:
+        raise
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise PromptEmbedderError(f"{what} cannot be read as Parquet: {reason}") from error
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
@@ -144,7 +158,7 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
         raise PromptEmbedderError(f"{where}: field {field!r} is missing")
     value = record[field]
     if not isinstance(value, str) or not value.strip() or not is_unicode(value):
-        raise PromptEmbedderError(f"{where}: field {field!r} is {value!r}, expected a non-empty string")
+        raise PromptEmbedderError(f"{where}: field {field!r} is {shown(value)}, expected a non-empty string")
     return value
 
 
