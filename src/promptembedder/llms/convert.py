@@ -72,8 +72,11 @@ def _join(parts: list[Path], output: Path, sha256: str) -> None:
         )
 
 
-def _convert_gguf(gguf: Path, output: Path, name: str) -> None:
-    """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other."""
+def _convert_gguf(gguf: Path, output: Path, given: str) -> None:
+    """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other.
+
+    Errors name what the user gave (`given`), not the scratch file.
+    """
     options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     # The bar of the conversion goes past transformers' own switch.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
@@ -86,8 +89,8 @@ def _convert_gguf(gguf: Path, output: Path, name: str) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
         except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
-            reason = str(error).replace(str(gguf), name).replace(gguf.name, name)
-            raise PromptEmbedderError(f"{name} cannot be read as a GGUF language model: {reason}") from error
+            reason = str(error).replace(str(gguf), "the file").replace(gguf.name, "the file")
+            raise PromptEmbedderError(f"{given} cannot be read as a GGUF language model: {reason}") from error
         # The model is dense now; with these marks left, save_pretrained takes it for a quantised one.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             if hasattr(lm, name):

@@ -106,8 +106,10 @@ def _opening(located: LocatedModel, part: str) -> Iterator[None]:
 
 def _remedy(located: LocatedModel, error: Exception) -> str:
     """What to do about a copy that this package or the hub's library made, and that may be damaged."""
+    if not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError)):
+        return ""
     if located.folder.resolve().is_relative_to(cache_dir().resolve()):
         return f"; its converted copy may be damaged: remove {located.folder}, and it is converted again"
-    if located.revision is not None and isinstance(error, (OSError, SafetensorError, json.JSONDecodeError)):
+    if located.revision is not None:
         return f"; its copy may be damaged: remove {located.folder}, and it is fetched again"
     return ""
