@@ -87,7 +87,7 @@ def odd_parquet() -> list[bytes]:
         {"a": 1},
     ]
     columns = [pyarrow.array([value]) for value in odd]
-    columns += [pyarrow.array([2**62], pyarrow.timestamp("s")), pyarrow.array(["x"]).dictionary_encode()]
+    columns += [pyarrow.array([2**62], pyarrow.timestamp("us")), pyarrow.array(["x"]).dictionary_encode()]
     files = []
     for column in columns:
         sink = io.BytesIO()
@@ -110,20 +110,29 @@ def contents(ending: str, rows: list[Any]) -> st.SearchStrategy[bytes]:
     return packed | st.builds(damaged, st.just(gzip.compress(valid, mtime=0)), edits) | plain
 
 
+def files(endings: Iterable[str], rows: list[Any]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """Ending and content of a file."""
+    return st.one_of(*(st.tuples(st.just(ending), contents(ending, rows)) for ending in endings))
+
+
 def try_all(
-    request: pytest.FixtureRequest, file: Path, content: st.SearchStrategy[bytes], read: Callable[[str], Any]
+    request: pytest.FixtureRequest,
+    folder: Path,
+    content: st.SearchStrategy[tuple[str, bytes]],
+    read: Callable[[str], Any],
 ) -> None:
     """Read a file of any such content: a result or one line that names file and line, and nothing else in the folder.
 
     Args:
         request: knows how many examples are wanted.
-        file: where to write.
-        content: of the file.
+        folder: where to write; empty.
+        content: ending and content of the file.
         read: the reader under test.
     """
 
-    def once(data: bytes) -> None:
-        file.write_bytes(data)
+    def once(made: tuple[str, bytes]) -> None:
+        file = folder / f"data.{made[0]}"
+        file.write_bytes(made[1])
         try:
             read(str(file))
         except PromptEmbedderError as error:
@@ -131,7 +140,8 @@ def try_all(
             assert len(message.splitlines()) == 1
             assert str(file) in message
             assert re.search(r"(line|row) \d", message) or OF_FILES.search(message) or file.suffix == ".yaml", message
-        assert list(file.parent.iterdir()) == [file]
+        assert list(folder.iterdir()) == [file]
+        file.unlink()
 
     settings(
         max_examples=request.config.getoption("--fuzz-examples"),
@@ -142,32 +152,29 @@ def try_all(
     )(given(content)(once))()
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
-def test_training_rows(tmp_path: Path, request: pytest.FixtureRequest, ending: str) -> None:
+def test_training_rows(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
         data = load_training_data(DataConfig(files=(DataFile(path=path),)), "Represent the document.", seed=1)
         assert data.datasets
 
-    try_all(request, tmp_path / f"rows.{ending}", contents(ending, ROWS), read)
+    try_all(request, tmp_path, files(["jsonl", "jsonl.gz", "parquet"], ROWS), read)
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
-def test_scored_pairs(tmp_path: Path, request: pytest.FixtureRequest, ending: str) -> None:
+def test_scored_pairs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
         first, second, scores = read_scored_pairs(path, None)
         assert len(first) == len(second) == len(scores)
 
-    try_all(request, tmp_path / f"pairs.{ending}", contents(ending, PAIRS), read)
+    try_all(request, tmp_path, files(["jsonl", "jsonl.gz", "parquet"], PAIRS), read)
 
 
-@pytest.mark.parametrize("ending", ["txt", "txt.gz", "jsonl", "ndjson.gz", "parquet", "csv"])
-def test_texts(tmp_path: Path, request: pytest.FixtureRequest, ending: str) -> None:
+def test_texts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
         for identity, text in read_texts(path, None):
-            assert identity.encode() is not None
+            assert isinstance(identity, str)
             assert text.encode().strip()
 
-    try_all(request, tmp_path / f"texts.{ending}", contents(ending, TEXTS), read)
+    try_all(request, tmp_path, files(["txt", "txt.gz", "jsonl", "ndjson.gz", "parquet", "csv"], TEXTS), read)
 
 
 def test_settings(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -178,4 +185,4 @@ def test_settings(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     words = st.lists(st.sampled_from([*":-[]{}&*!|>'\"%@,#? \n\t", "model", "data", "a", "1", "~", "<<", "2001-1-1"]))
     noise = words.map(lambda parts: "".join(parts).encode()) | st.binary(max_size=60)
     content = st.builds(damaged, st.sampled_from([valid, short, short]), edits) | noise
-    try_all(request, tmp_path / "run.yaml", content, lambda path: load_run(Path(path)))
+    try_all(request, tmp_path, st.tuples(st.just("yaml"), content), lambda path: load_run(Path(path)))
