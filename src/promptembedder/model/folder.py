@@ -305,5 +305,5 @@ def read_json(path: Path) -> Any:
         raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptEmbedderError(f"{path} is not JSON: {error}") from error
