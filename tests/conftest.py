@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import gzip
 import io
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -40,6 +41,12 @@ from promptembedder.cli import app as cli
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig
 from promptembedder.transfer.settings import TransferConfig
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many examples each fuzz test tries."""
+    parser.addoption("--fuzz-examples", type=int, default=300, help="examples that each fuzz test tries")
+
 
 TEXTS = [
     "A man is playing a guitar.",
@@ -141,11 +148,6 @@ def write_tiny_lm(folder: Path, architecture: str, width: int = 32, seed: int = 
     return folder
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the fuzz tests run."""
-    parser.addoption("--fuzz-examples", type=int, default=300, help="Examples that each fuzz test tries.")
-
-
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_lm(architecture, width, seed)`: the folder of a tiny random LLM, made once a session."""
@@ -186,6 +188,21 @@ def tiny_model(tiny_settings: Callable[..., ModelConfig]) -> Callable[..., Sente
         return model
 
     return make
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """`closed(path)`: the file may not be read, also where the tests run as root."""
+    shut: set[Path] = set()
+    before = Path.open
+
+    def opening(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path in shut:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return before(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", opening)
+    return shut.add
 
 
 class Outcome(NamedTuple):

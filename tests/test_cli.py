@@ -656,3 +656,37 @@ def test_a_missing_extra_is_one_line(absent, arguments, told):
     code += "from promptembedder.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), told)
+
+
+# -- paths ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(copied: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home folder: a saved model and texts in it."""
+    monkeypatch.setenv("HOME", str(copied.parent))
+    return copied.parent
+
+
+def test_the_home_folder_in_arguments(home: Path, command: Callable[..., Outcome]) -> None:
+    """Shells replace `~` in an argument of its own, not within one."""
+    assert command("info", "~/model", "--json").out == command("info", home / "model", "--json").out
+    done = command("encode", "~/model", "~/texts.txt", "--output=~/vectors.npy")
+    assert (done.code, (home / "vectors.npy").is_file()) == (0, True), done.err
+    assert_refused(command("encode", "~/model", "~/none.txt"), f"{home}/none.txt cannot be read")
+    assert_refused(command("encode", "~/model", "~/texts.txt", "--bridge=~/none"), f"no bridge at {home}/none")
+    assert_refused(command("bridge", "~/model", "~/model", "~/texts.txt"), f"{home}/texts.txt has 5")
+    assert_refused(command("evaluate", "~/none", "--data=~/none"), f"no tasks in {home}/none: no such folder")
+    assert_refused(command("evaluate", "~/texts.txt", "--task=STS12"), f"{home}/texts.txt is a file")
+    assert_refused(command("compare", "~/none", "~/other"), f"no results in {home}/none")
+    assert_refused(command("train", "~/none.yaml"), f"config {home}/none.yaml cannot be read")
+    assert_refused(command("info", "~nobody-of-that-name/model"), "~nobody-of-that-name/model")
+
+
+def test_the_home_folder_in_settings(home: Path) -> None:
+    (home / "run.yaml").write_text("training: {output: ~/run}\n")
+    settings = load_run(Path("~/run.yaml"), ["training.text_state_folder=~/states"])
+    assert settings.training.output == str(home / "run")
+    assert settings.training.text_state_folder == str(home / "states")
+    assert load_run(home / "run.yaml", ["training.output=~/other"]).training.output == str(home / "other")
+    assert load_run(home / "run.yaml", ["training.output=a~"]).training.output == "a~"

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, shown
+from promptembedder.paths import expanded
 
 RULES = ConfigDict(extra="forbid", str_min_length=1, allow_inf_nan=False)
 PositiveInt = Annotated[int, Field(ge=1)]
+Place = Annotated[str, AfterValidator(lambda path: str(expanded(path)) if path.startswith("~") else path)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -69,6 +71,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         PromptEmbedderError: file missing or not YAML.
     """
+    path = expanded(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,8 +80,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     try:
         settings = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError) as error:  # the second: a date that is none
-        raise PromptEmbedderError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # dates that are none, tags on values that they do not fit, too many levels
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PromptEmbedderError(f"config {path} is not YAML: {reason}") from None
     if not isinstance(settings, dict):
         raise PromptEmbedderError(f"config {path} must be a mapping of sections, found {type(settings).__name__}")
     return settings
@@ -114,7 +118,7 @@ def _value(text: str) -> Any:
     """What the command line gives, read as YAML; a sentence stays one where YAML sees a mapping or a comment in it."""
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except Exception:  # as in `read_yaml`
         return text
     if isinstance(value, dict) and (not text.lstrip().startswith("{") or all(v is None for v in value.values())):
         return text  # "Topic: which?", "{text}"
@@ -132,8 +136,8 @@ def _current(kind: Any, settings: Mapping[str, Any], where: str, path: str = "")
         if name not in settings:
             continue
         value = result.pop(name)
-        if not old.neutral(value, settings):
-            raise PromptEmbedderError(f"{where}: {path}{name} = {value!r} is no longer a setting; {old.advice}")
+        if not _changes_nothing(old, value, settings):
+            raise PromptEmbedderError(f"{where}: {path}{name} = {shown(value)} is no longer a setting; {old.advice}")
         if old.becomes is not None and value is not None:
             result.setdefault(old.becomes, value)
     hints = get_type_hints(kind) if is_dataclass(kind) else {}
@@ -149,14 +153,21 @@ def _current(kind: Any, settings: Mapping[str, Any], where: str, path: str = "")
     return result
 
 
+def _changes_nothing(old: Retired, value: Any, section: Mapping[str, Any]) -> bool:
+    try:
+        return old.neutral(value, section)
+    except TypeError:  # of values that are no numbers
+        return False
+
+
 def _one_line(error: ValidationError, kind: type) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or kind.__name__
+    place = ".".join(" ".join(str(part).split()) for part in first["loc"]) or kind.__name__
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = ", ".join(_valid_names(kind, first["loc"][:-1]))
         return f"unknown setting {place!r}; valid here: {valid}{more}"
-    return f"{place} = {first['input']!r}: {first['msg']}{more}"
+    return f"{place} = {shown(first['input'])}: {first['msg']}{more}"
 
 
 def _valid_names(kind: Any, path: Sequence[int | str]) -> list[str]:

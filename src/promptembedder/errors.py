@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class PromptEmbedderError(ValueError):
@@ -16,6 +18,18 @@ class PromptEmbedderError(ValueError):
 
 class MissingExtraError(PromptEmbedderError, ImportError):
     """A package of an extra is not installed; the message names the command that installs the extra."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: on one line, and short whatever its size."""
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a value of type {type(value).__name__}"
 
 
 @contextmanager

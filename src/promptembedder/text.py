@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,14 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def composed(text: str) -> str:
+    """The text in Unicode's composed form, NFC: an accented letter is one character, however it was typed.
+
+    Tokenizers of most LLMs read the two forms of a letter as different tokens, and so as different texts.
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def is_blank(text: str) -> bool:

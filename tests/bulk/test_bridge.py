@@ -124,3 +124,11 @@ def test_commands(tiny_model, tiny_lm, tmp_path, command):
     gone = command("bridge", tmp_path / "none", tmp_path / "new", tmp_path / "texts.txt", "-o", tmp_path / "g")
     assert len(gone.err.strip().splitlines()) == 1  # no bar: nothing was read
     assert f"no model at {tmp_path / 'none'}" in gone.err
+
+
+def test_a_bridge_that_may_not_be_read_is_not_called_missing(tmp_path, closed):
+    path = tmp_path / "bridge.safetensors"
+    Bridge(np.eye(4, dtype=np.float32), {}).save(path)
+    closed(path)
+    with pytest.raises(PromptEmbedderError, match=f"bridge {path} cannot be read: Permission denied"):
+        load(path)

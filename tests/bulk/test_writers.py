@@ -108,3 +108,10 @@ def _write_and_stop(path: Path, error: type[BaseException]) -> None:
     with embedding_writer(path, 4, FLOAT32) as writer:
         writer.write(["a"], np.ones((1, 4), np.float32))
         raise error("stop")
+
+
+@pytest.mark.parametrize("name", ["VECTORS.NPY", "Vectors.Parquet"])
+def test_endings_in_capitals(tmp_path, name):
+    with embedding_writer(tmp_path / name, 2, np.dtype(np.float32)) as writer:
+        writer.write(["a"], np.ones((1, 2), np.float32))
+    assert (tmp_path / name).stat().st_size > 0

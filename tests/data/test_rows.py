@@ -284,11 +284,11 @@ def test_line_that_is_not_json(tmp_path: Path, line: str) -> None:
     assert refusal(load, path).startswith(f"{path}, line 3: not JSON (")
 
 
-@pytest.mark.parametrize(("line", "found"), [("[1]", "list"), ("null", "NoneType"), ('"text"', "str")])
+@pytest.mark.parametrize(("line", "found"), [("[1]", "a JSON array"), ("null", "NoneType"), ('"text"', "str")])
 def test_line_that_is_no_object(tmp_path: Path, line: str, found: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(line)
-    assert refusal(load, path) == f"{path}, line 1: expected an object with named fields, found {found}"
+    assert refusal(load, path) == f"{path}, line 1: found {found}, expected one JSON object per line"
 
 
 def test_damaged_gzip(tmp_path: Path) -> None:

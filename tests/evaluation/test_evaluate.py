@@ -203,14 +203,20 @@ def test_command(task_folder, tmp_path, tiny_model, command):
         (["{model}", "--data", "{data}"], "holds none of the quick suite's tasks; take the full suite, or name tasks"),
         (["{model}"], "give --data FOLDER, or --task NAME"),
         (["{model}", "--task", "STS12", "--suite", "full"], "--suite is for tasks of a folder"),
-        (["{model}", "--task", "STS12", "--instructions", "{empty}/none.json"], "no instructions at "),
+        (
+            ["{model}", "--task", "STS12", "--instructions", "{empty}/none.json"],
+            r"instructions .* cannot be read: No such file",
+        ),
         (["{model}", "--data", "{data}", "--instructions", "{data}/latin.json"], "latin.json is not UTF-8 text"),
         (["{empty}/nothing", "--data", "{data}", "--suite", "full"], "no model at "),
         (
             ["{model}", "--data", "{data}", "--task", "Similar", "--baseline", "guess"],
             "unknown baseline 'guess'; valid: mean, last",
         ),
-        (["{model}", "--data", "{data}", "--instructions", "{empty}/none.json"], "no instructions at "),
+        (
+            ["{model}", "--data", "{data}", "--instructions", "{empty}/none.json"],
+            r"instructions .* cannot be read: No such file",
+        ),
         (
             ["{model}", "--data", "{data}", "--instructions", "{data}/blank.json", "--task", "Similar"],
             "must map task names to instructions",

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import MANY, write_gzipped
 from promptembedder import PromptEmbedderError, evaluation
+from promptembedder.evaluation import task_rows
 from promptembedder.evaluation.tasks import InstructionTriplets
 
 pytest.importorskip("mteb", reason="mteb is not installed: pip install 'promptembedder[evaluate]'")
@@ -76,7 +77,7 @@ def test_changed_rows_are_another_revision(task_folder):
             "'label' is '0.7', expected 0 or 1",
         ),
         ("sts/Similar", {"sentence1": 7, "sentence2": "b", "score": 1}, "'sentence1' is '7', expected a text"),
-        ("classification/Class.test", {"text": "a", "label": "x"}, "'label' is 'x', of another kind than in the first"),
+        ("classification/Class.test", {"text": "a", "label": "x"}, "'label' is 'x', of another kind than 0 ("),
         ("clustering/Groups", {"text": "a", "label": [1]}, "expected a text or a whole number"),
         ("reranking/Order", {"query": "a", "positive": [], "negative": []}, "'positive' is '[]', expected a list"),
         (
@@ -152,7 +153,7 @@ def test_tasks_of_the_hub_have_instructions(encoder):
 
 def test_quick_classes_are_thinned_per_label(task_folder, monkeypatch):
     monkeypatch.setattr(evaluation.tasks, "QUICK", {"Class": 7})
-    monkeypatch.setattr(evaluation.tasks, "_QUICK_TRAIN_PER_LABEL", 4)
+    monkeypatch.setattr(task_rows, "QUICK_TRAIN_PER_LABEL", 4)
     (task,) = evaluation.local_tasks(task_folder, quick=True)
     task.load_data()
     assert len(task.dataset["test"]) == 7

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.fits import moments, ridge
+from promptembedder.paths import expanded, unreadable
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEWEST_TEXTS = 100
@@ -94,8 +95,11 @@ def load(path: Path) -> Bridge:
     Raises:
         PromptEmbedderError: no such file, or not a bridge.
     """
-    if not path.is_file():
+    path = expanded(path)
+    if not path.exists():
         raise PromptEmbedderError(f"no bridge at {path}")
+    if (reason := unreadable(path)) is not None:  # safetensors would call it missing
+        raise PromptEmbedderError(f"bridge {path} cannot be read: {reason}")
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from promptembedder.errors import PromptEmbedderError, needs_extra
 from promptembedder.model.folder import describe
+from promptembedder.paths import expanded
 from promptembedder.progress import bar
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def encode_file(
         MissingExtraError: Parquet without pyarrow.
     """
     _check(instruction, document, bridge, truncate_dim, precision)
+    texts, output = str(expanded(texts)), expanded(output)
     dimensions = describe(model)["dimensions"]
     # A missing model is reported before the libraries are imported, which takes seconds.
     import numpy as np

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError, needs_extra
+from promptembedder.paths import ending
 
 
 class EmbeddingWriter(Protocol):
@@ -43,12 +44,12 @@ def embedding_writer(path: Path, width: int, dtype: np.dtype[Any]) -> Iterator[E
     makers: dict[str, type[_NpyWriter] | type[_ParquetWriter]] = {".npy": _NpyWriter, ".parquet": _ParquetWriter}
     if path.is_dir():
         raise PromptEmbedderError(f"output {path} is a folder, expected a file name ending in .npy or .parquet")
-    if path.suffix not in makers:
+    if ending(path) not in makers:
         raise PromptEmbedderError(f"output {path}: unknown ending {path.suffix!r}, expected .npy or .parquet")
     with ExitStack() as stack:
         with _naming(path):
             scratch = stack.enter_context(atomic.replacing(path))
-            writer = makers[path.suffix](scratch, width, dtype)
+            writer = makers[ending(path)](scratch, width, dtype)
         # Errors of the block are the caller's: only the writer's own are reported as a failure of the output.
         yield _Checked(writer, path, width)
         with _naming(path):

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from promptembedder import progress
-from promptembedder.cli.arguments import check_output
+from promptembedder.cli.arguments import check_output, expanding_paths
 from promptembedder.cli.bridge import bridge
 from promptembedder.cli.compare import compare
 from promptembedder.cli.demo import demo
@@ -39,7 +39,7 @@ app = typer.Typer(
     help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
 )
 for verb in (train, encode, evaluate, transfer, bridge, compare, explain, info, path, demo):
-    app.command()(verb)
+    app.command()(expanding_paths(verb))
 
 
 def _print_version(asked: bool) -> None:

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.paths import expanded
 from promptembedder.text import is_blank, is_unicode
+
+
+def expanding_paths(verb: Callable[..., None]) -> Callable[..., None]:
+    """A command whose paths have `~` replaced; shells leave it alone in `--output=~/x`."""
+
+    @functools.wraps(verb)
+    def run(**given: Any) -> None:
+        verb(**{name: _expanded(value) for name, value in given.items()})
+
+    return run
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return expanded(value) if isinstance(value, Path) else value
+
+
+def expanded_text(value: str) -> str:
+    """As `expanding_paths`, for an argument that may be something else than a path, such as `-`."""
+    return str(expanded(value)) if value.startswith("~") else value
+
 
 ModelPath = Annotated[
     Path, typer.Argument(metavar="MODEL", help="Saved model: folder, hub id, or name of one in the package.")

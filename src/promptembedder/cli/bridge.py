@@ -9,14 +9,17 @@ from typing import Annotated
 
 import typer
 
-from promptembedder.cli.arguments import BatchSize, check_input, check_instruction
+from promptembedder.cli.arguments import BatchSize, check_input, check_instruction, expanded_text
 from promptembedder.errors import PromptEmbedderError
 
 
 def bridge(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="Model that the index was made with (as for encode).")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Model that takes over.")],
-    texts: Annotated[str, typer.Argument(metavar="TEXTS", help="File of texts to fit on; the more the better.")],
+    texts: Annotated[
+        str,
+        typer.Argument(metavar="TEXTS", help="File of texts to fit on; the more the better.", callback=expanded_text),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file.")] = Path("bridge.safetensors"),
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: each model's default.")] = None,
     batch_size: BatchSize = 32,

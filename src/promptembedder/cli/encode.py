@@ -7,13 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from promptembedder.cli.arguments import BatchSize, Device, ModelPath, check_input, check_instruction
+from promptembedder.cli.arguments import BatchSize, Device, ModelPath, check_input, check_instruction, expanded_text
 from promptembedder.progress import say
 
 
 def encode(
     model: ModelPath,
-    texts: Annotated[str, typer.Argument(metavar="[TEXTS]", help="File of texts; - is standard input.")] = "-",
+    texts: Annotated[
+        str, typer.Argument(metavar="[TEXTS]", help="File of texts; - is standard input.", callback=expanded_text)
+    ] = "-",
     output: Annotated[Path, typer.Option("--output", "-o", help=".npy, or .parquet with ids.")] = Path("vectors.npy"),
     instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: the model's default.")] = None,
     document: Annotated[bool, typer.Option("--document", help="Use the model's document instruction.")] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from promptembedder.cli.arguments import BatchSize, Device
+from promptembedder.cli.arguments import BatchSize, Device, expanded_text
 from promptembedder.errors import PromptEmbedderError, needs_extra
 from promptembedder.progress import say
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[
         str,
-        typer.Argument(help="Saved model (as for encode), one of sentence-transformers, LLM with --baseline."),
+        typer.Argument(
+            help="Saved model (as for encode), one of sentence-transformers, LLM with --baseline.",
+            callback=expanded_text,
+        ),
     ],
     data: Annotated[Path | None, typer.Option(help="Folder of tasks; unset: mteb's own, from the hub.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Name of a task or mteb benchmark; may be repeated.")] = None,

@@ -7,10 +7,12 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promptembedder.errors import PromptEmbedderError, needs_extra
+from promptembedder.errors import PromptEmbedderError, needs_extra, shown
+from promptembedder.paths import ending, expanded, unreadable
 from promptembedder.text import is_unicode
 
 DATA_ENV = "PROMPTEMBEDDER_DATA"
@@ -20,7 +22,7 @@ _HUB_MARK = "hub:"
 def data_path(path: str, root: str | None) -> Path:
     """A data file's place: absolute, or below `root`, `$PROMPTEMBEDDER_DATA` or the current folder."""
     base = root or os.environ.get(DATA_ENV) or "."
-    return Path(base).expanduser() / Path(path).expanduser()
+    return expanded(base) / expanded(path)
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -29,7 +31,7 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         PromptEmbedderError: file missing, gzip damaged, not UTF-8.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if ending(path).endswith(".gz") else open
     read = 0
     try:
         # Lines end where they end on standard input: a lone carriage return is part of a text.
@@ -55,7 +57,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
-            yield where, parse_json(line, where)
+            yield where, parse_json_line(line, where)
+
+
+def parse_json_line(line: str, where: str) -> Any:
+    """Read the JSON value of a line of JSONL, which is no array.
+
+    Raises:
+        PromptEmbedderError: as `parse_json`, or the file holds one JSON array in place of an object per line.
+    """
+    if line.lstrip().startswith("["):
+        raise PromptEmbedderError(f"{where}: found a JSON array, expected one JSON object per line")
+    if line.strip() == "{":
+        raise PromptEmbedderError(f"{where}: found an object over several lines, expected one JSON object per line")
+    return parse_json(line, where)
 
 
 def parse_json(line: str, where: str) -> Any:
@@ -76,7 +91,7 @@ def records(path: str, root: str | None) -> Iterator[tuple[str, dict[str, Any]]]
     """Yield (place, row) of a file or hub dataset; errors as in `load_training_data`."""
     for where, record in _raw_records(path, root):
         if not isinstance(record, dict):
-            raise PromptEmbedderError(f"{where}: expected an object with named fields, found {type(record).__name__}")
+            raise PromptEmbedderError(f"{where}: found {type(record).__name__}, expected one JSON object per line")
         yield where, record
 
 
@@ -95,28 +110,42 @@ def _raw_records(path: str, root: str | None) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, row {n + 1}", row) for n, row in enumerate(table))
         return
     file = data_path(path, root)
-    if not file.is_file():
-        hint = f"; set data.root or {DATA_ENV}" if not (root or os.environ.get(DATA_ENV) or file.is_absolute()) else ""
-        raise PromptEmbedderError(f"data file {file} cannot be read: No such file{hint}")
-    if file.suffix == ".parquet":
+    if (closed := unreadable(file)) is not None:
+        anywhere = not (os.path.exists(file) or root or os.environ.get(DATA_ENV) or file.is_absolute())
+        hint = f"; set data.root or {DATA_ENV}" if anywhere else ""
+        raise PromptEmbedderError(f"data file {file} cannot be read: {closed}{hint}")
+    if ending(file) == ".parquet":
         yield from _parquet(file)
-    elif file.name.endswith((".jsonl", ".jsonl.gz")):
+    elif ending(file) in (".jsonl", ".jsonl.gz"):
         yield from read_jsonl(file)
     else:
         raise PromptEmbedderError(f"data file {file}: unknown kind, expected .jsonl, .jsonl.gz, .parquet or hub:NAME")
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
+    with reading_parquet(f"data file {file}"):
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    yield from ((f"{file}, row {n + 1}", row) for n, row in enumerate(rows))
+
+
+@contextmanager
+def reading_parquet(what: str) -> Iterator[None]:
+    """What pyarrow says of a damaged file, and of values that Python has none for, as one line.
+
+    Raises:
+        PromptEmbedderError: the file cannot be read.
+    """
+    import pyarrow
+
     try:
-        table = pyarrow.parquet.read_table(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PromptEmbedderError(
-            f"data file {file} cannot be read as Parquet: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    yield from ((f"{file}, row {n + 1}", row) for n, row in enumerate(table.to_pylist()))
+        yield
+    except PromptEmbedderError:
+        raise
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, TypeError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise PromptEmbedderError(f"{what} cannot be read as Parquet: {reason}") from error
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
@@ -129,7 +158,7 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
         raise PromptEmbedderError(f"{where}: field {field!r} is missing")
     value = record[field]
     if not isinstance(value, str) or not value.strip() or not is_unicode(value):
-        raise PromptEmbedderError(f"{where}: field {field!r} is {value!r}, expected a non-empty string")
+        raise PromptEmbedderError(f"{where}: field {field!r} is {shown(value)}, expected a non-empty string")
     return value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from promptembedder.data.readers import records, text_field
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, shown
 
 
 def read_scored_pairs(path: str, root: str | None) -> tuple[list[str], list[str], list[float]]:
@@ -16,7 +16,7 @@ def read_scored_pairs(path: str, root: str | None) -> tuple[list[str], list[str]
     for where, record in records(path, root):
         score = record.get("score")
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) < 1e300:
-            raise PromptEmbedderError(f"{where}: field 'score' is {repr(score)[:40]}, expected a number")
+            raise PromptEmbedderError(f"{where}: field 'score' is {shown(score)}, expected a number")
         first.append(text_field(record, "sentence1", where))
         second.append(text_field(record, "sentence2", where))
         scores.append(float(score))

@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
 
-from promptembedder.data.readers import parse_json, read_jsonl, read_lines
+from promptembedder.data.readers import parse_json_line, read_jsonl, read_lines, reading_parquet
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.text import is_unicode
 
@@ -80,7 +80,7 @@ def _jsonl_rows(source: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_lines(source), 1):
         if line.strip():
             where = f"standard input, line {number}"
-            yield where, parse_json(line, where)
+            yield where, parse_json_line(line, where)
 
 
 def _lines(source: str) -> Iterator[str]:
@@ -99,24 +99,19 @@ def _lines(source: str) -> Iterator[str]:
 
 
 def _parquet_rows(source: str, text_field: str, id_field: str) -> Iterator[tuple[str, Any, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(source) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                raise PromptEmbedderError(f"{source} has no column {text_field!r}, only {', '.join(names)}")
-            columns = [text_field, *([id_field] if id_field in names else [])]
-            n = 0
-            for batch in file.iter_batches(columns=columns, batch_size=1024):
-                for row in batch.to_pylist():
-                    n += 1
-                    yield f"{source}, row {n}", row.get(id_field), row[text_field]
-    except (OSError, pyarrow.ArrowException) as error:
-        raise PromptEmbedderError(
-            f"input {source} cannot be read as Parquet: {getattr(error, 'strerror', None) or error}"
-        ) from None
+    with reading_parquet(f"input {source}"), pyarrow.parquet.ParquetFile(source) as file:
+        names = file.schema_arrow.names
+        if text_field not in names:
+            others = ", ".join(" ".join(name.split()) for name in names)
+            raise PromptEmbedderError(f"{source} has no column {text_field!r}, only {others}")
+        columns = [text_field, *([id_field] if id_field in names else [])]
+        n = 0
+        for batch in file.iter_batches(columns=columns, batch_size=1024):
+            for row in batch.to_pylist():
+                n += 1
+                yield f"{source}, row {n}", row.get(id_field), row[text_field]
 
 
 def _name(source: str) -> str:

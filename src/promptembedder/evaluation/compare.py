@@ -19,6 +19,7 @@ from mteb.results import TaskResult
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.run import FACTS, read_facts_file
+from promptembedder.paths import expanded
 
 _META = "model_meta.json"
 
@@ -81,7 +82,7 @@ def read_columns(places: Sequence[Path]) -> list[Column]:
         PromptEmbedderError: a folder without results, or a result that cannot be read.
     """
     folders: dict[Path, None] = {}
-    for place in places:
+    for place in map(expanded, places):
         found = sorted(meta.parent for meta in place.rglob(_META)) if place.is_dir() else []
         found = [folder for folder in found if _results(folder)]
         if not found:
@@ -170,7 +171,7 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
         for name, column in comparison.columns.items()
     }
     try:
-        with atomic.filling(folder) as scratch:
+        with atomic.filling(expanded(folder)) as scratch:
             _draw_kinds(comparison, scratch / "by-kind.png")
             if "training.png" in pictures:
                 _draw_training(comparison, scratch / "training.png")

@@ -27,6 +27,7 @@ from promptembedder.model.folder import CONFIG_FILE, may_be_hub_id, saved_model
 from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.store import load
+from promptembedder.paths import expanded
 from promptembedder.text import checked_texts, fill_blanks
 from promptembedder.training.curves import read_facts
 
@@ -162,6 +163,7 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         PromptEmbedderError: the model cannot be opened, the baseline is unknown.
     """
     check_device(device)
+    model = str(expanded(model)) if model.startswith("~") else model
     if baseline is not None:
         if baseline not in BASELINES:
             raise PromptEmbedderError(f"unknown baseline {baseline!r}; valid: {', '.join(BASELINES)}")
@@ -196,6 +198,10 @@ def open_model(model: str, *, baseline: str | None = None, device: str | None = 
         raise PromptEmbedderError(
             f"no model at {model}: give a folder or a hub id such as owner/name{shipped.shipped_hint()}"
         )
+    # An LLM, and a model of another library, have one of these.
+    others = any((folder / name).is_file() for name in ("modules.json", "config.json"))
+    if folder.exists() and not others and (wrong := shipped.not_a_model(folder)) is not None:
+        raise PromptEmbedderError(wrong)
     try:
         with quiet_transformers():
             opened = SentenceTransformer(model, device=device)

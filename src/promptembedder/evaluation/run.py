@@ -19,6 +19,7 @@ from mteb.cache import ResultCache
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.encoder import InstructedEncoder
+from promptembedder.paths import expanded
 
 # Beside mteb's files: what they do not say of tasks of a folder and of the model's training. No JSON file, because
 # mteb takes every one in the folder for a result.
@@ -56,7 +57,7 @@ def evaluate(
         PromptEmbedderError: the folder cannot be written, or holds results of these tasks made on other rows or under
             other instructions; rows cannot be had from the hub; a score is not a number.
     """
-    meta = encoder.mteb_model_meta
+    meta, output = encoder.mteb_model_meta, expanded(output)
     cache = ResultCache(output)
     folder = output / "results" / meta.model_name_as_path() / str(meta.revision)
     kinds = {task.metadata.name: task.metadata.type for task in tasks}

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import GgufConfig
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.quiet import quiet_transformers
+from promptembedder.paths import expanded
 from promptembedder.progress import say
 
 CACHE_ENV = "PROMPTEMBEDDER_CACHE"
@@ -29,7 +30,7 @@ CONVERSION_VERSION = 1
 
 def cache_dir() -> Path:
     """The folder of converted models: `$PROMPTEMBEDDER_CACHE`, or the user's cache directory."""
-    return Path(os.environ.get(CACHE_ENV) or user_cache_dir("promptembedder"))
+    return expanded(os.environ.get(CACHE_ENV) or user_cache_dir("promptembedder"))
 
 
 def converted(key: str, sha256: str, parts: list[Path]) -> Path:
@@ -50,7 +51,7 @@ def converted(key: str, sha256: str, parts: list[Path]) -> Path:
         try:
             gguf = scratch / "model.gguf"
             _join(parts, gguf, sha256)
-            _convert_gguf(gguf, scratch / "converted")
+            _convert_gguf(gguf, scratch / "converted", ", ".join(map(str, parts)))
             if target.exists():  # half-written by something that was killed between rename steps
                 shutil.rmtree(target)
             (scratch / "converted").rename(target)
@@ -71,8 +72,11 @@ def _join(parts: list[Path], output: Path, sha256: str) -> None:
         )
 
 
-def _convert_gguf(gguf: Path, output: Path) -> None:
-    """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other."""
+def _convert_gguf(gguf: Path, output: Path, given: str) -> None:
+    """De-quantise a GGUF file into a bfloat16 safetensors folder that `from_pretrained` opens as any other.
+
+    Errors name what the user gave (`given`), not the scratch file.
+    """
     options: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     # The bar of the conversion goes past transformers' own switch.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
@@ -85,7 +89,8 @@ def _convert_gguf(gguf: Path, output: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
         except (ValueError, KeyError, OSError, RuntimeError, struct.error) as error:
-            raise PromptEmbedderError(f"{gguf.name} cannot be read as a GGUF language model: {error}") from error
+            reason = str(error).replace(str(gguf), "the file").replace(gguf.name, "the file")
+            raise PromptEmbedderError(f"{given} cannot be read as a GGUF language model: {reason}") from error
         # The model is dense now; with these marks left, save_pretrained takes it for a quantised one.
         for name in ("hf_quantizer", "is_quantized", "quantization_method"):
             if hasattr(lm, name):

@@ -19,6 +19,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
 from promptembedder.llms.quiet import quiet_transformers
+from promptembedder.paths import ending, expanded, unreadable
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,17 @@ def locate(name: str, revision: str | None = None, access: HubAccess = AS_CONFIG
             return LocatedModel(name, converted(f"{name}-{carried.sha256[:12]}", carried.sha256, parts))
         hint = carried.install if revision is None else None
         return LocatedModel(name, *_from_hub(carried.hub_id, revision, access, hint=hint))
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path = expanded(name)
+    if path.is_file() and ending(path) == ".gguf":
+        if (reason := unreadable(path)) is not None:
+            raise PromptEmbedderError(f"base model {path} cannot be read: {reason}")
         digest = sha256_of([path])
         return LocatedModel(str(path.resolve()), converted(f"{path.stem}-{digest[:12]}", digest, [path]))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise PromptEmbedderError(f"base model folder {path} has no config.json")
+        if (reason := unreadable(path / "config.json")) is not None:
+            raise PromptEmbedderError(f"base model folder {path} has no config.json that can be read: {reason}")
         return LocatedModel(str(path.resolve()), path)
-    if path.suffix == ".gguf" or path.is_absolute() or name.count("/") != 1:
+    if ending(path) == ".gguf" or path.is_absolute() or name.count("/") != 1:
         raise PromptEmbedderError(
             f"base model {name!r} not found: give a folder, a .gguf file, a hub id (owner/name), or one of "
             + ", ".join(CARRIED_MODELS)
@@ -124,11 +127,11 @@ def peek_config(name: str, revision: str | None = None) -> Any | None:
         revision: as in `locate`.
     """
     carried = CARRIED_MODELS.get(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     options: dict[str, Any] = {"trust_remote_code": False}
     if carried is not None and revision is None and _installed_parts(carried) is not None:
         return None  # small, and in parts
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and ending(path) == ".gguf":
         source: str | Path = path.parent
         options |= {"gguf_file": path.name}
     else:

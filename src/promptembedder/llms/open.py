@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.convert import cache_dir
 from promptembedder.llms.locate import LocatedModel
 from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.llms.states import CACHE_ARGUMENT
+from promptembedder.paths import closed_file
 
 
 def load_config(located: LocatedModel) -> Any:
@@ -94,4 +97,19 @@ def _opening(located: LocatedModel, part: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PromptEmbedderError(f"base model {located.name}: {part} cannot be opened: {first}") from error
+        closed = closed_file(located.folder)
+        remedy = "" if closed else _remedy(located, error)
+        raise PromptEmbedderError(
+            f"base model {located.name}: {part} cannot be opened: {closed or first}{remedy}"
+        ) from error
+
+
+def _remedy(located: LocatedModel, error: Exception) -> str:
+    """What to do about a copy that this package or the hub's library made, and that may be damaged."""
+    if not isinstance(error, (OSError, SafetensorError, json.JSONDecodeError)):
+        return ""
+    if located.folder.resolve().is_relative_to(cache_dir().resolve()):
+        return f"; its converted copy may be damaged: remove {located.folder}, and it is converted again"
+    if located.revision is not None:
+        return f"; its copy may be damaged: remove {located.folder}, and it is fetched again"
+    return ""

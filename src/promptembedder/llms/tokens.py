@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.text import composed
 
 _PROBE = "a"
 
@@ -22,8 +23,8 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
-    """Token ids of words, without special tokens."""
-    return list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+    """Token ids of words in composed form (NFC), without special tokens."""
+    return list(tokenizer(composed(words), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def continuing_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
 from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
+from promptembedder.paths import expanded, unreadable
 
 FORMAT_VERSION = 2
 # What a run or transfer began with, in its folder.
@@ -52,13 +54,34 @@ def shipped_folder(model: str | Path) -> Path:
 
     A saved model in a folder of that name goes first. What is neither is given back as it is.
     """
-    folder = Path(model)
+    folder = expanded(model)
     return PLACE / folder if str(folder) in shipped_names() and not (folder / CONFIG_FILE).is_file() else folder
 
 
 def shipped_hint() -> str:
     """What to add to an error about a model that is not there."""
     return f"; models by name: {', '.join(shipped_names())}" if shipped_names() else ""
+
+
+def not_a_model(place: Path) -> str | None:
+    """What to say of a path given as a saved model which is none, such as the folder of a run; None: it is one."""
+    if not os.path.exists(place):
+        return f"no model at {place}{shipped_hint()}"
+    if not place.is_dir():
+        return f"{place} is a file; give the folder of a saved model"
+    if (place / CONFIG_FILE).is_file():
+        return None
+    if inside := models_inside(place):
+        return f"{place} is not a saved model, but holds {'one' if len(inside) == 1 else 'some'}: give {inside[0]}"
+    if (place / BEGUN_FILE).is_file():
+        return f"{place} is the folder of a run that has saved no model yet"
+    return f"{place} is not a saved model: it has no {CONFIG_FILE}"
+
+
+def models_inside(folder: Path) -> list[Path]:
+    """Saved models in the folder of a run, or of several runs; the one that a run ends with comes first."""
+    signs = (f"model/{CONFIG_FILE}", f"*/model/{CONFIG_FILE}", f"*/{CONFIG_FILE}")
+    return list(dict.fromkeys(found.parent for sign in signs for found in sorted(folder.glob(sign))))
 
 
 def saved_model(hub_id: str, revision: str | None = None, access: HubAccess = AS_CONFIGURED) -> Path | None:
@@ -277,13 +300,15 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file of a model's folder.
 
     Raises:
-        PromptEmbedderError: the file or the folder is not there, or it is not JSON.
+        PromptEmbedderError: the file or the folder is not there or cannot be read, or it is not JSON.
     """
-    if not path.is_file():
-        if path.parent.is_dir():
-            raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
-        raise PromptEmbedderError(f"no model at {path.parent}{shipped_hint()}")
+    if (reason := unreadable(path)) is not None:
+        if (wrong := not_a_model(path.parent)) is not None:
+            raise PromptEmbedderError(wrong)
+        if path.exists():
+            raise PromptEmbedderError(f"{path} cannot be read: {reason}")
+        raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptEmbedderError(f"{path} is not JSON: {error}") from error

@@ -22,6 +22,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.open import input_embeddings
 from promptembedder.llms.states import CACHE_ARGUMENT, States, shallow_copy
 from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids
+from promptembedder.text import composed
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +226,7 @@ class Prompter(nn.Module):
         return name.startswith("lm.") and (not hasattr(self.lm, "peft_config") or "lora_" in name)
 
     def _request_ids(self, request: str) -> list[int]:
+        request = composed(request)  # the chat template is not read by `plain_ids`
         cut = plain_ids(self.tokenizer, request)
         if len(cut) > self.max_request_tokens:
             _say_cut(len(cut), self.max_request_tokens)

@@ -21,6 +21,7 @@ from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
 from promptembedder.model.handed import dtype_name
 from promptembedder.model.parts import Parts, open_parts
 from promptembedder.model.settings import ModelConfig
+from promptembedder.paths import unreadable
 
 
 def reopen(
@@ -73,8 +74,10 @@ def weights_of(saved: SavedModel) -> Iterator[dict[str, Tensor]]:
     """
     file = saved.folder / ALIGNMENT_FILE
     for needed in (file, saved.prompter_weights):
-        if not needed.is_file():
+        if not needed.exists():
             raise PromptEmbedderError(f"model folder {saved.folder} has no {needed.relative_to(saved.folder)}")
+        if (reason := unreadable(needed)) is not None:  # safetensors would call it missing
+            raise PromptEmbedderError(f"{needed} cannot be read: {reason}")
     try:
         stored = load_file(file)
         if "weight" not in stored:

@@ -32,6 +32,7 @@ from promptembedder.model.folder import (
 from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
+from promptembedder.paths import closed_file, expanded
 
 
 def load(
@@ -87,7 +88,7 @@ def restore(model: SentenceTransformer, path: str | Path) -> None:
     Raises:
         PromptEmbedderError: a file is missing or damaged, or weights have other shapes.
     """
-    folder = Path(path)
+    folder = expanded(path)
     soft_prompt_module(model).restore(folder)
     later = _library_modules(folder, _listed_modules(folder)[1:])
     with _whole(folder, RuntimeError):
@@ -115,7 +116,7 @@ def save(
         PromptEmbedderError: the folder cannot be written, or holds something that is not a model; the prompter to share
             is another one.
     """
-    target = Path(path)
+    target = expanded(path)
     refuse_foreign(target)
     target = target.resolve() if target.is_symlink() else target
     lender = None if share_prompter is None else lender_of(model, share_prompter, target)
@@ -218,6 +219,8 @@ def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except damaged + more as error:
+        if (closed := closed_file(folder)) is not None:
+            raise PromptEmbedderError(closed) from error
         reason = " ".join(str(error).split())[:200]
         raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 

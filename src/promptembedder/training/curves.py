@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from promptembedder import atomic
-from promptembedder.data.readers import parse_json
+from promptembedder.data.readers import parse_json, read_lines
+from promptembedder.errors import PromptEmbedderError
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
     path = folder / TRAINING_FACTS
     if not path.is_file():
         return None
-    facts: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"), str(path))
+    facts = parse_json("".join(read_lines(path)), str(path))
+    if not isinstance(facts, dict):
+        raise PromptEmbedderError(f"{path} must hold an object")
     return facts
 
 

@@ -20,6 +20,7 @@ from promptembedder.llms import widened
 from promptembedder.llms.state_cache import TextStateCache, open_text_cache
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.paths import expanded
 from promptembedder.training import workers
 from promptembedder.training.arguments import DEV_METRIC, arguments_of, max_grad_norm
 from promptembedder.training.callbacks import SoftPromptLeafCallback, TrainingBar, TrainingClock
@@ -104,7 +105,7 @@ def fit(
         cache.hits = cache.misses = 0
     losses = make_losses(model, settings, data) if loss is None else loss
     clock = TrainingClock(spent)
-    place = Path(settings.output if output is None else output)
+    place = expanded(settings.output if output is None else output)
     arguments = arguments_of(settings, data, module, place, every_steps, scored=evaluator is not None)
     known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
     leaf = SoftPromptLeafCallback(module, max_grad_norm(settings), sorted(known))

@@ -14,6 +14,7 @@ from promptembedder.config import (
     RULES,
     Count,
     Fraction,
+    Place,
     PositiveFloat,
     PositiveInt,
     Retired,
@@ -101,7 +102,7 @@ class TrainingConfig:
             are refused.
     """
 
-    output: str = "runs/model"
+    output: Place = "runs/model"
     max_steps: Count = 200
     batch_size: Annotated[int, Field(ge=2)] = 48
     gradient_accumulation: PositiveInt = 1
@@ -117,7 +118,7 @@ class TrainingConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     early_stop_patience: PositiveInt | None = None
     text_state_cache: Annotated[ByteSize, Field(gt=0)] | None = None
-    text_state_folder: str | None = None
+    text_state_folder: Place | None = None
     text_state_precision: Literal["same", "bfloat16", "int8"] = "same"
     seed: int = 13
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,41 @@
+"""Paths as users write them: a leading `~`, endings in any case; and why a file cannot be read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, a leading `~` replaced by the home folder."""
+    return Path(os.path.expanduser(path))  # `Path.expanduser` raises where `~name` is no user
+
+
+def ending(path: str | Path) -> str:
+    """What a file's name says of its content, in lower case: `.jsonl`, `.jsonl.gz`; empty where it says nothing."""
+    name = Path(path).name.lower()
+    packed = ".gz" if name.endswith(".gz") else ""
+    return Path(name.removesuffix(packed)).suffix + packed
+
+
+def unreadable(path: Path) -> str | None:
+    """Why a file cannot be read, such as `Permission denied`; None where it can."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("rb").close()
+    except (OSError, ValueError) as error:  # the second: a null byte in the name
+        return getattr(error, "strerror", None) or str(error)
+    return None if stat.S_ISREG(mode) else "Is a directory" if stat.S_ISDIR(mode) else "Not a regular file"
+
+
+def closed_file(folder: Path) -> str | None:
+    """The first file of a folder that is there and cannot be read, and why; None where there is none.
+
+    Libraries call such a file missing.
+    """
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and (reason := unreadable(path)) is not None:
+            return f"{path} cannot be read: {reason}"
+    return None
