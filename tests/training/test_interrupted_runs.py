@@ -56,7 +56,10 @@ DAMAGE = {
     "old, optimizer flipped": (lambda c: (unmarked(c), flipped(c / "optimizer.pt")), "optimizer.pt is damaged"),
     "old, state cut": (lambda c: (unmarked(c), cut(c / "trainer_state.json")), "trainer_state.json is damaged"),
     "old, weights cut": (lambda c: (unmarked(c), cut(c / "alignment.safetensors")), "alignment.safetensors is damaged"),
-    "old, no prompter": (lambda c: (unmarked(c), shutil.rmtree(c / "prompter")), "adapter_model.safetensors is missing"),
+    "old, no prompter": (
+        lambda c: (unmarked(c), shutil.rmtree(c / "prompter")),
+        "adapter_model.safetensors is missing",
+    ),
 }
 
 
@@ -117,14 +120,15 @@ def test_a_damaged_best_checkpoint_is_no_end_to_go_on_to(run_config, caplog):
     shutil.rmtree(result.folder)
     (best / "alignment.safetensors").unlink()
     assert train(config, resume=True).scores == result.scores
-    assert f"checkpoint-3 is skipped: the best one before it, {best.name}, is not complete: alignment.saf" in caplog.text
+    assert (
+        f"checkpoint-3 is skipped: the best one before it, {best.name}, is not complete: alignment.saf" in caplog.text
+    )
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_marked(run_config, monkeypatch):
     config = run_config(max_steps=3, arguments={"save_steps": 1, "save_total_limit": 1})
     output = Path(config.training.output)
     whole = train(run_config("whole", max_steps=3))
-
 
     def stopped(checkpoint):
         if checkpoint.name == "checkpoint-2":
@@ -164,7 +168,9 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_checkpoint(run_confi
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, before[1]))
 
     try:
-        with pytest.raises(PromptEmbedderError, match=r"run/checkpoint-2 cannot be written .*; make room on the disk a"):
+        with pytest.raises(
+            PromptEmbedderError, match=r"run/checkpoint-2 cannot be written .*; make room on the disk a"
+        ):
             train(config, callbacks=[Fill()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

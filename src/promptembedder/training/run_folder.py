@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer import TRAINER_STATE_NAME
 
 from promptembedder import atomic, lock
 from promptembedder.config import read_yaml
@@ -140,14 +141,19 @@ def refuse_interrupted(output: Path) -> None:
     Raises:
         PromptEmbedderError: an interrupted run is in the way.
     """
-    found = checkpoints(output)
-    if found and _unfinished(output / "model", found[-1]):
+    if any(_unfinished(output / "model", path) for path in _newest_of(output)):
         raise PromptEmbedderError(f"{output} holds an interrupted run: --resume it or remove it")
 
 
 def interrupted(output: Path) -> bool:
     """Whether a run began or wrote a checkpoint here, and saved no model since."""
-    return any(_unfinished(output / "model", path) for path in (output / BEGUN_FILE, *checkpoints(output)[-1:]))
+    return any(_unfinished(output / "model", path) for path in (output / BEGUN_FILE, *_newest_of(output)))
+
+
+def _newest_of(output: Path) -> list[Path]:
+    """What says when the last checkpoint was written, if there is one: a folder is also dated by what is removed."""
+    states = [checkpoint / TRAINER_STATE_NAME for checkpoint in checkpoints(output)[-1:]]
+    return [state if state.is_file() else state.parent for state in states]
 
 
 def _unfinished(model: Path, begun: Path) -> bool:
