@@ -3,9 +3,9 @@
     python scripts/kill_and_resume.py --kills 50
     python scripts/kill_and_resume.py --kills 10 --transfer
 
-Trains a tiny random model, made here, for 20 steps with a checkpoint after every second one. Half of the kills (`kill -9`)
-are spread evenly over the run; the other half hit the moment in which a checkpoint is being written. Prints a line per
-kill, the largest differences last, and ends with exit code 1 if one of them is above 1e-6.
+Trains a tiny random model, made here, for 20 steps with a checkpoint after every second one. Half of the kills
+(`kill -9`) are spread evenly over the run; the other half hit the moment in which a checkpoint is being written. Prints a
+line per kill, the largest differences last, and ends with exit code 1 if one of them is above 1e-6.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def make_lm(folder: Path, width: int, seed: int) -> None:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(TEXTS, trainers.BpeTrainer(320, special_tokens=["<|end|>"], initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    core.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
     shape = {"hidden_size": width, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(seed)
