@@ -4,8 +4,8 @@
     python scripts/kill_and_resume.py --kills 10 --transfer
 
 Trains a tiny random model, made here, for 20 steps with a checkpoint after every second one. Half of the kills
-(`kill -9`) are spread evenly over the run; the other half hit the moment in which a checkpoint is being written. Prints a
-line per kill, the largest differences last, and ends with exit code 1 if one of them is above 1e-6.
+(`kill -9`) are spread evenly over the run; the others hit the moment in which a checkpoint is being written. Prints a
+line per kill and the largest differences. Ends with exit code 1 if one of them is above 1e-6.
 """
 
 from __future__ import annotations

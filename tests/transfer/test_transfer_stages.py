@@ -296,7 +296,7 @@ def test_a_transfer_goes_on_from_its_newest_complete_checkpoint(tiny_model, tran
 def test_one_transfer_at_a_time(tiny_model, transfer_config, tmp_path):
     with (
         lock.held(tmp_path / "moved"),
-        pytest.raises(PromptEmbedderError, match="another run is writing to output fol"),
+        pytest.raises(PromptEmbedderError, match="another run is writing to output"),
     ):
         transfer(tiny_model("llama"), transfer_config())
     assert [path.name for path in (tmp_path / "moved").iterdir()] == [lock.LOCK_FILE]
