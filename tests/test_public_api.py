@@ -58,7 +58,7 @@ SETTINGS = (
     "TransferConfig",
     "WarmStartConfig",
 )
-MOST_SETTINGS = 75
+MOST_SETTINGS = 76
 
 
 def test_public_names():

@@ -362,3 +362,33 @@ def test_no_pairs(tmp_path: Path) -> None:
     empty = tmp_path / "pairs.jsonl"
     empty.write_text("")
     assert refusal(read_scored_pairs, str(empty), None) == f"{empty} holds no pairs"
+
+
+def test_rows_that_contradict_themselves_are_counted_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    composed, apart = "gr\u00f6\u00dfe", "gro\u0308\u00dfe "
+    rows = [
+        GOOD,
+        {**GOOD, "neg": ["other", "p"]},
+        {**GOOD, "query": composed, "pos": ["p", apart]},
+        {**GOOD, "neg": [" q"]},
+        {**GOOD, "query": "p", "neg": ["\tp"]},  # of all three kinds
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    data = load(DataFile(path=str(path), weight=2))
+    assert len(queries(data)) == 12
+    assert caplog.messages == [
+        "rows that teach nothing or the wrong thing: 2 with `neg` equal to `pos`, 2 with `pos` equal to `query`, "
+        f"2 with `neg` equal to `query` (first: {path}, line 2)"
+    ]
+    assert refusal(load, path, strict=True) == (
+        f"{path}, line 2: `neg` equal to `pos`; mend the row, or set data.strict=false"
+    )
+    caplog.clear()
+    load(DataFile(path=str(path), max_rows=1), strict=True)
+    # Under two instructions a question may be the wrong answer to itself.
+    write(path, [rows[3]])
+    load(DataFile(path=str(path), asymmetric=True), strict=True)
+    assert caplog.messages == []
+    assert "line 1: `neg` equal to `query`" in refusal(load, path, strict=True)

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
 from conftest import INSTRUCTION, MANY, write_gzipped
-from promptembedder import PromptEmbedderError, save
+from promptembedder import PromptEmbedderError, lock, save
 
 pytest.importorskip("mteb", reason="mteb is not installed: pip install 'promptembedder[evaluate]'")
 
@@ -247,3 +247,11 @@ def test_bad_input_is_one_line(task_folder, tmp_path, tiny_model, tiny_lm, comma
     assert re.search(message, done.err)
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_write_to_one_folder_of_results(task_folder, tmp_path, encoder):
+    tasks = evaluation.local_tasks(task_folder, ["Similar"])
+    result = evaluation.evaluate(encoder, tasks, tmp_path / "results")
+    with lock.held(result.folder), pytest.raises(PromptEmbedderError, match="another run is writing to results folder"):
+        evaluation.evaluate(encoder, tasks, tmp_path / "results")
+    assert evaluation.evaluate(encoder, tasks, tmp_path / "results").scores == pytest.approx(result.scores, abs=1e-3)

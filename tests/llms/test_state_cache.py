@@ -163,6 +163,7 @@ def test_states_of_another_backbone_are_rebuilt(tiny_model, tmp_path, caplog, ch
     module = tiny_model()[0]
     hold(module, opened(tmp_path / "states"))
     embed(module, TEXTS)
+    module.training_state.text_cache.close()
     if change == "index":
         (tmp_path / "states" / "text-states.json").write_text("{")
     options = {"identity": {"identity": "two"}, "precision": {"precision": "int8"}, "index": {}}[change]
@@ -196,6 +197,7 @@ def test_only_its_own_files_are_thrown_away(tiny_model, tmp_path):
     module = tiny_model()[0]
     hold(module, opened(tmp_path / "states"))
     embed(module, TEXTS)
+    module.training_state.text_cache.close()
     (tmp_path / "states" / "model").mkdir()
     (tmp_path / "states" / "model" / "weights").write_text("dear")
     (tmp_path / "states" / "notes.txt").write_text("dear")
@@ -205,15 +207,35 @@ def test_only_its_own_files_are_thrown_away(tiny_model, tmp_path):
     assert not list((tmp_path / "states").rglob("*.states"))
 
 
-def test_two_backbones_at_once_never_read_each_other(tiny_model, tmp_path):
+def test_two_backbones_never_read_each_other(tiny_model, tmp_path):
+    """Not even where a lock does not hold, as on some network file systems."""
     module = tiny_model()[0]
     early = opened(tmp_path / "states", identity="one")
+    early.close()
     late = opened(tmp_path / "states", identity="two")
     hold(module, early)
     embed(module, TEXTS)
     hold(module, late)
     embed(module, TEXTS)
     assert late.hits == 0
+
+
+def test_states_in_use_are_not_thrown_away(tiny_model, tmp_path):
+    module = tiny_model()[0]
+    first = hold(module, opened(tmp_path / "states"))
+    embed(module, TEXTS)
+    second = opened(tmp_path / "states")  # the same backbone may
+    for options in ({"identity": "two"}, {"precision": "int8"}):
+        with pytest.raises(PromptEmbedderError, match="another run keeps states of another backbone or precision in"):
+            opened(tmp_path / "states", **options)
+    first.close()
+    with pytest.raises(PromptEmbedderError, match="another run"):
+        opened(tmp_path / "states", identity="two")
+    assert len(list((tmp_path / "states").rglob("*.states"))) == len(TEXTS)
+    second.close()
+    (tmp_path / "states" / ".in_use-somebody-dead").touch()
+    opened(tmp_path / "states", identity="two").close()
+    assert {path.name for path in (tmp_path / "states").glob(".*")} == {".lock"}
 
 
 def test_workers_share_a_folder_and_its_budget(tiny_model, tmp_path):

@@ -172,7 +172,7 @@ def test_a_run_again_in_the_folder_of_a_finished_one(run_config):
 def test_what_is_no_checkpoint_of_ours_stays(run_config, tmp_path):
     (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-notes.txt").write_text("mine")
-    train(run_config(max_steps=1))
+    train(run_config(max_steps=3, arguments={"save_steps": 1, "save_total_limit": 1}))
     assert (tmp_path / "run" / "checkpoint-best").is_dir()
     assert (tmp_path / "run" / "checkpoint-notes.txt").read_text() == "mine"
 

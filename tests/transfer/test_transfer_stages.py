@@ -15,12 +15,13 @@ import yaml
 from transformers import TrainerCallback
 
 from conftest import INSTRUCTION, TEXTS
-from promptembedder import PromptEmbedderError
+from promptembedder import PromptEmbedderError, lock
 from promptembedder.data.rows import load_training_data
 from promptembedder.data.settings import DataConfig
 from promptembedder.model.backbone import Backbone
 from promptembedder.model.leaves import TrainingState
 from promptembedder.training.fit import fit
+from promptembedder.transfer.checks import TRAINED_STAGES
 from promptembedder.transfer.rebase import on_backbone
 from promptembedder.transfer.transfer import transfer
 
@@ -272,3 +273,30 @@ def test_nothing_is_held_after_an_error(tiny_model, transfer_config, monkeypatch
     with pytest.raises(ZeroDivisionError):
         transfer(tiny_model(layout="suffix"), transfer_config(rows=True))
     assert made[0][0].training_state == TrainingState()
+
+
+def test_a_transfer_goes_on_from_its_newest_complete_checkpoint(tiny_model, transfer_config, tmp_path, caplog):
+    """In each stage; without one the stage starts from its beginning, and a transfer from its own."""
+    (tmp_path / "texts.txt").write_text("\n".join(f"{text} {n}" for n in range(4) for text in TEXTS))
+    settings = transfer_config(rows=True, texts=("texts.txt",), training={"arguments": {"save_total_limit": 9}})
+    model, moved = tiny_model("llama"), tmp_path / "moved"
+    whole = transfer(model, settings).model[0].alignment.weight
+    shutil.rmtree(moved / "model")
+    (moved / "alignment_unlabelled" / "checkpoint-4" / "optimizer.pt").unlink()
+    for checkpoint in (moved / "alignment_labelled").glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").write_text("{")
+    assert torch.equal(transfer(model, settings, resume=True).model[0].alignment.weight, whole)
+    assert f"{moved}/alignment_unlabelled/checkpoint-4 is skipped: optimizer.pt is missing" in caplog.text
+    assert f"{moved}/alignment_labelled/checkpoint-2 is skipped: trainer_state.json has 1 of" in caplog.text
+    for folder in ("model", *TRAINED_STAGES):  # killed in its closed forms
+        shutil.rmtree(moved / folder)
+    assert torch.equal(transfer(model, settings, resume=True).model[0].alignment.weight, whole)
+
+
+def test_one_transfer_at_a_time(tiny_model, transfer_config, tmp_path):
+    with (
+        lock.held(tmp_path / "moved"),
+        pytest.raises(PromptEmbedderError, match="another run is writing to output"),
+    ):
+        transfer(tiny_model("llama"), transfer_config())
+    assert [path.name for path in (tmp_path / "moved").iterdir()] == [lock.LOCK_FILE]

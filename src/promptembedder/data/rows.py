@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,8 @@ from promptembedder.data.made_up import FAMILIES, Family, MadeUpRow, contrast_ro
 from promptembedder.data.readers import records, text_field, texts_field
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.errors import PromptEmbedderError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,15 @@ def load_training_data(
         families: of the made-up rows.
 
     Raises:
-        PromptEmbedderError: no sources; a file missing, damaged or with a bad row: names file, line and field.
+        PromptEmbedderError: no sources; a file missing, damaged or with a bad row: names file, line and field; with
+            `config.strict` a row that contradicts itself.
     """
     if not config.has_rows:
         raise PromptEmbedderError("data.files is empty; name at least one file of training rows, or data.contrast_rows")
-    tables = _Tables()
+    tables, doubtful = _Tables(), _DoubtfulRows(config.strict)
     for source in config.files:
         drawn = random.Random(f"{seed} {source.path}")
-        for row in _weighted(list(read_rows(source, config.root)), source.weight, drawn):
+        for row in _weighted(list(read_rows(source, config.root, doubtful.look)), source.weight, drawn):
             known = tables.aspects.get(row.instruction, source.aspect)
             if source.aspect is not None and known != source.aspect:
                 raise PromptEmbedderError(
@@ -80,6 +85,7 @@ def load_training_data(
                 )
             side = document_instruction if source.asymmetric else row.instruction
             tables.add(row, side, source.aspect, config.max_negatives, own_negatives=not source.in_batch_negatives)
+    doubtful.report()
     own = not config.contrast_in_batch_negatives
     for pair in contrast_rows(config.contrast_rows, seed, families):
         # A copy of the one negative would count as one candidate more where a row's own are all that there are.
@@ -149,14 +155,53 @@ def _negative_columns(count: int) -> list[str]:
     return [f"negative_{n + 1}" for n in range(count)]
 
 
-def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:
-    """Read and check the rows of one source.
+class _DoubtfulRows:
+    """Counts rows that no embedder can learn from, because one text stands where two that differ should.
+
+    Texts are compared without blanks around them, in Unicode's form NFC.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+        self._counts: Counter[str] = Counter()
+        self._first = ""
+
+    def look(self, row: Row, where: str, source: DataFile) -> None:
+        """Count a row, or refuse it."""
+        query, pos, neg = _same_form([row.query]), _same_form(row.pos), _same_form(row.neg)
+        found = {
+            "`pos` equal to `query`": query & pos,
+            "`neg` equal to `pos`": neg & pos,
+            # Of asymmetric sources the text is read under two instructions: a question does not answer itself.
+            "`neg` equal to `query`": set() if source.asymmetric else neg & query,
+        }
+        kinds = [kind for kind, same in found.items() if same]
+        if kinds and self._strict:
+            raise PromptEmbedderError(f"{where}: {' and '.join(kinds)}; mend the row, or set data.strict=false")
+        self._counts.update(kinds)
+        self._first = self._first or (where if kinds else "")
+
+    def report(self) -> None:
+        """Warn of what was found, in one line."""
+        if self._counts:
+            counted = ", ".join(f"{count} with {kind}" for kind, count in self._counts.items())
+            logger.warning("rows that teach nothing or the wrong thing: %s (first: %s)", counted, self._first)
+
+
+def _same_form(texts: Sequence[str]) -> set[str]:
+    return {unicodedata.normalize("NFC", text).strip() for text in texts}
+
+
+def read_rows(
+    source: DataFile, root: str | None, look: Callable[[Row, str, DataFile], None] | None = None
+) -> Iterator[Row]:
+    """Read and check the rows of one source; `look` is shown each, with its place.
 
     Raises:
         PromptEmbedderError: as in `load_training_data`.
     """
     for where, record in itertools.islice(records(source.path, root), source.max_rows):
-        yield Row(
+        row = Row(
             query=text_field(record, "query", where),
             pos=texts_field(record, "pos", where, at_least=1),
             neg=_negatives_of(record, source, where),
@@ -164,6 +209,9 @@ def read_rows(source: DataFile, root: str | None) -> Iterator[Row]:
             if record.get("instruction") is None and source.instruction is not None
             else _instruction(record, where),
         )
+        if look is not None:
+            look(row, where, source)
+        yield row
 
 
 def _negatives_of(record: dict[str, Any], source: DataFile, where: str) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ class DataConfig:
             has fewer repeats its own.
         max_text_tokens: cut texts here while training; unset: where the model cuts them. Cheaper steps, and layout
             `suffix` reads longer texts afterwards all the same.
+        strict: refuse a row with `pos` equal to `query`, `neg` equal to `pos` or, if not asymmetric, `neg` equal to
+            `query`; off: such rows are counted in a warning, and trained on.
     """
 
     files: tuple[DataFile, ...] = ()
@@ -56,6 +58,7 @@ class DataConfig:
     contrast_in_batch_negatives: bool = True
     max_negatives: Count = 1
     max_text_tokens: PositiveInt | None = None
+    strict: bool = False
 
     @property
     def has_rows(self) -> bool:

@@ -16,7 +16,7 @@ import yaml
 from mteb.abstasks.abstask import AbsTask
 from mteb.cache import ResultCache
 
-from promptembedder import atomic
+from promptembedder import atomic, lock
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.encoder import InstructedEncoder
 from promptembedder.paths import expanded
@@ -54,12 +54,20 @@ def evaluate(
         batch_size: texts per forward.
 
     Raises:
-        PromptEmbedderError: the folder cannot be written, or holds results of these tasks made on other rows or under
-            other instructions; rows cannot be had from the hub; a score is not a number.
+        PromptEmbedderError: the folder cannot be written, another run writes to it, or it holds results of these tasks
+            made on other rows or under other instructions; rows cannot be had from the hub; a score is not a number.
     """
     meta, output = encoder.mteb_model_meta, expanded(output)
-    cache = ResultCache(output)
     folder = output / "results" / meta.model_name_as_path() / str(meta.revision)
+    with lock.held(folder, "results folder"):
+        return _evaluated(encoder, tasks, output, folder, batch_size)
+
+
+def _evaluated(
+    encoder: InstructedEncoder, tasks: Sequence[AbsTask], output: Path, folder: Path, batch_size: int
+) -> EvaluationResult:
+    """As `evaluate`, in a folder of results that no other run writes to."""
+    cache = ResultCache(output)
     kinds = {task.metadata.name: task.metadata.type for task in tasks}
     made_with = {task.metadata.name: encoder.made_with(task.metadata) for task in tasks}
     known = read_facts_file(folder / FACTS)
@@ -70,10 +78,9 @@ def evaluate(
         "training": encoder.training,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / STARTED, yaml.safe_dump(facts, sort_keys=True))
     except OSError as error:
-        raise PromptEmbedderError(f"results folder {output} cannot be written: {error.strerror or error}") from error
+        raise PromptEmbedderError(f"results folder {folder} cannot be written: {error.strerror or error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -25,7 +25,7 @@ from typing import Literal
 import safetensors.torch
 import torch
 from cachetools import LRUCache
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from promptembedder import atomic
@@ -40,6 +40,8 @@ _INDEX = "text-states.json"
 _ENDING = ".states"
 _CHECKSUM_BYTES = 4
 _ABANDONED_SECONDS = 3600
+# One file per process that uses the folder, named by backbone and precision.
+_IN_USE = ".in_use-"
 
 
 class TextStateCache(ABC):
@@ -87,6 +89,9 @@ class TextStateCache(ABC):
         """Share of the texts that were found."""
         return self.hits / max(1, self.hits + self.misses)
 
+    def close(self) -> None:  # noqa: B027
+        """Let a run with another backbone or precision have the folder; done with what is in memory."""
+
     @property
     @abstractmethod
     def used_bytes(self) -> int:
@@ -133,7 +138,8 @@ class _Files(LRUCache[str, tuple[Path, int]]):
 class _OnDisk(TextStateCache):
     """One file per text: a checksum, then safetensors.
 
-    Workers of a machine share the folder. Each deletes its own files, and its part of the files of earlier runs.
+    Workers of a machine share the folder, and so may runs with one backbone. Each deletes its own files and its part of
+    the files of earlier runs.
     """
 
     def __init__(
@@ -149,7 +155,11 @@ class _OnDisk(TextStateCache):
             self._open(identity)
         held = self._held_before()
         there = shutil.disk_usage(folder).free + sum(size for _, _, size in held)
-        _check_budget(budget, there, f"the room on the disk of {folder}")
+        try:
+            _check_budget(budget, there, f"the room on the disk of {folder}")
+        except PromptEmbedderError:
+            self.close()
+            raise
         for _, path, size in sorted(held):
             if int(path.stem[:8], 16) % workers == worker:
                 self._own(path.stem, path, size)
@@ -157,6 +167,29 @@ class _OnDisk(TextStateCache):
     @property
     def used_bytes(self) -> int:
         return int(self._files.currsize)
+
+    def close(self) -> None:
+        self._used.release()
+        Path(self._used.lock_file).unlink(missing_ok=True)
+
+    def _join(self, identity: str) -> None:
+        """Hold a file that says whose states are in use; who is dead holds none.
+
+        Raises:
+            PromptEmbedderError: a run with another backbone or precision uses the folder.
+        """
+        for path in self._folder.glob(f"{_IN_USE}*"):
+            try:
+                with FileLock(str(path), timeout=0):
+                    path.unlink(missing_ok=True)
+            except Timeout:
+                if path.name.split("-")[1] != identity:
+                    raise PromptEmbedderError(
+                        f"another run keeps states of another backbone or precision in {self._folder}; wait until it "
+                        "ends, or choose another text_state_folder"
+                    ) from None
+        self._used = FileLock(str(self._folder / f"{_IN_USE}{identity}-{uuid.uuid4().hex[:8]}"), timeout=0)
+        self._used.acquire()
 
     def _open(self, identity: str) -> None:
         index = self._folder / _INDEX
@@ -170,6 +203,7 @@ class _OnDisk(TextStateCache):
             raise PromptEmbedderError(
                 f"text-state folder {self._folder} holds other files; choose an empty or a new folder"
             )
+        self._join(hashlib.sha256(self._identity).hexdigest()[:16])
         if found == expected:
             return
         if found is not None:
@@ -265,8 +299,8 @@ def open_text_cache(
         workers: number of workers on the machine.
 
     Raises:
-        PromptEmbedderError: budget above the memory or the disk; a folder that cannot be written or holds
-            other files.
+        PromptEmbedderError: budget above the memory or the disk; a folder that cannot be written, holds other files,
+            or is in use for another backbone or precision.
     """
     if folder is None:
         import psutil

@@ -85,6 +85,12 @@ def max_grad_norm(settings: TrainingConfig) -> float:
     return float({**_DEFAULTS, **settings.arguments}["max_grad_norm"])
 
 
+def save_total_limit(settings: TrainingConfig) -> int | None:
+    """How many checkpoints are kept (`CheckpointKeeper`)."""
+    limit = {**_DEFAULTS, **settings.arguments}["save_total_limit"]
+    return None if limit is None else int(limit)
+
+
 def shared_arguments(settings: TrainingConfig) -> dict[str, Any]:
     """What a run of another method has to share, to be compared: steps, batches, schedule, samplers, seeds."""
     return {
@@ -126,7 +132,8 @@ def arguments_of(
     shared = shared_arguments(settings)
     save_steps = shared.pop("save_steps", every_steps)
     arguments = SentenceTransformerTrainingArguments(
-        **{**shared, "max_grad_norm": 0.0},  # the leaf callback clips
+        # The leaf callback clips, and the checkpoint keeper removes checkpoints.
+        **{**shared, "max_grad_norm": 0.0, "save_total_limit": None},
         output_dir=str(output),
         learning_rate=settings.prompter_learning_rate,
         learning_rate_mapping=learning_rates(module, settings),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from torch import nn
@@ -16,14 +19,16 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from promptembedder.data.rows import TrainingData
+from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms import widened
 from promptembedder.llms.state_cache import TextStateCache, open_text_cache
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.paths import expanded
 from promptembedder.training import workers
-from promptembedder.training.arguments import DEV_METRIC, arguments_of, max_grad_norm
+from promptembedder.training.arguments import DEV_METRIC, arguments_of, max_grad_norm, save_total_limit
 from promptembedder.training.callbacks import SoftPromptLeafCallback, TrainingBar, TrainingClock
+from promptembedder.training.checkpoints import CheckpointKeeper, trouble
 from promptembedder.training.checks import check_data, largest, warn_of_small_batches
 from promptembedder.training.curves import Curve, dev_curve
 from promptembedder.training.losses import make_losses
@@ -71,7 +76,7 @@ def fit(
     evaluator: EmbeddingSimilarityEvaluator | None = None,
     every_steps: int = EvaluationConfig.every_steps,
     max_text_tokens: int | None = None,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     cache: TextStateCache | None = None,
     spent: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
@@ -93,39 +98,23 @@ def fit(
         callbacks: further ones for the library's trainer.
 
     Raises:
-        PromptEmbedderError: rows or settings that do not go together; an argument that cannot be set.
+        PromptEmbedderError: rows or settings that do not go together; an argument that cannot be set; a checkpoint that
+            is not complete, or cannot be written.
     """
     module = soft_prompt_module(model)
     check_data(settings, data)
     warn_of_small_batches(settings, data)
     open_to_training(module, settings)
-    if cache is None:
-        cache = text_cache(module, settings)
-    else:
-        cache.hits = cache.misses = 0
-    losses = make_losses(model, settings, data) if loss is None else loss
-    clock = TrainingClock(spent)
     place = expanded(settings.output if output is None else output)
-    arguments = arguments_of(settings, data, module, place, every_steps, scored=evaluator is not None)
-    known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
-    leaf = SoftPromptLeafCallback(module, max_grad_norm(settings), sorted(known))
-    # The leaf's is before TensorBoard's, which would log what is not yet right.
-    hooks: list[TrainerCallback] = [leaf, clock, TensorBoardCallback(), TrainingBar()]
-    if settings.early_stop_patience is not None:
-        hooks.append(EarlyStoppingCallback(settings.early_stop_patience))
-    _leave_card_alone(model, data)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data.datasets,
-        loss=losses,
-        evaluator=evaluator,
-        callbacks=[*hooks, *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)  # prints dictionaries
-    leaf.trainer = trainer
-    trainer.own_negatives = data.own_negatives
-    with module.in_training(TrainingState(SoftPromptLeaves(), cache, max_text_tokens)):
+    clock = TrainingClock(spent)
+    with ExitStack() as until_then:
+        if cache is not None:
+            cache.hits = cache.misses = 0
+        elif (cache := text_cache(module, settings)) is not None:
+            until_then.callback(cache.close)
+        losses = make_losses(model, settings, data) if loss is None else loss
+        trainer = _trainer(model, data, settings, place, losses, evaluator, every_steps, clock, callbacks)
+        until_then.enter_context(module.in_training(TrainingState(SoftPromptLeaves(), cache, max_text_tokens)))
         _run(trainer, checkpoint, clock)
     best = None if evaluator is None else trainer.state.best_metric
     steps = trainer.state.global_step
@@ -139,6 +128,41 @@ def fit(
         trainer.state.log_history,
         None if cache is None else cache.hit_rate,
     )
+
+
+def _trainer(
+    model: SentenceTransformer,
+    data: TrainingData,
+    settings: TrainingConfig,
+    output: Path,
+    losses: Any,
+    evaluator: EmbeddingSimilarityEvaluator | None,
+    every_steps: int,
+    clock: TrainingClock,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """The library's trainer with what hangs on it."""
+    module = soft_prompt_module(model)
+    known = {*data.instructions, module.settings.default_instruction, module.settings.document_instruction}
+    leaf = SoftPromptLeafCallback(module, max_grad_norm(settings), sorted(known))
+    # The leaf's is before TensorBoard's, which would log what is not yet right.
+    hooks: list[TrainerCallback] = [leaf, clock, TensorBoardCallback(), TrainingBar()]
+    hooks.append(CheckpointKeeper(save_total_limit(settings)))
+    if settings.early_stop_patience is not None:
+        hooks.append(EarlyStoppingCallback(settings.early_stop_patience))
+    _leave_card_alone(model, data)
+    trainer = Trainer(
+        model=model,
+        args=arguments_of(settings, data, module, output, every_steps, scored=evaluator is not None),
+        train_dataset=data.datasets,
+        loss=losses,
+        evaluator=evaluator,
+        callbacks=[*hooks, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # prints dictionaries
+    leaf.trainer = trainer
+    trainer.own_negatives = data.own_negatives
+    return trainer
 
 
 def open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -> None:
@@ -155,9 +179,11 @@ def _leave_card_alone(model: SentenceTransformer, data: TrainingData) -> None:
     model.model_card_data.widget = [{"text": next(iter(data.datasets.values()))[0]["anchor"]}]
 
 
-def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: TrainingClock) -> None:
+def _run(trainer: SentenceTransformerTrainer, checkpoint: str | Path | None, clock: TrainingClock) -> None:
     """Train to the end."""
     if checkpoint is not None:
+        if (why := trouble(Path(checkpoint), contents=False)) is not None:
+            raise PromptEmbedderError(f"checkpoint {checkpoint} is not complete: {why}")
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if _patience_is_spent(trainer, state) or state.global_step >= trainer.args.max_steps:
             # All steps are done and only the end is missing; the library would go on.
@@ -167,7 +193,17 @@ def _run(trainer: SentenceTransformerTrainer, checkpoint: str | None, clock: Tra
             best = Path(checkpoint).parent / Path(state.best_model_checkpoint or checkpoint).name
             trainer._load_from_checkpoint(str(best))
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        half = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.control.should_save and half.is_dir() and trouble(half, contents=False) is not None:
+            shutil.rmtree(half, ignore_errors=True)  # on a full disk, what it takes is needed
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise PromptEmbedderError(
+                f"{half} cannot be written ({reason}); make room on the disk and go on with --resume"
+            ) from error
+        raise
 
 
 def _patience_is_spent(trainer: SentenceTransformerTrainer, state: TrainerState) -> bool:

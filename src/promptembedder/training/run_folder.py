@@ -3,71 +3,92 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
-from promptembedder import atomic
+from promptembedder import atomic, lock
 from promptembedder.config import read_yaml
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model.folder import BEGUN_FILE, CONFIG_FILE, read_saved
+from promptembedder.model.folder import BEGUN_FILE, CONFIG_FILE
 from promptembedder.model.settings import ModelConfig
 from promptembedder.training import workers
+from promptembedder.training.checkpoints import checkpoints, newest_complete, remove
+
+logger = logging.getLogger(__name__)
 
 # What an interrupted run may go on with.
 _MAY_CHANGE = {
-    *("data.root", "evaluation.test", "evaluation.every_steps", "evaluation.batch_size"),
+    *("data.root", "data.strict", "evaluation.test", "evaluation.every_steps", "evaluation.batch_size"),
     *(f"training.{name}" for name in ("output", "max_steps", "early_stop_patience", "mini_batch_size")),
     *(f"training.arguments.{name}" for name in ("save_steps", "save_total_limit", "logging_steps")),
     *(f"training.text_state_{name}" for name in ("cache", "folder", "precision")),
 }
 
 
-# As the library names them; what a user calls `checkpoint-best` is the user's.
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
-
-
-def make_folder(output: Path, *, fresh: bool) -> None:
-    """Make a run's folder, without the checkpoints of a finished run if this is a fresh one.
-
-    The library deletes checkpoints by their step, and would take the new ones for the oldest.
+@contextmanager
+def run_folder(output: Path) -> Iterator[None]:
+    """Make a run's folder and hold it, so that no other run writes there.
 
     Raises:
-        PromptEmbedderError: it cannot be written.
+        PromptEmbedderError: it cannot be written, or another run holds it.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"
         probe.touch()
         probe.unlink(missing_ok=True)  # another worker may have been faster
-        if fresh and workers.number() == 0:
-            for checkpoint in output.glob("checkpoint-*"):
-                if _CHECKPOINT.fullmatch(checkpoint.name) and checkpoint.is_dir():
-                    shutil.rmtree(checkpoint)
+    except OSError as error:
+        raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error
+    with lock.held(output) if workers.number() == 0 else nullcontext():
+        yield
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Remove the checkpoints of an earlier run: of two runs' checkpoints, the highest step is not the newest one.
+
+    Raises:
+        PromptEmbedderError: they cannot be removed.
+    """
+    try:
+        for checkpoint in checkpoints(output) if workers.number() == 0 else ():
+            remove(checkpoint)
     except OSError as error:
         raise PromptEmbedderError(f"output folder {output} cannot be written: {error.strerror or error}") from error
 
 
-def checkpoint_of(output: Path, resume: bool, structure: ModelConfig) -> str | None:
-    """The checkpoint to go on from; without `resume` there must be no interrupted run in the way.
+def check_folder(output: Path, resume: bool) -> None:
+    """Refuse to resume where no run was interrupted, and to begin where one was.
 
     Raises:
-        PromptEmbedderError: nothing to resume, or a checkpoint of another model; an interrupted run in the way.
+        PromptEmbedderError: either.
     """
-    found = last_checkpoint(output)
     if not resume:
         refuse_interrupted(output)
-        return None
-    if found is None:
+    elif not checkpoints(output) and not _unfinished(output / "model", output / BEGUN_FILE):
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
-    made_with, wanted = asdict(read_saved(Path(found)).config), asdict(structure)
-    if differing := sorted(name for name in wanted if made_with.get(name, wanted[name]) != wanted[name]):
-        raise PromptEmbedderError(f"{found} was made with another {', '.join(differing)}; give the settings it had")
+
+
+def checkpoint_of(output: Path, resume: bool, structure: ModelConfig) -> Path | None:
+    """The newest complete checkpoint to go on from; None: the run starts from the beginning.
+
+    Raises:
+        PromptEmbedderError: as `check_folder`; a checkpoint of another model; a finished model without a complete
+            checkpoint, which starting from the beginning would replace.
+    """
+    check_folder(output, resume)
+    found = newest_complete(output, structure) if resume else None
+    if resume and found is None:
+        if not interrupted(output):
+            raise PromptEmbedderError(f"nothing to resume: {output} holds a finished model and no complete checkpoint")
+        if workers.number() == 0:
+            logger.warning("%s holds no complete checkpoint: the run starts from the beginning", output)
     return found
 
 
@@ -114,27 +135,32 @@ def _flattened(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint of a run, if there is one."""
-    found: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
-    return found
-
-
 def refuse_interrupted(output: Path) -> None:
     """Refuse a folder with checkpoints newer than its model.
 
     Raises:
         PromptEmbedderError: an interrupted run is in the way.
     """
-    found = last_checkpoint(output)
-    if found is not None and _unfinished(output / "model", Path(found)):
+    if any(_unfinished(output / "model", path) for path in _newest_of(output)):
         raise PromptEmbedderError(f"{output} holds an interrupted run: --resume it or remove it")
 
 
-def _unfinished(model: Path, checkpoint: Path) -> bool:
-    """Whether no model was saved since the checkpoint."""
+def interrupted(output: Path) -> bool:
+    """Whether a run began or wrote a checkpoint here, and saved no model since."""
+    return any(_unfinished(output / "model", path) for path in (output / BEGUN_FILE, *_newest_of(output)))
+
+
+def _newest_of(output: Path) -> list[Path]:
+    """What says when the last checkpoint was written, if there is one: a folder is also dated by what is removed."""
+    states = [checkpoint / TRAINER_STATE_NAME for checkpoint in checkpoints(output)[-1:]]
+    return [state if state.is_file() else state.parent for state in states]
+
+
+def _unfinished(model: Path, begun: Path) -> bool:
+    """Whether no model was saved since a file or folder was written; False where that is not there."""
     saved = model / CONFIG_FILE
     try:
-        return not saved.is_file() or saved.stat().st_mtime < checkpoint.stat().st_mtime
-    except FileNotFoundError:  # another worker is removing it
+        since = begun.stat().st_mtime
+        return not saved.is_file() or saved.stat().st_mtime < since
+    except FileNotFoundError:  # or another worker is removing it
         return False

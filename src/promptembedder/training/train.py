@@ -28,7 +28,13 @@ from promptembedder.training.checks import check_data, check_settings
 from promptembedder.training.curves import write_facts
 from promptembedder.training.evaluators import pair_evaluator
 from promptembedder.training.fit import TrainingResult, fit, open_to_training
-from promptembedder.training.run_folder import checkpoint_of, make_folder, note_settings
+from promptembedder.training.run_folder import (
+    check_folder,
+    checkpoint_of,
+    note_settings,
+    remove_checkpoints,
+    run_folder,
+)
 from promptembedder.training.settings import RunConfig
 from promptembedder.training.warm_start import warm_start
 
@@ -51,7 +57,8 @@ def train(
 
     Args:
         config: all settings.
-        resume: go on from the last checkpoint in `<output>`.
+        resume: go on from the newest complete checkpoint in `<output>`, or from the beginning if an interrupted run
+            left none.
         start: folder, name or hub id of a saved model to start from. Its settings replace `config.model`, and there
             is no warm start.
         anew: with `start`, settings of the model that replace the saved ones; those of `MAY_DIFFER`.
@@ -59,7 +66,7 @@ def train(
 
     Raises:
         PromptEmbedderError: bad data or settings; nothing to resume from, or a checkpoint of another model; an
-            interrupted run in the way; output not writable.
+            interrupted or another run in the way; output not writable.
     """
     if anew and start is None:
         raise PromptEmbedderError("anew holds settings for a saved model; give start, too")
@@ -69,39 +76,47 @@ def train(
     if not settings.max_steps:
         raise PromptEmbedderError("training.max_steps is 0, expected at least one step")
     check_settings(settings, config.model.layout, scored=config.evaluation.dev is not None)
-    checkpoint = checkpoint_of(output, resume, config.model)
+    check_folder(output, resume)
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
     check_data(settings, data)
-    make_folder(output, fresh=checkpoint is None)
-    note_settings(output, config, resumed=checkpoint is not None)
-    if start is None:
-        model = build(config.model, device=workers.device(), seed=settings.seed)
-    else:
+    with run_folder(output):
+        checkpoint = checkpoint_of(output, resume, config.model)
+        note_settings(output, config, resumed=checkpoint is not None)
+        if checkpoint is None:
+            remove_checkpoints(output)
+        model, spent = _model(config, data, start, fresh=checkpoint is None)
+        with workers.stopping_together():
+            fitted = fit(
+                model,
+                data,
+                settings,
+                evaluator=dev,
+                every_steps=config.evaluation.every_steps,
+                max_text_tokens=config.data.max_text_tokens,
+                checkpoint=checkpoint,
+                spent=spent,
+                callbacks=callbacks,
+            )
+            if workers.number() == 0:
+                _save(model, output / "model", config, fitted, start)
+            scores = dict(fitted.scores)
+            with distributed_evaluation(model) as mine:
+                if test is not None and mine:
+                    scores["test"] = 100 * test(model)["test_spearman_cosine"]
+    return replace(fitted, folder=output / "model", scores=scores)
+
+
+def _model(
+    config: RunConfig, data: TrainingData, start: str | Path | None, *, fresh: bool
+) -> tuple[SentenceTransformer, float]:
+    """The model that a run starts with, warmed up if it is a fresh one; seconds that took."""
+    if start is not None:
         model = load(start, device=workers.device())
         _set_anew(model, config.model)
-    spent = 0.0
-    if checkpoint is None and start is None:
-        spent = _warm_start(model, config, data)
-    with workers.stopping_together():
-        fitted = fit(
-            model,
-            data,
-            settings,
-            evaluator=dev,
-            every_steps=config.evaluation.every_steps,
-            max_text_tokens=config.data.max_text_tokens,
-            checkpoint=checkpoint,
-            spent=spent,
-            callbacks=callbacks,
-        )
-        if workers.number() == 0:
-            _save(model, output / "model", config, fitted, start)
-        scores = dict(fitted.scores)
-        with distributed_evaluation(model) as mine:
-            if test is not None and mine:
-                scores["test"] = 100 * test(model)["test_spearman_cosine"]
-    return replace(fitted, folder=output / "model", scores=scores)
+        return model, 0.0
+    model = build(config.model, device=workers.device(), seed=config.training.seed)
+    return model, _warm_start(model, config, data) if fresh else 0.0
 
 
 def _save(

@@ -19,8 +19,9 @@ from promptembedder.model.folder import CONFIG_FILE, read_saved
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.store import lender_of
 from promptembedder.training import workers
+from promptembedder.training.checkpoints import checkpoints
 from promptembedder.training.checks import check_settings
-from promptembedder.training.run_folder import last_checkpoint, refuse_interrupted
+from promptembedder.training.run_folder import interrupted, refuse_interrupted
 from promptembedder.transfer.settings import TransferConfig
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def check_transfer(
     if resume and not config.trains:
         raise PromptEmbedderError("nothing to resume: training.max_steps is 0, so nothing is trained")
     output = Path(config.training.output)
-    if resume and not any(last_checkpoint(output / stage) for stage in TRAINED_STAGES):
+    if resume and not interrupted(output) and not any(checkpoints(output / stage) for stage in TRAINED_STAGES):
         raise PromptEmbedderError(f"nothing to resume: {output} holds no checkpoint")
     for stage in () if resume else TRAINED_STAGES:
         refuse_interrupted(output / stage)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +27,7 @@ from torch import nn
 
 from promptembedder import atomic, progress
 from promptembedder.config import dump_yaml
-from promptembedder.data.readers import data_path
-from promptembedder.data.rows import TrainingData, load_training_data
-from promptembedder.data.texts import read_texts
+from promptembedder.data.rows import TrainingData
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.identity import digest
@@ -43,14 +40,13 @@ from promptembedder.model.leaves import TrainingState
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
 from promptembedder.model.store import save
-from promptembedder.training.checks import check_losses, largest
+from promptembedder.training.checkpoints import newest_complete
 from promptembedder.training.curves import seconds_of, write_facts
 from promptembedder.training.distillation import TEMPERATURE, SimilarityDistillation, distillation_rows
-from promptembedder.training.evaluators import pair_evaluator
 from promptembedder.training.fit import fit, text_cache
-from promptembedder.training.run_folder import checkpoint_of, last_checkpoint, make_folder, note_settings
+from promptembedder.training.run_folder import note_settings, remove_checkpoints, run_folder
 from promptembedder.training.settings import TrainingConfig
-from promptembedder.transfer.centring import FEWEST, Sample, centre, sample_of_rows, sample_of_texts
+from promptembedder.transfer.centring import Sample, centre, sample_of_rows, sample_of_texts
 from promptembedder.transfer.checks import (
     TRAINED_STAGES,
     check_memory,
@@ -59,6 +55,7 @@ from promptembedder.transfer.checks import (
     warn_of_what_stays_behind,
 )
 from promptembedder.transfer.closed_forms import Start, closed_forms
+from promptembedder.transfer.inputs import Inputs
 from promptembedder.transfer.rebase import on_backbone
 from promptembedder.transfer.report import Stage, TransferResult, write_report
 from promptembedder.transfer.settings import TransferConfig
@@ -86,32 +83,59 @@ def transfer(
         model: the trained model.
         config: all settings; the output folder is `config.training.output`.
         share_prompter: see `promptembedder.save`.
-        resume: go on from the last checkpoint of an interrupted transfer with the same settings.
+        resume: go on from the newest complete checkpoint of an interrupted transfer with the same settings, or from the
+            beginning if there is none.
 
     Raises:
         PromptEmbedderError: the same backbone again, one that does not fit into memory or shares no vocabulary;
-            bad data or settings; nothing to resume, or an interrupted transfer in the way.
+            bad data or settings; nothing to resume, or an interrupted or another transfer in the way.
     """
     old = soft_prompt_module(model)
     output = Path(config.training.output)
     check_transfer(model, config, share_prompter, resume)
-    dev = pair_evaluator(config.evaluation, config.data.root, "dev")
-    test = pair_evaluator(config.evaluation, config.data.root, "test")
-    texts = _read_texts(config)
-    read = _enough(texts, config)
-    rows = _read_rows(config, instruction_for(model, document=True))
-    if rows is not None:
-        check_losses(config.training, rows)
-    make_folder(output, fresh=False)
+    given = Inputs.read(config, instruction_for(model, document=True))
+    with run_folder(output):
+        _begin(old, config, given.drawn, resume)
+        moved, name_of_backbone = _on_new_backbone(model, config)
+        new = soft_prompt_module(moved)
+        warn_of_what_stays_behind(old, config)
+        with _flags_kept(new.prompter):
+            starts, fitting = _starts(old, new, config, _instructions(model, config, given.rows))
+            if starts[0].name == "random" and config.centred is None:
+                config = replace(config, centred=False)  # the mean would be that of noise
+            sample = _sample(model, config, given)
+            with _states_held(new, config.training, again=given.dev is not None or given.rows is not None) as cache:
+                starts, centring = _begin_with_best(moved, starts, given.dev, sample, config.data.max_text_tokens)
+                name = "random" if starts[0].name == "random" else "closed_form"
+                stages = [Stage(name, starts[0].dev, fitting + centring, 0)]
+                stages += _train_stages(model, moved, config, given, stages[0], resume, cache)
+                scores = {} if stages[-1].dev is None else {"dev": stages[-1].dev}
+                if given.test is not None:
+                    scores["test"] = 100 * given.test(moved)["test_spearman_cosine"]
+        save(moved, output / "model", share_prompter=share_prompter)
+        atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
+        _note(moved, stages, output / "model")
+        result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
+        write_report(result, output, name_of_backbone)
+        return result
+
+
+def _begin(old: SoftPromptTransformer, config: TransferConfig, drawn: list[str], resume: bool) -> None:
+    """Write down what a transfer begins with, or refuse to go on with something else."""
+    output = Path(config.training.output)
+    for stage in () if resume else TRAINED_STAGES:
+        remove_checkpoints(output / stage)  # a later `resume` must not find what an earlier transfer left there
     # A model that has learnt since would teach other similarities, or have W aligned with another prompter's words.
     learnt = {**trained_state(old.prompter), **old.alignment.state_dict()}
     if old.centred:
         learnt[CENTRE] = old.centre_E
-    drawn = hashlib.sha256("\n".join(read).encode()).hexdigest()  # how many depends on the steps
-    note_settings(output, config, resumed=resume, old_model=digest(learnt), sample_of_texts=drawn)
-    for stage in TRAINED_STAGES:
-        if (output / stage).is_dir():  # a later `resume` must not find what an earlier transfer left there
-            make_folder(output / stage, fresh=not resume)
+    sample = hashlib.sha256("\n".join(drawn).encode()).hexdigest()  # how many depends on the steps
+    note_settings(output, config, resumed=resume, old_model=digest(learnt), sample_of_texts=sample)
+
+
+def _on_new_backbone(model: SentenceTransformer, config: TransferConfig) -> tuple[SentenceTransformer, str]:
+    """The model on the new backbone, which is refused before it is opened if it does not fit; the backbone's name."""
+    old = soft_prompt_module(model)
     device = old.alignment.weight.device
     dtype = resolve_dtype(config.dtype or old.settings.dtype, device)
     if (peeked := peek_config(config.backbone, config.backbone_revision)) is not None:
@@ -119,33 +143,18 @@ def transfer(
     located = locate(config.backbone, config.backbone_revision)
     check_shape(located, config)
     # No device is named: the new model goes where the old one is.
-    moved = on_backbone(model, located, dtype=config.dtype)
-    new = soft_prompt_module(moved)
-    warn_of_what_stays_behind(old, config)
-    trained = {parameter: parameter.requires_grad for parameter in new.prompter.parameters()}
+    return on_backbone(model, located, dtype=config.dtype), located.name
+
+
+@contextmanager
+def _flags_kept(prompter: nn.Module) -> Iterator[None]:
+    """Leave open to training what was: the two models share the prompter."""
+    trained = {parameter: parameter.requires_grad for parameter in prompter.parameters()}
     try:
-        starts, fitting = _starts(old, new, config, _instructions(model, config, rows))
-        if starts[0].name == "random" and config.centred is None:
-            config = replace(config, centred=False)  # the mean would be that of noise
-        sample = _sample(model, config, rows, texts)
-        with _states_held(new, config.training, again=dev is not None or rows is not None) as cache:
-            starts, centring = _begin_with_best(moved, starts, dev, sample, config.data.max_text_tokens)
-            name = "random" if starts[0].name == "random" else "closed_form"
-            stages = [Stage(name, starts[0].dev, fitting + centring, 0)]
-            stages += _train_stages(model, moved, config, rows, read, stages[0], resume, dev, cache)
-            scores = {} if stages[-1].dev is None else {"dev": stages[-1].dev}
-            if test is not None:
-                scores["test"] = 100 * test(moved)["test_spearman_cosine"]
+        yield
     finally:
-        # The two models share the prompter: what is open to training stays as the caller had it.
         for parameter, flag in trained.items():
             parameter.requires_grad_(flag)
-    save(moved, output / "model", share_prompter=share_prompter)
-    atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
-    _note(moved, stages, output / "model")
-    result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
-    write_report(result, output, located.name)
-    return result
 
 
 def _note(model: SentenceTransformer, stages: list[Stage], folder: Path) -> None:
@@ -187,11 +196,9 @@ def _train_stages(
     model: SentenceTransformer,
     moved: SentenceTransformer,
     config: TransferConfig,
-    rows: TrainingData | None,
-    texts: list[str],
+    given: Inputs,
     start: Stage,
     resume: bool,
-    dev: EmbeddingSimilarityEvaluator | None,
     cache: TextStateCache | None,
 ) -> list[Stage]:
     """The steps with training that the settings want: on plain texts, then on rows."""
@@ -202,17 +209,17 @@ def _train_stages(
         warmup=0.0 if config.training.warmup is None else config.training.warmup,
     )
     stages = [start]
-    if texts and settings.max_steps:
+    if given.drawn and settings.max_steps:
         begin = time.perf_counter()
         instructions = config.text_instructions or _instructions(model, config)
-        taught = distillation_rows(model, texts, instructions, config.data.max_text_tokens)
+        taught = distillation_rows(model, given.drawn, instructions, config.data.max_text_tokens)
         teacher = time.perf_counter() - begin
         on_texts = replace(settings, alignment_learning_rate=config.learning_rate_on_texts)
-        stage = _Training("alignment_unlabelled", moved, config, on_texts, resume, dev, cache)
+        stage = _Training("alignment_unlabelled", moved, config, on_texts, resume, given.dev, cache)
         stages.append(stage.run(taught, stages, SimilarityDistillation(moved, TEMPERATURE), teacher))
-    if rows is not None and settings.max_steps:
-        stage = _Training("alignment_labelled", moved, config, settings, resume, dev, cache)
-        stages.append(stage.run(rows, stages))
+    if given.rows is not None and settings.max_steps:
+        stage = _Training("alignment_labelled", moved, config, settings, resume, given.dev, cache)
+        stages.append(stage.run(given.rows, stages))
     return stages[1:]
 
 
@@ -241,9 +248,9 @@ class _Training:
         """
         output = Path(self.config.training.output) / self.name
         settings = replace(self.settings, output=str(output))
-        again = self.resume and last_checkpoint(output) is not None
-        checkpoint = checkpoint_of(output, again, soft_prompt_module(self.model).settings)
-        make_folder(output, fresh=checkpoint is None)
+        checkpoint = newest_complete(output, soft_prompt_module(self.model).settings) if self.resume else None
+        if checkpoint is None:
+            remove_checkpoints(output)
         before = [(parameter, parameter.detach().clone()) for parameter in _trainable(self.model)]
         fitted = fit(
             self.model,
@@ -327,8 +334,12 @@ def _states_held(
     cache = None
     if module.settings.layout == "suffix" and budget:
         cache = text_cache(module, replace(settings, text_state_cache=budget))
-    with module.in_training(TrainingState(text_cache=cache)):
-        yield cache
+    try:
+        with module.in_training(TrainingState(text_cache=cache)):
+            yield cache
+    finally:
+        if cache is not None:
+            cache.close()
 
 
 def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max_text_tokens: int | None) -> float:
@@ -341,13 +352,15 @@ def _begin_with(module: SoftPromptTransformer, start: Start, sample: Sample, max
     return time.perf_counter() - begin
 
 
-def _sample(old: SentenceTransformer, config: TransferConfig, rows: TrainingData | None, texts: list[str]) -> Sample:
+def _sample(old: SentenceTransformer, config: TransferConfig, given: Inputs) -> Sample:
     """Texts to centre embeddings on: plain ones where there are some, as they are likelier the user's own."""
     if not config.centres:
         return []
-    if rows is None or texts:
-        return sample_of_texts(texts, config.text_instructions or _instructions(old, config), config.training.seed)
-    return sample_of_rows(rows, config.training.seed)
+    if given.rows is None or given.texts:
+        return sample_of_texts(
+            given.texts, config.text_instructions or _instructions(old, config), config.training.seed
+        )
+    return sample_of_rows(given.rows, config.training.seed)
 
 
 def _instructions(old: SentenceTransformer, config: TransferConfig, rows: TrainingData | None = None) -> list[str]:
@@ -357,35 +370,3 @@ def _instructions(old: SentenceTransformer, config: TransferConfig, rows: Traini
     named += [instruction_for(old), instruction_for(old, document=True)]
     named += [] if rows is None else rows.instructions
     return list(dict.fromkeys(text for text in named if text))[:_MOST_INSTRUCTIONS]
-
-
-def _read_rows(config: TransferConfig, document_instruction: str) -> TrainingData | None:
-    if not config.data.has_rows:
-        return None
-    data = load_training_data(config.data, document_instruction, config.training.seed)
-    if config.trains:
-        largest(data)
-    return data
-
-
-def _read_texts(config: TransferConfig) -> list[str]:
-    texts: list[str] = []
-    for source in config.texts:
-        texts += [text for _, text in read_texts(str(data_path(source, config.data.root)), None, ids=False)]
-    texts = list(dict.fromkeys(texts))
-    if config.texts and config.training.max_steps and len(texts) < config.training.batch_size:
-        raise PromptEmbedderError(
-            f"{len(texts)} different texts for batches of {config.training.batch_size}; give more or smaller batches"
-        )
-    if config.texts and config.centres and len(texts) < FEWEST:
-        raise PromptEmbedderError(
-            f"{len(texts)} different texts to centre embeddings on; give at least {FEWEST}, or centred=false"
-        )
-    return texts
-
-
-def _enough(texts: list[str], config: TransferConfig) -> list[str]:
-    """Those to train on: the old model reads every one of them, so no more than the steps take."""
-    steps = config.training.max_steps * config.training.batch_size * config.training.gradient_accumulation
-    most = min(config.max_texts, steps or config.max_texts)
-    return texts if len(texts) <= most else random.Random(config.training.seed).sample(texts, most)
