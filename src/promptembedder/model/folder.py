@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ PROMPTER_FOLDER = "prompter"
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
 # In the settings file: another saved model that holds the prompter's weights.
 SHARED_PROMPTER = "shared_prompter"
+_OWN_FILES = (
+    *(CONFIG_FILE, ALIGNMENT_FILE, "modules.json", "config_sentence_transformers.json", "README.md"),
+    *("config.yaml", "training.json"),  # of the run that made the model
+)
+_OWN_FILES_OF_A_MODULE = ("config.json", "model.safetensors", "adapter_config.json", PROMPTER_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     saved = read_saved(folder_of(path))
     settings, width = saved.config, saved.embedding_dimension
     truncate_dim = library_settings(saved.folder).get("truncate_dim")
-    sizes = [p.stat().st_size for p in saved.folder.rglob("*") if p.is_file()]
+    sizes = [p.stat().st_size for p in map(saved.folder.joinpath, own_files(saved.folder)) if p.is_file()]
     lora = f", rank {settings.lora_rank}" if settings.prompter_training == "lora" else ""
     return {
         "prompter": _origin(saved.base_models, "prompter"),
@@ -268,11 +274,25 @@ def library_settings(folder: Path) -> dict[str, Any]:
     return saved
 
 
+def own_files(folder: Path) -> set[Path]:
+    """Files and folders of a saved model, relative to its folder; whatever else lies there is the user's.
+
+    The name of a file decides, so some of these need not be there.
+    """
+    own = {Path(name) for name in _OWN_FILES}
+    places = [PROMPTER_FOLDER]
+    with suppress(OSError, ValueError, TypeError, KeyError):  # a folder without a model, or with a damaged one
+        places += [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    for place in map(Path, filter(None, places)):
+        own |= {place, *(place / name for name in _OWN_FILES_OF_A_MODULE)}
+    return own
+
+
 def read_json(path: Path) -> Any:
     """Content of a JSON file of a model's folder.
 
     Raises:
-        PromptEmbedderError: the file or the folder is not there, or it is not JSON.
+        PromptEmbedderError: the file or the folder is not there or not open to this user, or it is not JSON.
     """
     if not path.is_file():
         if path.parent.is_dir():
@@ -280,5 +300,7 @@ def read_json(path: Path) -> Any:
         raise PromptEmbedderError(f"no model at {path.parent}{shipped_hint()}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PromptEmbedderError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise PromptEmbedderError(f"{path} is not JSON: {error}") from error
