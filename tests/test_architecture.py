@@ -13,7 +13,7 @@ import pytest
 import promptembedder
 
 PACKAGE = Path(promptembedder.__file__).parent
-GROUND = {"atomic", "config", "digest", "errors", "progress", "text"}
+GROUND = {"atomic", "config", "digest", "errors", "progress", "reading", "text"}
 # Names for users: `promptembedder.load` and the path that models of format 1 name.
 FRONT = {"promptembedder", "promptembedder.module"}
 BELOW = {

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.fits import moments, ridge
+from promptembedder.reading import check_readable, is_there
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEWEST_TEXTS = 100
@@ -77,8 +78,9 @@ class Bridge:
         """Write a safetensors file, atomically.
 
         Raises:
-            PromptEmbedderError: the path cannot be written.
+            PromptEmbedderError: the path cannot be written, or holds something else than a bridge.
         """
+        refuse_others(path)
         try:
             with atomic.replacing(path) as scratch:
                 arrays = {"weight": self.weight_DF} | ({} if self.probe_D is None else {"probe": self.probe_D})
@@ -88,14 +90,32 @@ class Bridge:
             raise PromptEmbedderError(f"bridge {path} cannot be written: {reason}") from error
 
 
+def refuse_others(path: Path) -> None:
+    """Refuse to replace anything but a bridge or an empty file.
+
+    Raises:
+        PromptEmbedderError: something else is there.
+    """
+    if path.is_dir():
+        raise PromptEmbedderError(f"bridge {path} cannot be written: it is a folder")
+    if path.is_file() and path.stat().st_size:
+        try:
+            load(path)
+        except PromptEmbedderError as error:
+            raise PromptEmbedderError(
+                f"bridge {path} cannot be written: another file is there; choose another name"
+            ) from error
+
+
 def load(path: Path) -> Bridge:
     """Open a saved bridge.
 
     Raises:
         PromptEmbedderError: no such file, or not a bridge.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise PromptEmbedderError(f"no bridge at {path}")
+    check_readable(path)
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

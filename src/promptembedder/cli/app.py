@@ -1,15 +1,21 @@
 """The `promptembedder` command: its verbs, and what every error looks like.
 
-Bad input is one line on standard error and exit code 2.
+Bad input is one line on standard error and exit code 2. A signal that ends the command is one line and exit code 128
+plus its number.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -73,7 +79,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
-        code = app(standalone_mode=False)
+        with _clean_stops():
+            code = app(standalone_mode=False)
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -85,6 +92,33 @@ def main() -> None:
             raise
         _fail(message, 2)
     sys.exit(code)
+
+
+@contextmanager
+def _clean_stops() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as an error does, so that what it was writing is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for other in numbers:  # one is enough: the end must not be interrupted
+            signal.signal(other, signal.SIG_IGN)
+        os.write(2, f"promptembedder: stopped by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None))
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL  # `nohup` ignores the second
+    ]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) == stop:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _message(error: Exception) -> str | None:

@@ -19,6 +19,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
 from promptembedder.llms.hub import fetched
 from promptembedder.llms.quiet import quiet_transformers
+from promptembedder.reading import check_readable, is_there
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,14 @@ def locate(name: str, revision: str | None = None) -> LocatedModel:
         hint = carried.install if revision is None else None
         return LocatedModel(name, *_from_hub(carried.hub_id, revision, hint=hint))
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and is_there(path) and path.is_file():
+        check_readable(path)
         digest = sha256_of([path])
         return LocatedModel(str(path.resolve()), converted(f"{path.stem}-{digest[:12]}", digest, [path]))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if is_there(path) and path.is_dir():
+        if not is_there(path / "config.json"):
             raise PromptEmbedderError(f"base model folder {path} has no config.json")
+        check_readable(path / "config.json")
         return LocatedModel(str(path.resolve()), path)
     if path.suffix == ".gguf" or path.is_absolute() or name.count("/") != 1:
         raise PromptEmbedderError(

@@ -15,6 +15,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.locate import LocatedModel
 from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.llms.states import CACHE_ARGUMENT
+from promptembedder.reading import check_readable
 
 
 def load_config(located: LocatedModel) -> Any:
@@ -65,6 +66,8 @@ def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel
         PromptEmbedderError: see `load_config`.
     """
     load_config(located)
+    for weights in located.folder.glob("*.safetensors"):
+        check_readable(weights)
     with quiet_transformers(), _opening(located, "weights"):
         lm = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
     lm.eval()

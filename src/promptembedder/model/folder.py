@@ -13,6 +13,7 @@ from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.hub import fetched
 from promptembedder.model.settings import ModelConfig
+from promptembedder.reading import is_there
 
 FORMAT_VERSION = 2
 # What a run or transfer began with, in its folder.
@@ -134,7 +135,7 @@ def prompter_owner(path: str | Path) -> Path:
     if folder.is_relative_to(PLACE.resolve()):
         raise PromptEmbedderError(f"{path} comes with the package, which may move; its prompter cannot be shared")
     weights = read_saved(folder).prompter_weights
-    if not weights.is_file():
+    if not is_there(weights):
         raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
     return weights.parent.parent
 
@@ -218,7 +219,7 @@ class SavedModel:
                 f"{self.folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'"
             )
         weights: Path = (self.folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-        if not weights.is_file():
+        if not is_there(weights):
             raise PromptEmbedderError(
                 f"{self.folder} shares the prompter of {weights.parent.parent}, which is not there"
             )
@@ -294,7 +295,7 @@ def read_json(path: Path) -> Any:
     Raises:
         PromptEmbedderError: the file or the folder is not there or not open to this user, or it is not JSON.
     """
-    if not path.is_file():
+    if not is_there(path):
         if path.parent.is_dir():
             raise PromptEmbedderError(f"model folder {path.parent} has no {path.name}")
         raise PromptEmbedderError(f"no model at {path.parent}{shipped_hint()}")

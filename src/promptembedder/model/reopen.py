@@ -19,6 +19,7 @@ from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
 from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
 from promptembedder.model.parts import Parts, open_parts
 from promptembedder.model.settings import ModelConfig
+from promptembedder.reading import check_readable, is_there
 
 
 def reopen(
@@ -71,8 +72,9 @@ def weights_of(saved: SavedModel) -> Iterator[dict[str, Tensor]]:
     """
     file = saved.folder / ALIGNMENT_FILE
     for needed in (file, saved.prompter_weights):
-        if not needed.is_file():
+        if not is_there(needed):
             raise PromptEmbedderError(f"model folder {saved.folder} has no {needed.relative_to(saved.folder)}")
+        check_readable(needed)
     try:
         stored = load_file(file)
         if "weight" not in stored:
@@ -86,7 +88,7 @@ def _at(name: str, revision: str | None, instead: str | None, role: str) -> Loca
     """An LLM where it was, or where it is now."""
     if instead is not None:
         return locate(instead)
-    if Path(name).is_absolute() and not Path(name).exists():
+    if Path(name).is_absolute() and not is_there(Path(name)):
         raise PromptEmbedderError(
             f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
         )

@@ -32,6 +32,7 @@ from promptembedder.model.folder import (
 )
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
+from promptembedder.reading import check_readable
 
 
 def load(
@@ -141,6 +142,7 @@ def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Pa
     if lender == target.resolve():
         raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
     # By value: the lender may keep its weights in half precision.
+    check_readable(_weights_in(lender))
     own, theirs = trained_state(soft_prompt_module(model).prompter), load_file(_weights_in(lender))
     if own.keys() != theirs.keys() or not all(torch.equal(own[n].float(), theirs[n].float()) for n in own):
         raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
@@ -187,6 +189,9 @@ def _listed_modules(folder: Path) -> list[tuple[str, str]]:
 
 def _library_modules(folder: Path, entries: Sequence[tuple[str, str]]) -> list[Module]:
     """What follows our module, opened by sentence-transformers."""
+    for _, place in entries:
+        for weights in (folder / place).glob("*.safetensors"):
+            check_readable(weights)
     with _whole(folder, ImportError, RuntimeError):  # a class that is not there, weights of another shape
         return [import_from_string(kind).load(str(folder), subfolder=place) for kind, place in entries]
 
