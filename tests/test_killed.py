@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from conftest import MANY, write_gzipped, write_tiny_lm
+from conftest import TEXTS, write_gzipped, write_tiny_lm
 
 RUN = Path(__file__).with_name("killed_run.py")
 SCENARIOS = ("model", "npy", "parquet", "states", "conversion", "results", "bridge")
@@ -22,8 +23,8 @@ WARNS = {("states", "full"), ("states", "limit")}
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict]:
     """All scenarios in one process, because its imports take seconds."""
     place = tmp_path_factory.mktemp("killed")
-    pairs = [{"sentence1": a, "sentence2": b, "score": n} for n, (a, b) in enumerate(zip(MANY, MANY[1:], strict=False))]
-    write_gzipped(place / "data" / "sts" / "Similar.jsonl.gz", pairs[:6])
+    pairs = [{"sentence1": a, "sentence2": b, "score": n} for n, (a, b) in enumerate(pairwise(TEXTS))]
+    write_gzipped(place / "data" / "sts" / "Similar.jsonl.gz", pairs)
     lm = write_tiny_lm(place / "lm", "llama")
     done = subprocess.run(
         [sys.executable, RUN, place, lm, *SCENARIOS],
