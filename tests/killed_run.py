@@ -1,7 +1,8 @@
 """Writes cut short, run by `test_killed.py`: one process opens the libraries, and a fork of it does each write.
 
-A fork ends at the n-th file operation, for n = 1, 2, ... until one is through: killed, by SIGTERM as the command takes it,
-or by a disk that is full. Python's audit events tell of file operations before they happen.
+A fork ends at the n-th file operation, for n = 1, 2, ... until one is through. It is killed, or stopped by SIGTERM as
+the command takes it, or the disk is full. Python's audit events tell of file operations before they happen. A limit on
+the size of files is another way to end: it stops writes in their middle, those of other languages, too.
 
     python killed_run.py FOLDER LLM_FOLDER SCENARIO...
 
@@ -33,7 +34,14 @@ Files = dict[str, bytes | None]
 
 
 class Scenario(NamedTuple):
-    """What is there before, and the write; `apart`: its files are whole each by itself, `varying`: and never the same."""
+    """What is there before, and the write.
+
+    Attributes:
+        prepare: makes what is there before.
+        write: what is cut short.
+        apart: its files are whole each by itself.
+        varying: its files hold a time.
+    """
 
     prepare: Callable[[Path], Any]
     write: Callable[[Path], Any]

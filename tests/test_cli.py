@@ -654,3 +654,34 @@ def test_a_missing_extra_is_one_line(absent, arguments, told):
     code += "from promptembedder.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert_refused(Outcome(done.returncode, done.stdout, done.stderr), told)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_nohup", "code", "told"),
+    [
+        ("SIGTERM", False, 143, "promptembedder: stopped by SIGTERM\n"),
+        ("SIGHUP", False, 129, "promptembedder: stopped by SIGHUP\n"),
+        ("SIGHUP", True, 0, ""),
+    ],
+)
+def test_a_signal_ends_a_command_cleanly(tmp_path, name, by_nohup, code, told):
+    """Two signals at once, which is how a session ends."""
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+from promptembedder import atomic
+from promptembedder.cli import app
+from promptembedder.model import folder
+if {by_nohup}: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def writes(path):
+    with atomic.replacing(Path({str(tmp_path / "new" / "file")!r})):
+        os.kill(os.getpid(), signal.{name})
+        os.kill(os.getpid(), signal.{name})
+    return {{}}
+folder.describe = writes
+sys.argv = ["promptembedder", "info", "model"]
+app.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
+    assert list(tmp_path.iterdir()) == ([tmp_path / "new"] if by_nohup else [])
