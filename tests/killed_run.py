@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from promptembedder import ModelConfig, PromptEmbedderError, atomic, build, save
 CHANGES = {"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir", "os.chmod", "ctypes.dlopen"}
 MAKES = {"os.rename", "os.mkdir", "os.link"}
 SIZES = (0, 100, 600, 3000)
-Files = dict[str, bytes | None]
+Files = dict[str, bytes]
 
 
 class Scenario(NamedTuple):
@@ -50,12 +51,12 @@ class Scenario(NamedTuple):
 
 
 def files(folder: Path) -> Files:
-    """Content by relative path of all that is no scratch folder; of a folder None."""
+    """Content by relative path of all files in no scratch folder; locks, and folders without a file, hold nothing."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if ".promptembedder-" not in name and not name.endswith(".lock"):
-            found[name] = None if path.is_dir() else path.read_bytes()
+        if ".promptembedder-" not in name and not name.endswith(".lock") and path.is_file():
+            found[name] = path.read_bytes()
     return found
 
 
@@ -97,6 +98,7 @@ def in_a_fork(scenario: Scenario, work: Path, how: str, n: int, says: Path) -> i
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 1
+    signal.alarm(60)  # one that hangs is a fault
     try:
         if how == "limit":
             resource.setrlimit(resource.RLIMIT_FSIZE, (SIZES[n - 1], SIZES[n - 1]))
@@ -127,7 +129,7 @@ def wrong(scenario: Scenario, found: Files, before: Files, after: Files) -> str:
     if not scenario.apart:
         return f"neither old nor new: {sorted(found)}"
     for name, content in found.items():
-        if content is not None and scenario.varying and name not in before:
+        if scenario.varying and name not in before:
             try:
                 [json.loads(line) for line in content.splitlines()] if name.endswith("l") else json.loads(content)
             except ValueError:
@@ -138,7 +140,7 @@ def wrong(scenario: Scenario, found: Files, before: Files, after: Files) -> str:
 
 
 def run(name: str, scenario: Scenario, place: Path, how: str) -> dict[str, Any]:
-    ended, faults = 0, []
+    ended, faults, began = 0, [], time.monotonic()
     prepared, expected, work, says = (place / part for part in ("prepared", "expected", "work", "says"))
     prepared.mkdir(parents=True)
     scenario.prepare(prepared)
@@ -154,7 +156,7 @@ def run(name: str, scenario: Scenario, place: Path, how: str) -> dict[str, Any]:
         ended += code != 0
         if code not in {"killed": (-9,), "stopped": (143,), "full": (2,), "limit": (0, 2)}[how]:
             faults.append(f"{n}: ended with {code}")
-        if how == "full" and "No space left" not in says.read_text():
+        if how == "full" and code == 2 and "No space left" not in says.read_text():
             faults.append(f"{n}: {says.read_text()}")
         if fault := wrong(scenario, files(work), before, after):
             faults.append(f"{n}: {fault}")
@@ -167,7 +169,8 @@ def run(name: str, scenario: Scenario, place: Path, how: str) -> dict[str, Any]:
         if fault := wrong(scenario, files(work), before, after):
             faults.append(f"{n}: after it was cleared: {fault}")
     shutil.rmtree(place)
-    return {"scenario": name, "how": how, "ended": ended, "faults": faults}
+    seconds = round(time.monotonic() - began, 1)
+    return {"scenario": name, "how": how, "ended": ended, "seconds": seconds, "faults": faults}
 
 
 def scenarios(llm: str) -> dict[str, Callable[[], Scenario]]:

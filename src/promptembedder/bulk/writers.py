@@ -77,7 +77,7 @@ def _holds_array(path: Path) -> bool:
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         except ValueError:
             return False
-    return len(shape) == 2 and dtype in (np.float32, np.float16, np.uint8)
+    return len(shape) == 2 and str(dtype) in ("float32", "float16", "uint8")
 
 
 def _holds_table(path: Path) -> bool:
@@ -86,7 +86,7 @@ def _holds_table(path: Path) -> bool:
         import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_schema(path).names == ["id", "embedding"]
+        return list(pyarrow.parquet.read_schema(path).names) == ["id", "embedding"]
     except pyarrow.ArrowException:
         return False
 

@@ -7,10 +7,12 @@ plus its number.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ from promptembedder.errors import PromptEmbedderError
 
 # Typer carries a click of its own, so the class of wrong usage is reached through one that it exports.
 _UsageError: Any = typer.BadParameter.__base__
+
+_ONE_STOP_SECONDS = 2.0
 
 app = typer.Typer(
     add_completion=False,
@@ -97,10 +101,15 @@ def main() -> None:
 @contextmanager
 def _clean_stops() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the command as an error does, so that what it was writing is removed."""
+    last = -math.inf
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in numbers:  # one is enough: the end must not be interrupted
-            signal.signal(other, signal.SIG_IGN)
+        nonlocal last
+        # A session ends with both at once: the second must not interrupt the end. A later one is another try, because
+        # Python drops an exception that comes up where an object is finalized.
+        if time.monotonic() - last < _ONE_STOP_SECONDS:
+            return
+        last = time.monotonic()
         os.write(2, f"promptembedder: stopped by {signal.Signals(number).name}\n".encode())
         raise SystemExit(128 + number)
 

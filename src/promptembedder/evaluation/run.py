@@ -30,7 +30,7 @@ FACTS = "promptembedder.yaml"
 STARTED = ".promptembedder.started.yaml"
 # What mteb writes beside a task's result.
 _FILES_OF_MTEB = ("model_meta.json", "run_settings.jsonl")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
