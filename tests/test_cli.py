@@ -482,12 +482,42 @@ def test_bad_texts_leave_the_old_output(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    output = tmp_path / "out" / "vectors.npy"
+    output = tmp_path / "out" / "vectors.parquet"
     assert_refused(command("encode", saved, tmp_path / name, "-o", output), *told)
-    assert list(output.parent.iterdir()) == []
-    output.write_bytes(b"old")
+    assert not output.parent.exists()
+    output.parent.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"id": ["a"], "embedding": [[1.0]]}), output)
+    old = output.read_bytes()
     assert_refused(command("encode", saved, tmp_path / name, "-o", output), *told)
-    assert [p.read_bytes() for p in output.parent.iterdir()] == [b"old"]
+    assert [p.read_bytes() for p in output.parent.iterdir()] == [old]
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_an_output_that_is_an_input_is_refused(
+    command: Callable[..., Outcome], saved: Path, tmp_path: Path, link: str | None
+) -> None:
+    corpus, output = tmp_path / "corpus.parquet", tmp_path / "vectors.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": TEXTS[:2]}), corpus)
+    before = corpus.read_bytes()
+    if link is None:
+        output = corpus
+    else:
+        getattr(output, link)(corpus)
+    told = f"output {output} is the input {corpus}; choose another file"
+    assert_refused(command("encode", saved, corpus, "-o", output), told)
+    assert_refused(command("bridge", saved, saved, corpus, "-o", output), told)
+    assert corpus.read_bytes() == before
+
+
+def test_ids_of_parquet_go_through_unchanged(command: Callable[..., Outcome], saved: Path, tmp_path: Path) -> None:
+    corpus, output = tmp_path / "corpus.parquet", tmp_path / "vectors.parquet"
+    for ids in (pyarrow.array([3, 1], pyarrow.uint16()), pyarrow.array([b"\x01", b"\x00"])):
+        pyarrow.parquet.write_table(pyarrow.table({"id": ids, "text": TEXTS[:2]}), corpus)
+        assert command("encode", saved, corpus, "-o", output).code == 0
+        assert pyarrow.parquet.read_table(output)["id"].combine_chunks() == ids
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, None], "text": TEXTS[:3]}), corpus)
+    assert_refused(command("encode", saved, corpus, "-o", output), f"{corpus}, row 3: id is missing")
+    assert command("encode", saved, corpus, "-o", tmp_path / "vectors.npy").code == 0  # ids are of no use there
 
 
 @pytest.mark.parametrize(
@@ -690,3 +720,34 @@ def test_the_home_folder_in_settings(home: Path) -> None:
     assert settings.training.text_state_folder == str(home / "states")
     assert load_run(home / "run.yaml", ["training.output=~/other"]).training.output == str(home / "other")
     assert load_run(home / "run.yaml", ["training.output=a~"]).training.output == "a~"
+
+
+@pytest.mark.parametrize(
+    ("name", "by_nohup", "code", "told"),
+    [
+        ("SIGTERM", False, 143, "promptembedder: stopped by SIGTERM\n"),
+        ("SIGHUP", False, 129, "promptembedder: stopped by SIGHUP\n"),
+        ("SIGHUP", True, 0, ""),
+    ],
+)
+def test_a_signal_ends_a_command_cleanly(tmp_path, name, by_nohup, code, told):
+    """Two signals at once, which is how a session ends."""
+    script = f"""
+import os, signal, sys
+from pathlib import Path
+from promptembedder import atomic
+from promptembedder.cli import app
+from promptembedder.model import folder
+if {by_nohup}: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def writes(path):
+    with atomic.replacing(Path({str(tmp_path / "new" / "file")!r})):
+        os.kill(os.getpid(), signal.{name})
+        os.kill(os.getpid(), signal.{name})
+    return {{}}
+folder.describe = writes
+sys.argv = ["promptembedder", "info", "model"]
+app.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
+    assert list(tmp_path.iterdir()) == ([tmp_path / "new"] if by_nohup else [])

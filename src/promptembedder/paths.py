@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from promptembedder.errors import PromptEmbedderError
+
 
 def expanded(path: str | Path) -> Path:
     """The path, a leading `~` replaced by the home folder."""
@@ -28,6 +30,31 @@ def unreadable(path: Path) -> str | None:
     except (OSError, ValueError) as error:  # the second: a null byte in the name
         return getattr(error, "strerror", None) or str(error)
     return None if stat.S_ISREG(mode) else "Is a directory" if stat.S_ISDIR(mode) else "Not a regular file"
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists.
+
+    Raises:
+        PromptEmbedderError: the user may not look.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no name of a file
+        return False
+    except OSError as error:
+        raise PromptEmbedderError(f"{path} cannot be read: {error.strerror or error}") from error
+    return True
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a file that cannot be read; safetensors calls every such file one that is not there.
+
+    Raises:
+        PromptEmbedderError: it cannot be read; the message says why.
+    """
+    if (reason := unreadable(path)) is not None:
+        raise PromptEmbedderError(f"{path} cannot be read: {reason}")
 
 
 def closed_file(folder: Path) -> str | None:

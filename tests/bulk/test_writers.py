@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -60,7 +61,7 @@ def test_values_are_stored_in_the_dtype_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, PromptEmbedderError])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, ending: str, error: type[BaseException]) -> None:
     path = tmp_path / f"vectors.{ending}"
-    for old in (None, b"old"):
+    for old in (None, b"", _embeddings(tmp_path, ending)):
         if old is not None:
             path.write_bytes(old)
         with pytest.raises(error):
@@ -71,11 +72,39 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, ending: s
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"vectors.{ending}"
-    path.write_bytes(b"old")
+    old = _embeddings(tmp_path, ending)
+    path.write_bytes(old)
     with embedding_writer(path, 4, FLOAT32) as writer:
         writer.write(["a"], np.ones((1, 4), np.float32))
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() != b"old"
+        assert path.read_bytes() == old
+    assert path.read_bytes() != old
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "words.npy", "rows.parquet", "bytes.npy", "bytes.parquet"])
+def test_only_embeddings_are_replaced(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.startswith("bytes"):
+        path.write_bytes(b"no array, no table")
+    elif path.suffix == ".npy":
+        np.save(path, np.zeros((3, 4), np.int64) if name == "labels.npy" else np.zeros(3, np.float32))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"id": [1], "text": ["x"]}), path)
+    before = path.read_bytes()
+    with pytest.raises(PromptEmbedderError, match="exists and holds no embeddings; choose another file") as caught:
+        _write_and_stop(path, RuntimeError)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("ids", [[3, 1], ["b", "a"], [b"\x01", b"\x00"], [1.0, 0.5]], ids=str)
+def test_parquet_keeps_the_type_of_ids(tmp_path: Path, ids: list[Any]) -> None:
+    more = {3: [pyarrow.int8()], "b": [pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]}
+    for id_type in (None, *more.get(ids[0], [])):
+        with embedding_writer(tmp_path / "v.parquet", 2, FLOAT32, id_type) as writer:
+            for identity in ids:
+                writer.write([identity], np.ones((1, 2), np.float32))
+        found = pyarrow.parquet.read_table(tmp_path / "v.parquet")["id"]
+        assert (found.to_pylist(), found.type) == (ids, id_type or pyarrow.array(ids).type)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +131,15 @@ def test_output_that_cannot_be(tmp_path: Path, name: str, told: str) -> None:
 def _batches(sizes: list[int], dtype: str) -> list[np.ndarray]:
     drawn = np.random.default_rng(0)
     return [(100 * drawn.random((size, 16))).astype(dtype) for size in sizes]
+
+
+def _embeddings(folder: Path, ending: str) -> bytes:
+    path = folder / f"made.{ending}"
+    with embedding_writer(path, 2, FLOAT32) as writer:
+        writer.write(["old"], np.ones((1, 2), np.float32))
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
 
 def _write_and_stop(path: Path, error: type[BaseException]) -> None:

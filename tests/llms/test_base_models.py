@@ -171,5 +171,5 @@ def test_unwritable_cache(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "model.gguf").write_bytes(b"weights")
     monkeypatch.setenv(CACHE_ENV, str(tmp_path / "file" / "below"))
-    with pytest.raises(PromptEmbedderError, match=f"cannot be written; set {CACHE_ENV}"):
+    with pytest.raises(PromptEmbedderError, match=f"cannot be written: Not a directory; set {CACHE_ENV}"):
         locate(str(tmp_path / "model.gguf"))

@@ -70,18 +70,36 @@ def test_save_refuses_a_folder_that_is_no_model_and_replaces_one_that_is(tiny_mo
 )
 def test_a_save_that_fails_leaves_the_former_model(tiny_model, tmp_path, monkeypatch, error):
     promptembedder.save(tiny_model(), tmp_path / "saved")
-    rename = Path.rename
 
-    def fails_at_last(path, target):
-        if not path.name.endswith("-former") and target == tmp_path / "saved":
-            raise error
-        return rename(path, target)
+    def fails(one, other):
+        raise error
 
-    monkeypatch.setattr(Path, "rename", fails_at_last)
+    monkeypatch.setattr("promptembedder.atomic._exchange", fails)
     with pytest.raises((PromptEmbedderError, KeyboardInterrupt)):
         promptembedder.save(tiny_model(layout="prefix"), tmp_path / "saved")
     assert promptembedder.load(tmp_path / "saved", device="cpu")[0].settings.layout == "suffix"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_save_leaves_the_users_files_in_a_model_folder_alone(tiny_model, tmp_path):
+    folder = tmp_path / "saved"
+    promptembedder.save(tiny_model(linear_head=True), folder)
+    (folder / "config.yaml").write_text("of the former model")
+    notes = ("notes.txt", ".git/HEAD", "prompter/notes.txt", "1_Dense/notes.txt")
+    for name in notes:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    (folder / "alignment.safetensors").chmod(0o600)
+    model = tiny_model()
+    promptembedder.save(model, folder)
+    promptembedder.save(model, tmp_path / "fresh")
+    both = (folder, tmp_path / "fresh")
+    found, fresh = ({str(p.relative_to(at)) for p in at.rglob("*") if p.is_file()} for at in both)
+    assert found == fresh | set(notes)
+    assert {(folder / name).read_text() for name in notes} == {"mine"}
+    assert [(at / "alignment.safetensors").stat().st_mode & 0o777 for at in both] == [0o600, 0o644]
+    assert_same_model(model, promptembedder.load(folder, device="cpu"))
+    assert describe(folder) == describe(tmp_path / "fresh")  # its size is the model's
 
 
 @pytest.fixture

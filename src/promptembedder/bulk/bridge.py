@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.fits import moments, ridge
-from promptembedder.paths import expanded, unreadable
+from promptembedder.paths import check_readable, expanded, is_there
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FEWEST_TEXTS = 100
@@ -78,8 +78,9 @@ class Bridge:
         """Write a safetensors file, atomically.
 
         Raises:
-            PromptEmbedderError: the path cannot be written.
+            PromptEmbedderError: the path cannot be written, or holds something else than a bridge.
         """
+        refuse_others(path)
         try:
             with atomic.replacing(path) as scratch:
                 arrays = {"weight": self.weight_DF} | ({} if self.probe_D is None else {"probe": self.probe_D})
@@ -89,6 +90,23 @@ class Bridge:
             raise PromptEmbedderError(f"bridge {path} cannot be written: {reason}") from error
 
 
+def refuse_others(path: Path) -> None:
+    """Refuse to replace anything but a bridge or an empty file.
+
+    Raises:
+        PromptEmbedderError: something else is there.
+    """
+    if path.is_dir():
+        raise PromptEmbedderError(f"bridge {path} cannot be written: it is a folder")
+    if path.is_file() and path.stat().st_size:
+        try:
+            load(path)
+        except PromptEmbedderError as error:
+            raise PromptEmbedderError(
+                f"bridge {path} cannot be written: another file is there; choose another name"
+            ) from error
+
+
 def load(path: Path) -> Bridge:
     """Open a saved bridge.
 
@@ -96,10 +114,9 @@ def load(path: Path) -> Bridge:
         PromptEmbedderError: no such file, or not a bridge.
     """
     path = expanded(path)
-    if not path.exists():
+    if not is_there(path):
         raise PromptEmbedderError(f"no bridge at {path}")
-    if (reason := unreadable(path)) is not None:  # safetensors would call it missing
-        raise PromptEmbedderError(f"bridge {path} cannot be read: {reason}")
+    check_readable(path)
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError, needs_extra
 from promptembedder.model.folder import describe
-from promptembedder.paths import expanded
+from promptembedder.paths import ending, expanded
 from promptembedder.progress import bar
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def encode_file(
     document: bool = False,
     kind: TextFormat | None = None,
     text_field: str = "text",
-    id_field: str = "id",
+    id_field: str | None = None,
     batch_size: int = 32,
     max_text_tokens: int | None = None,
     truncate_dim: int | None = None,
@@ -46,12 +47,13 @@ def encode_file(
     Args:
         model: folder, name or hub id of a saved model.
         texts: file of lines, JSONL or Parquet; `-` is standard input.
-        output: `.npy` (N, E), or `.parquet` with columns id and embedding.
+        output: `.npy` (N, E), or `.parquet` with columns id and embedding. Embeddings there are replaced, nothing else.
         instruction: unset: the model's default.
         document: take the model's document instruction.
         kind: of the texts' format; unset: by the file's ending.
         text_field: field of the text in JSONL and Parquet.
-        id_field: field of the id; rows without one get their number.
+        id_field: field of the id, which is an integer, a string or bytes; unset: `id`, or the row's number, from 0,
+            where no row has one.
         batch_size: texts per forward.
         max_text_tokens: truncate texts to this many tokens; unset: the model's limit.
         truncate_dim: keep this many dimensions, the first ones, at unit length again.
@@ -63,12 +65,13 @@ def encode_file(
         N and E, the latter in values, not bytes.
 
     Raises:
-        PromptEmbedderError: options contradict each other; the model, a text or the bridge cannot be read; the output
-            cannot be written.
+        PromptEmbedderError: options contradict each other; the model, a text, an id or the bridge cannot be read; the
+            output cannot be written, is one of the inputs, or holds something else than embeddings.
         MissingExtraError: Parquet without pyarrow.
     """
     _check(instruction, document, bridge, truncate_dim, precision)
     texts, output = str(expanded(texts)), expanded(output)
+    atomic.refuse_input(output, texts, *([] if bridge is None else [bridge]))
     dimensions = describe(model)["dimensions"]
     # A missing model is reported before the libraries are imported, which takes seconds.
     import numpy as np
@@ -85,11 +88,14 @@ def encode_file(
         width = over.weight_DF.shape[1]
     stored, dtype = ((width + 7) // 8, np.uint8) if precision == "ubinary" else (width, np.dtype(precision))
 
-    def rows() -> Iterator[tuple[str, str]]:
-        return _rows(texts, kind, text_field, id_field)
+    ids_kept = ending(output) == ".parquet"
 
+    def rows() -> Iterator[tuple[Any, str]]:
+        return _rows(texts, kind, text_field, id_field, ids_kept)
+
+    id_type = _id_type(texts, kind, id_field) if ids_kept else None
     # The writer comes first: an output that cannot be written is reported before the model opens.
-    with embedding_writer(output, stored, np.dtype(dtype)) as writer:
+    with embedding_writer(output, stored, np.dtype(dtype), id_type) as writer:
         # A file is read twice, so that an error in its last line is reported before the model opens. Of other input
         # only the first chunk is read before.
         total = sum(1 for _ in rows()) if Path(texts).is_file() else None
@@ -129,19 +135,28 @@ def _check(
         raise PromptEmbedderError("--bridge needs whole embeddings: leave --truncate-dim and ubinary out")
 
 
-def _rows(texts: str, kind: TextFormat | None, text_field: str, id_field: str) -> Iterator[tuple[str, str]]:
+def _rows(
+    texts: str, kind: TextFormat | None, text_field: str, id_field: str | None, ids: bool
+) -> Iterator[tuple[Any, str]]:
     from promptembedder.data.texts import read_texts
 
     with needs_extra("parquet", "reading Parquet"):
-        yield from read_texts(texts, kind, text_field, id_field)
+        yield from read_texts(texts, kind, text_field, id_field, ids=ids)
 
 
-def _chunked(rows: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+def _id_type(texts: str, kind: TextFormat | None, id_field: str | None) -> Any | None:
+    from promptembedder.data.texts import parquet_id_type
+
+    with needs_extra("parquet", "reading Parquet"):
+        return parquet_id_type(texts, kind, id_field)
+
+
+def _chunked(rows: Iterator[tuple[Any, str]], size: int) -> Iterator[list[tuple[Any, str]]]:
     while chunk := list(itertools.islice(rows, size)):
         yield chunk
 
 
-def _progress(chunks: Iterator[list[tuple[str, str]]], total: int | None) -> Iterator[list[tuple[str, str]]]:
+def _progress(chunks: Iterator[list[tuple[Any, str]]], total: int | None) -> Iterator[list[tuple[Any, str]]]:
     """Count texts on standard error; how many will come from standard input is unknown."""
     with bar(unit=" texts", desc="Encoding", total=total) as shown:
         for chunk in chunks:

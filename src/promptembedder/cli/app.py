@@ -1,16 +1,24 @@
 """The `promptembedder` command: its verbs, and what every error looks like.
 
-Bad input is one line on standard error and exit code 2.
+Bad input is one line on standard error and exit code 2. A signal that ends the command is one line and exit code 128
+plus its number.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from io import TextIOWrapper
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +39,8 @@ from promptembedder.errors import PromptEmbedderError
 
 # Typer carries a click of its own, so the class of wrong usage is reached through one that it exports.
 _UsageError: Any = typer.BadParameter.__base__
+
+_ONE_STOP_SECONDS = 2.0
 
 app = typer.Typer(
     add_completion=False,
@@ -79,7 +89,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
-        code = app(standalone_mode=False)
+        with _clean_stops():
+            code = app(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, because an error of Python's own flush at exit is no single line
     except BrokenPipeError:  # whoever reads our output has seen enough
@@ -120,6 +131,38 @@ def _flush_or_discard() -> None:
 
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _clean_stops() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as an error does, so that what it was writing is removed."""
+    last = -math.inf
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        # A session ends with both at once: the second must not interrupt the end. A later one is another try, because
+        # Python drops an exception that comes up where an object is finalized.
+        if time.monotonic() - last < _ONE_STOP_SECONDS:
+            return
+        last = time.monotonic()
+        os.write(2, f"promptembedder: stopped by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None))
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL  # `nohup` ignores the second
+    ]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) == stop:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _message(error: Exception) -> str | None:

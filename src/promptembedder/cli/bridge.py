@@ -31,16 +31,17 @@ def bridge(
 
     for place in (old, new):
         describe(place)  # a missing model is reported before the other one reads every text
-    from promptembedder.bulk.bridge import FEWEST_TEXTS, PROBE, fit
+    from promptembedder import atomic
+    from promptembedder.bulk.bridge import FEWEST_TEXTS, PROBE, fit, refuse_others
     from promptembedder.data.texts import read_texts
     from promptembedder.model.encode import encode
     from promptembedder.model.store import load
 
+    atomic.refuse_input(output, texts)
+    refuse_others(output)
     lines = list(dict.fromkeys(text for _, text in read_texts(texts, None, ids=False)))
     if len(lines) < FEWEST_TEXTS:
         raise PromptEmbedderError(f"a bridge needs at least {FEWEST_TEXTS} different texts, {texts} has {len(lines)}")
-    if output.is_dir():
-        raise PromptEmbedderError(f"bridge {output} cannot be written: it is a folder")
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise PromptEmbedderError(f"bridge {output} cannot be written: {output.parent} is no folder open to you")
     by_new, by_old = (

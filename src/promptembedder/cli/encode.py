@@ -23,7 +23,9 @@ def encode(
         Literal["lines", "jsonl", "parquet"] | None, typer.Option("--format", help="Unset: by the file's ending.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of the text in JSONL and Parquet.")] = "text",
-    id_field: Annotated[str, typer.Option(help="Field of the id; rows without one get their number.")] = "id",
+    id_field: Annotated[
+        str | None, typer.Option(help="Field of the id; unset: id, or the row's number where no row has one.")
+    ] = None,
     batch_size: BatchSize = 32,
     max_text_tokens: Annotated[
         int | None, typer.Option(min=1, help="Truncate texts to this many tokens; unset: the model's limit.")

@@ -22,6 +22,8 @@ from promptembedder.evaluation.run import FACTS, read_facts_file
 from promptembedder.paths import expanded
 
 _META = "model_meta.json"
+_FIGURES = "comparison.json"
+_WRITTEN = ("report.md", "report.html", "by-kind.png", "training.png")
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,9 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
     """Write `report.md`, `report.html`, `comparison.json` and the pictures, atomically.
 
     Raises:
-        PromptEmbedderError: the folder cannot be written.
+        PromptEmbedderError: the folder cannot be written, or holds results or somebody else's report.
     """
+    _refuse_others(folder)
     import markdown as converter
 
     pictures = {"by-kind.png": "Mean score by kind of task"}
@@ -177,9 +180,20 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
                 _draw_training(comparison, scratch / "training.png")
             (scratch / "report.md").write_text(page, encoding="utf-8")
             (scratch / "report.html").write_text(_HTML.format(title=escape(title), body=body), encoding="utf-8")
-            (scratch / "comparison.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise PromptEmbedderError(f"cannot write the comparison to {folder}: {error.strerror or error}") from error
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder whose files would be replaced though no comparison wrote them, or that would seem to hold one."""
+    if (folder / _META).exists():
+        raise PromptEmbedderError(f"{folder} holds results of an evaluation; choose another --output")
+    if (folder / _FIGURES).is_file():
+        return
+    for name in _WRITTEN:
+        if (folder / name).exists():
+            raise PromptEmbedderError(f"{folder} holds {name}, which no comparison wrote; choose another --output")
 
 
 _HTML = """<!doctype html>

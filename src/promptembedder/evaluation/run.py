@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import shutil
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import yaml
 from mteb.abstasks.abstask import AbsTask
 from mteb.cache import ResultCache
 
-from promptembedder import atomic, lock
+from promptembedder import atomic, lock, progress
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.encoder import InstructedEncoder
 from promptembedder.paths import expanded
@@ -26,6 +29,9 @@ from promptembedder.paths import expanded
 FACTS = "promptembedder.yaml"
 # The same while the tasks run.
 STARTED = ".promptembedder.started.yaml"
+# What mteb writes beside a task's result.
+_FILES_OF_MTEB = ("model_meta.json", "run_settings.jsonl")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,6 @@ def _evaluated(
     encoder: InstructedEncoder, tasks: Sequence[AbsTask], output: Path, folder: Path, batch_size: int
 ) -> EvaluationResult:
     """As `evaluate`, in a folder of results that no other run writes to."""
-    cache = ResultCache(output)
     kinds = {task.metadata.name: task.metadata.type for task in tasks}
     made_with = {task.metadata.name: encoder.made_with(task.metadata) for task in tasks}
     known = read_facts_file(folder / FACTS)
@@ -77,30 +82,62 @@ def _evaluated(
         "made_with": {**known["made_with"], **made_with},
         "training": encoder.training,
     }
-    try:
+    with _naming(output):
+        folder.mkdir(parents=True, exist_ok=True)
         atomic.write_text(folder / STARTED, yaml.safe_dump(facts, sort_keys=True))
-    except OSError as error:
-        raise PromptEmbedderError(f"results folder {folder} cannot be written: {error.strerror or error}") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            done = mteb.evaluate(
-                encoder, list(tasks), cache=cache, encode_kwargs={"batch_size": batch_size}, co2_tracker=False
-            )
-        except OSError as error:
-            raise PromptEmbedderError(
-                f"rows of {', '.join(kinds)} cannot be read: {' '.join(str(error).split())[:200]}"
-            ) from error
-    if failed := [error.task_name for error in done.exceptions or []]:
+    done = [_evaluate_one(encoder, task, folder, output, batch_size) for task in progress.bar(tasks, "Evaluating")]
+    if failed := [error.task_name for result in done for error in result.exceptions or []]:
         # Such as rows that only who is logged in may read; of these mteb raises nothing.
         raise PromptEmbedderError(f"{', '.join(failed)}: mteb has no result; are its rows open to you (HF_TOKEN)?")
     (folder / STARTED).replace(folder / FACTS)
-    scores = {result.task_name: 100 * result.get_score() for result in done.task_results}
+    scores = {found.task_name: 100 * found.get_score() for result in done for found in result.task_results}
     for name, score in scores.items():
         if not math.isfinite(score):
             (folder / f"{name}.json").unlink(missing_ok=True)
             raise PromptEmbedderError(f"the score of {name} is not a number")
     return EvaluationResult(scores, kinds, folder)
+
+
+def _evaluate_one(encoder: InstructedEncoder, task: AbsTask, folder: Path, output: Path, batch_size: int) -> Any:
+    """What mteb says of one task; its files appear whole in `folder`, the result last."""
+    result = f"{task.metadata.name}.json"
+    with _naming(output), atomic.scratch(folder) as scratch:
+        # mteb writes files in place, and takes what it finds there for results.
+        place = scratch / folder.relative_to(output)
+        place.mkdir(parents=True)
+        known = [file for file in folder.iterdir() if file.name in (result, *_FILES_OF_MTEB)]
+        for file in known:
+            shutil.copyfile(file, place / file.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                done = mteb.evaluate(
+                    encoder,
+                    task,
+                    cache=ResultCache(scratch),
+                    encode_kwargs={"batch_size": batch_size},
+                    co2_tracker=False,
+                    show_progress_bar=False,
+                )
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise
+                raise PromptEmbedderError(
+                    f"rows of {task.metadata.name} cannot be read: {' '.join(str(error).split())[:200]}"
+                ) from error
+        for name in (*_FILES_OF_MTEB, result):
+            if (place / name).is_file():
+                with atomic.replacing(folder / name) as file:
+                    (place / name).replace(file)
+    return done
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PromptEmbedderError(f"results folder {output} cannot be written: {error.strerror or error}") from error
 
 
 def read_facts_file(path: Path) -> dict[str, Any]:

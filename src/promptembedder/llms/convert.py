@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
+from promptembedder import atomic
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.quiet import quiet_transformers
-from promptembedder.paths import expanded
+from promptembedder.paths import check_readable, expanded, is_there
 from promptembedder.progress import say
 
 CACHE_ENV = "PROMPTEMBEDDER_CACHE"
@@ -36,27 +38,25 @@ def cache_dir() -> Path:
 def converted(key: str, sha256: str, parts: list[Path]) -> Path:
     """The safetensors folder of a GGUF file, made on first use; atomic and safe when two processes ask at once."""
     target = cache_dir() / f"{key}-v{CONVERSION_VERSION}"
-    if (target / "config.json").is_file():
+    atomic.clear_abandoned(target.parent)
+    if is_there(target / "config.json"):
         return target
+    for part in parts:
+        check_readable(part)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise PromptEmbedderError(f"cache folder {target.parent} cannot be written; set {CACHE_ENV}") from error
-    with FileLock(f"{target}.lock"):
-        if (target / "config.json").is_file():
-            return target
-        scratch = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
-        say(f"converting {key.rpartition('-')[0]} from GGUF, once")
-        try:
-            gguf = scratch / "model.gguf"
-            _join(parts, gguf, sha256)
-            _convert_gguf(gguf, scratch / "converted", ", ".join(map(str, parts)))
-            if target.exists():  # half-written by something that was killed between rename steps
-                shutil.rmtree(target)
-            (scratch / "converted").rename(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with FileLock(f"{target}.lock"):
+            if not is_there(target / "config.json"):
+                say(f"converting {key.rpartition('-')[0]} from GGUF, once")
+                with atomic.scratch(target.parent) as scratch, atomic.replacing_folder(target) as output:
+                    _join(parts, scratch / "model.gguf", sha256)
+                    _convert_gguf(scratch / "model.gguf", output, ", ".join(map(str, parts)))
+    except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
+        reason = getattr(error, "strerror", None) or error
+        raise PromptEmbedderError(
+            f"cache folder {target.parent} cannot be written: {reason}; set {CACHE_ENV} to another"
+        ) from error
     return target
 
 

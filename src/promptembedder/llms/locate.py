@@ -19,7 +19,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
 from promptembedder.llms.quiet import quiet_transformers
-from promptembedder.paths import ending, expanded, unreadable
+from promptembedder.paths import check_readable, ending, expanded, is_there
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ def locate(name: str, revision: str | None = None, access: HubAccess = AS_CONFIG
         hint = carried.install if revision is None else None
         return LocatedModel(name, *_from_hub(carried.hub_id, revision, access, hint=hint))
     path = expanded(name)
-    if path.is_file() and ending(path) == ".gguf":
-        if (reason := unreadable(path)) is not None:
-            raise PromptEmbedderError(f"base model {path} cannot be read: {reason}")
+    if ending(path) == ".gguf" and is_there(path) and path.is_file():
+        check_readable(path)
         digest = sha256_of([path])
         return LocatedModel(str(path.resolve()), converted(f"{path.stem}-{digest[:12]}", digest, [path]))
-    if path.is_dir():
-        if (reason := unreadable(path / "config.json")) is not None:
-            raise PromptEmbedderError(f"base model folder {path} has no config.json that can be read: {reason}")
+    if is_there(path) and path.is_dir():
+        if not is_there(path / "config.json"):
+            raise PromptEmbedderError(f"base model folder {path} has no config.json")
+        check_readable(path / "config.json")
         return LocatedModel(str(path.resolve()), path)
     if ending(path) == ".gguf" or path.is_absolute() or name.count("/") != 1:
         raise PromptEmbedderError(

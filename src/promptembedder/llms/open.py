@@ -17,7 +17,7 @@ from promptembedder.llms.convert import cache_dir
 from promptembedder.llms.locate import LocatedModel
 from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.llms.states import CACHE_ARGUMENT
-from promptembedder.paths import closed_file
+from promptembedder.paths import check_readable, closed_file
 
 
 def load_config(located: LocatedModel) -> Any:
@@ -68,6 +68,8 @@ def load_causal_lm(located: LocatedModel, dtype: torch.dtype) -> PreTrainedModel
         PromptEmbedderError: see `load_config`.
     """
     load_config(located)
+    for weights in located.folder.glob("*.safetensors"):
+        check_readable(weights)
     with quiet_transformers(), _opening(located, "weights"):
         lm = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
     lm.eval()

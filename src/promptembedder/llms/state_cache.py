@@ -13,12 +13,12 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import uuid
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,6 @@ _FORMAT = 1
 _INDEX = "text-states.json"
 _ENDING = ".states"
 _CHECKSUM_BYTES = 4
-_ABANDONED_SECONDS = 3600
 # One file per process that uses the folder, named by backbone and precision.
 _IN_USE = ".in_use-"
 
@@ -153,6 +152,10 @@ class _OnDisk(TextStateCache):
         self._files = _Files(budget // workers, getsizeof=lambda entry: entry[1])
         with FileLock(str(folder / ".lock")):
             self._open(identity)
+        # Open as long as this cache: what is half-written when the process is killed is found again and removed.
+        opened = ExitStack()
+        self._scratch = opened.enter_context(atomic.scratch(folder))
+        weakref.finalize(self, opened.close)
         held = self._held_before()
         there = shutil.disk_usage(folder).free + sum(size for _, _, size in held)
         try:
@@ -221,8 +224,6 @@ class _OnDisk(TextStateCache):
                 continue
             if path.suffix == _ENDING:
                 held.append((stat.st_mtime, path, stat.st_size))
-            elif path.name.startswith(".") and time.time() - stat.st_mtime > _ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)  # of a run that was killed while writing
         return held
 
     def _own(self, key: str, path: Path, size: int) -> None:
@@ -265,7 +266,7 @@ class _OnDisk(TextStateCache):
         if size > self._files.maxsize:
             return
         path = self._path(key)
-        scratch = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
+        scratch = self._scratch / key
         try:
             path.parent.mkdir(exist_ok=True)
             scratch.write_bytes(self._checksum(body) + body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
 from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
-from promptembedder.paths import expanded, unreadable
+from promptembedder.paths import expanded, is_there, unreadable
 
 FORMAT_VERSION = 2
 # What a run or transfer began with, in its folder.
@@ -27,6 +28,11 @@ PROMPTER_FOLDER = "prompter"
 PROMPTER_WEIGHTS = "adapter_model.safetensors"
 # In the settings file: another saved model that holds the prompter's weights.
 SHARED_PROMPTER = "shared_prompter"
+_OWN_FILES = (
+    *(CONFIG_FILE, ALIGNMENT_FILE, "modules.json", "config_sentence_transformers.json", "README.md"),
+    *("config.yaml", "training.json"),  # of the run that made the model
+)
+_OWN_FILES_OF_A_MODULE = ("config.json", "model.safetensors", "adapter_config.json", PROMPTER_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def prompter_owner(path: str | Path) -> Path:
     if folder.is_relative_to(PLACE.resolve()):
         raise PromptEmbedderError(f"{path} comes with the package, which may move; its prompter cannot be shared")
     weights = read_saved(folder).prompter_weights
-    if not weights.is_file():
+    if not is_there(weights):
         raise PromptEmbedderError(f"{folder} holds no prompter weights to share")
     return weights.parent.parent
 
@@ -170,7 +176,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     library = library_settings(saved.folder)
     truncate_dim = library.get("truncate_dim")
     prompts, default_name = library.get("prompts") or {}, library.get("default_prompt_name")
-    sizes = [p.stat().st_size for p in saved.folder.rglob("*") if p.is_file()]
+    sizes = [p.stat().st_size for p in map(saved.folder.joinpath, own_files(saved.folder)) if p.is_file()]
     lora = f", rank {settings.lora_rank}" if settings.prompter_training == "lora" else ""
     return {
         "prompter": _origin(saved.base_models, "prompter"),
@@ -240,7 +246,7 @@ class SavedModel:
                 f"{self.folder / CONFIG_FILE}: {SHARED_PROMPTER!r} must hold 'folder' and 'sha256'"
             )
         weights: Path = (self.folder / pointer["folder"]).resolve() / PROMPTER_FOLDER / PROMPTER_WEIGHTS
-        if not weights.is_file():
+        if not is_there(weights):
             raise PromptEmbedderError(
                 f"{self.folder} shares the prompter of {weights.parent.parent}, which is not there"
             )
@@ -294,6 +300,20 @@ def library_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise PromptEmbedderError(f"{path} must hold an object")
     return saved
+
+
+def own_files(folder: Path) -> set[Path]:
+    """Files and folders of a saved model, relative to its folder; whatever else lies there is the user's.
+
+    The name of a file decides, so some of these need not be there.
+    """
+    own = {Path(name) for name in _OWN_FILES}
+    places = [PROMPTER_FOLDER]
+    with suppress(OSError, ValueError, TypeError, KeyError):  # a folder without a model, or with a damaged one
+        places += [entry["path"] for entry in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    for place in map(Path, filter(None, places)):
+        own |= {place, *(place / name for name in _OWN_FILES_OF_A_MODULE)}
+    return own
 
 
 def read_json(path: Path) -> Any:

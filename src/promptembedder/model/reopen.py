@@ -21,7 +21,7 @@ from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
 from promptembedder.model.handed import dtype_name
 from promptembedder.model.parts import Parts, open_parts
 from promptembedder.model.settings import ModelConfig
-from promptembedder.paths import unreadable
+from promptembedder.paths import check_readable, is_there
 
 
 def reopen(
@@ -74,10 +74,9 @@ def weights_of(saved: SavedModel) -> Iterator[dict[str, Tensor]]:
     """
     file = saved.folder / ALIGNMENT_FILE
     for needed in (file, saved.prompter_weights):
-        if not needed.exists():
+        if not is_there(needed):
             raise PromptEmbedderError(f"model folder {saved.folder} has no {needed.relative_to(saved.folder)}")
-        if (reason := unreadable(needed)) is not None:  # safetensors would call it missing
-            raise PromptEmbedderError(f"{needed} cannot be read: {reason}")
+        check_readable(needed)
     try:
         stored = load_file(file)
         if "weight" not in stored:
@@ -91,7 +90,7 @@ def _at(name: str, revision: str | None, instead: str | None, role: str, access:
     """An LLM where it was, or where it is now."""
     if instead is not None:
         return locate(instead, access=access)
-    if Path(name).is_absolute() and not Path(name).exists():
+    if Path(name).is_absolute() and not is_there(Path(name)):
         raise PromptEmbedderError(
             f"{role} {name} is no longer there; promptembedder.load(..., {role}=...) says where it is"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
 from sentence_transformers.util import import_from_string
 
+from promptembedder import atomic
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.folder import (
@@ -26,13 +26,14 @@ from promptembedder.model.folder import (
     SHARED_PROMPTER,
     folder_of,
     library_settings,
+    own_files,
     prompter_owner,
     read_json,
 )
 from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
-from promptembedder.paths import closed_file, expanded
+from promptembedder.paths import check_readable, closed_file, expanded
 
 
 def load(
@@ -103,11 +104,11 @@ def save(
     card: str | None = None,
     share_prompter: str | Path | None = None,
 ) -> None:
-    """Write a model to a folder, atomically: a temporary name first, then a rename.
+    """Write a model to a folder; whenever the process is killed, the folder holds the former model or the new one.
 
     Args:
         model: made by `build` or `load`.
-        path: the folder; an older model there is replaced.
+        path: the folder. An older model there is replaced; files in it that no model has, such as `.git`, stay.
         card: Markdown for its README; unset: a short one.
         share_prompter: folder of a saved model with the same trained prompter. Its weights are then not written again;
             the new folder points to them by relative path and sha256, and opens only while they are there.
@@ -118,38 +119,18 @@ def save(
     """
     target = expanded(path)
     refuse_foreign(target)
-    target = target.resolve() if target.is_symlink() else target
+    target = Path(os.path.realpath(target))
     lender = None if share_prompter is None else lender_of(model, share_prompter, target)
-    scratch = former = None
+    owned = own_files(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        model.save_pretrained(str(scratch), create_model_card=False)
-        (scratch / "README.md").write_text(card or _card(model), encoding="utf-8")
-        if lender is not None:
-            _share_prompter(scratch, lender, target.resolve())
-        _open_to_readers(scratch)  # as `atomic` leaves single files
-        if target.exists():
-            former = scratch.with_name(f"{scratch.name}-former")
-            target.rename(former)
-        scratch.rename(target)
+        with atomic.replacing_folder(target, lambda file: file in owned) as scratch:
+            model.save_pretrained(str(scratch), create_model_card=False)
+            (scratch / "README.md").write_text(card or _card(model), encoding="utf-8")
+            if lender is not None:
+                _share_prompter(scratch, lender, target)
     except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
         reason = getattr(error, "strerror", None) or error
         raise PromptEmbedderError(f"cannot write a model to {target}: {reason}") from error
-    finally:
-        if former is not None and former.exists():
-            if target.exists():
-                shutil.rmtree(former, ignore_errors=True)
-            else:
-                former.rename(target)
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Give a folder made by `mkdtemp`, and weights in it, which safetensors keeps to their owner, the usual modes."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Path) -> Path:
@@ -162,6 +143,7 @@ def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Pa
     if lender == target.resolve():
         raise PromptEmbedderError(f"{target} cannot share its prompter with itself")
     # By value: the lender may keep its weights in half precision.
+    check_readable(_weights_in(lender))
     own, theirs = trained_state(soft_prompt_module(model).prompter), load_file(_weights_in(lender))
     if own.keys() != theirs.keys() or not all(torch.equal(own[n].float(), theirs[n].float()) for n in own):
         raise PromptEmbedderError(f"the prompter of {lender} is another one than the model's; it cannot be shared")
@@ -208,6 +190,9 @@ def _listed_modules(folder: Path) -> list[tuple[str, str]]:
 
 def _library_modules(folder: Path, entries: Sequence[tuple[str, str]]) -> list[Module]:
     """What follows our module, opened by sentence-transformers."""
+    for _, place in entries:
+        for weights in (folder / place).glob("*.safetensors"):
+            check_readable(weights)
     with _whole(folder, ImportError, RuntimeError):  # a class that is not there, weights of another shape
         return [import_from_string(kind).load(str(folder), subfolder=place) for kind, place in entries]
 
