@@ -545,7 +545,7 @@ def test_bad_options_of_encode(
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [([""], ["instruction is empty"]), (["Find.", "--top", "9999"], ["9999"])],
+    [([""], ["INSTRUCTION must be a sentence"]), (["Find.", "--top", "9999"], ["9999"])],
 )
 def test_bad_options_of_explain(
     command: Callable[..., Outcome], saved: Path, arguments: list[str], told: list[str]

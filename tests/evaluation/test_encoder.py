@@ -34,6 +34,16 @@ def test_empty_texts_are_read_as_a_full_stop(task_folder, tmp_path, encoder, cap
     assert "Find: 1 of 30 texts are empty and read as '.'" in caplog.text
 
 
+def test_own_instructions_are_the_prompts_of_the_model(task_folder, encoder):
+    encoder.model.prompts |= {"query": "Mine.", "document": "Of documents."}
+    (task,) = evaluation.local_tasks(task_folder, ["Find"])
+    made_with = encoder.made_with(task.metadata)
+    assert (made_with["instruction"], made_with["document_instruction"]) == ("Mine.", "Of documents.")
+    # Texts come as any iterable, blank ones too.
+    found = encoder.encode_under((text for text in [*TEXTS, ""]), "Mine.")
+    np.testing.assert_allclose(found, encoder.model.encode([*TEXTS, "."]), atol=1e-5)
+
+
 def test_a_model_of_ours_from_the_hub_keeps_its_id(tiny_model, hub):
     place, _ = hub
     save(tiny_model(), place / "me" / "mine")

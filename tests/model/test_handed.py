@@ -24,12 +24,7 @@ def opened(folder, **options):
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [
-        (torch.bfloat16, torch.bfloat16),
-        ("bfloat16", torch.bfloat16),
-        ("float32", torch.float32),
-        ("auto", torch.float32),
-    ],
+    [(torch.bfloat16, "bfloat16"), ("bfloat16", "bfloat16"), (torch.float32, "float32"), ("auto", "float32")],
 )
 def test_the_dtype_is_taken(folder, name, given, expected):
     module = opened(folder, model_kwargs={name: given})[0]

@@ -24,8 +24,13 @@ def test_the_text_limit_may_be_set(tiny_model, tmp_path):
     assert not np.allclose(cut, whole, atol=1e-3)
     promptembedder.save(model, tmp_path / "short")
     assert promptembedder.load(tmp_path / "short", device="cpu").max_seq_length == 4
-    with pytest.raises(PromptEmbedderError, match="must be a positive number of tokens, found 0"):
-        model.max_seq_length = 0
+    model.max_seq_length = np.int64(5)
+    assert type(model.max_seq_length) is int
+    promptembedder.save(model, tmp_path / "short")
+    assert promptembedder.load(tmp_path / "short", device="cpu").max_seq_length == 5
+    for wrong in (0, None, True, 4.0, "4"):
+        with pytest.raises(PromptEmbedderError, match=f"must be a positive number of tokens, found {wrong!r}"):
+            model.max_seq_length = wrong
 
 
 @pytest.mark.parametrize("options", [{}, {"layout": "prefix", "max_instruction_tokens": 20}])
