@@ -5,7 +5,8 @@
 
 Trains a tiny random model, made here, for 20 steps with a checkpoint after every second one. Half of the kills
 (`kill -9`) are spread evenly over the run; the others hit the moment in which a checkpoint is being written. Prints a
-line per kill and the largest differences. Ends with exit code 1 if one of them is above 1e-6.
+line per kill and the largest differences. Ends with exit code 1 if one of them is above 1e-6
+(transfer: 1e-5).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.model.folder import BEGUN_FILE
@@ -41,7 +43,8 @@ from promptembedder.transfer.transfer import transfer
 
 STEPS = 20
 EVERY = 2
-ALLOWED = 1e-6
+# A transfer keeps states of texts, which differ in the last bits by the batch that a text is first read in.
+ALLOWED = {"training": 1e-6, "transfer": 1e-5}
 TEXTS = ["A man plays a guitar.", "The bank raised its rates.", "Two dogs run.", "It rains in the town.", "She reads."]
 # Children are forked with the libraries imported, so that kills hit the run and not the imports.
 FORK = multiprocessing.get_context("fork")
@@ -139,11 +142,11 @@ def losses_of(stage: Path) -> list[float]:
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
-def weights_of(model: Path) -> dict[str, torch.Tensor]:
-    """Every saved weight of a model."""
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    """Every weight of the saved models: a transfer saves one after each stage, too."""
     return {
-        f"{file.relative_to(model)} {name}": weight.float()
-        for file in sorted(model.rglob("*.safetensors"))
+        f"{file.relative_to(output)} {name}": weight.float()
+        for file in sorted(output.glob("**/model/**/*.safetensors"))
         for name, weight in load_file(file).items()
     }
 
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    disable_progress_bar()
     drawn = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -213,7 +217,7 @@ def main() -> None:
         job.finish(whole)
         lasted = time.monotonic() - began
         writing = seconds_to_write(job, folder / "timed")
-        expected, weights = losses_of(job.last_stage(whole)), weights_of(whole / "model")
+        expected, weights = losses_of(job.last_stage(whole)), weights_of(whole)
         print(f"whole run: {lasted:.1f} s, {1000 * writing:.0f} ms a checkpoint, final loss {expected[-1]:.8f}")
         by_loss = by_weight = 0.0
         for n in range(arguments.kills):
@@ -223,14 +227,14 @@ def main() -> None:
             lived = killed(job, cut, after, step)
             left = found_after_kill(job.last_stage(cut))
             job.finish(cut, resume=(cut / BEGUN_FILE).is_file())
-            losses, others = losses_of(job.last_stage(cut)), weights_of(cut / "model")
+            losses, others = losses_of(job.last_stage(cut)), weights_of(cut)
             loss = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
             weight = max(float((others[name] - weight).abs().max()) for name, weight in weights.items())
             by_loss, by_weight = max(by_loss, loss), max(by_weight, weight)
             print(f"kill {n + 1:3} after {lived:5.2f} s, {left}; final loss {losses[-1]:.8f}", flush=True)
             shutil.rmtree(cut)
     print(f"{arguments.kills} kills; largest difference of a step's loss {by_loss:.1e}, of a weight {by_weight:.1e}")
-    sys.exit(max(by_loss, by_weight) > ALLOWED)
+    sys.exit(max(by_loss, by_weight) > ALLOWED["transfer" if arguments.transfer else "training"])
 
 
 if __name__ == "__main__":
