@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Packages around sentence-transformers have an environment of their own.
 WRAPPERS := .venv-wrappers
 WRAPPERS_READY := $(WRAPPERS)/.ready
+# One process per core, of one thread each: two models that compute at once on all cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 CODE := src tests benchmarks scripts docs
 WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
 UNWANTED := benchmarks/|runs/|\.png
@@ -18,7 +20,7 @@ demo: $(READY)
 	$(BIN)/promptembedder demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The examples of docs/wrappers.md. The last lines name the tests that ran, and those that did not with the reason.
 test-wrappers: $(WRAPPERS_READY)
@@ -26,7 +28,7 @@ test-wrappers: $(WRAPPERS_READY)
 
 # What to run while working: minutes less than `make test`.
 check: lint types
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real"
 
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)

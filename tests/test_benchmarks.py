@@ -134,10 +134,10 @@ def test_settings_of_quality_are_valid(column):
 def test_speeds_are_medians_and_ratios_are_taken_within_a_round(monkeypatch):
     taken = iter(
         [
-            *(9.0, 9.0, 9.0, 9.0),  # the round that warms up
-            *(1.0, 2.0, 1.0, 2.0),
-            *(2.0, 4.0, 4.0, 4.0),
-            *(4.0, 8.0, 2.0, 8.0),
+            *(9.0, 9.0, 9.0, 9.0, 9.0),  # the round that warms up
+            *(1.0, 2.0, 1.0, 2.0, 4.0),
+            *(2.0, 4.0, 4.0, 4.0, 4.0),
+            *(4.0, 8.0, 2.0, 8.0, 8.0),
         ]
     )
     monkeypatch.setattr(encode_speed, "seconds", lambda run: next(taken))
@@ -146,10 +146,22 @@ def test_speeds_are_medians_and_ratios_are_taken_within_a_round(monkeypatch):
         "backbone": 4.0,
         "words": 2.0,
         "soft_prompt": 4.0,
-        "two_instructions": 4.0,
+        "soft_prompts_2": 4.0,
+        "soft_prompts_8": 16.0,
         "soft_prompt_to_words": 2.0,  # of 2, 1 and 4
-        "two_instructions_to_words": 2.0,
+        "soft_prompts_2_to_words": 2.0,
+        "soft_prompts_8_to_words": 8.0,  # of 4, 8 and 8
     }
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_texts_have_the_lengths_that_are_named(tiny_model, mixed):
+    model = tiny_model()
+    texts = encode_speed.texts_of(model, 12, 20, mixed)
+    lengths = [len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert len(set(texts)) == 20
+    assert (min(lengths) < 9) == mixed
+    assert max(lengths) <= 14
 
 
 def test_a_deep_soft_prompt_is_reduced_to_the_nearest_rank():
