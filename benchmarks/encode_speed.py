@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/encode_speed.py smollm2-135m --report benchmarks/results/encode-speed-cpu
 
 Figures are embeddings a second, at texts of random words: all of one length, and of mixed lengths up to it. The
-variants run in turn, in one process and one precision; every figure is a median over `--rounds`, every ratio a median of the
-ratios within a round.
+variants run in turn, in one process and one precision; every figure is a median over `--rounds`, every ratio a median
+of the ratios within a round.
 
 - `backbone`: the LLM reads the bare text; mean of its last hidden states.
 - `words`: the LLM reads `Instruct: INSTRUCTION`, a line break and `Query: TEXT`; last token. Every further instruction

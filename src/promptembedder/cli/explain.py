@@ -20,13 +20,18 @@ def explain(
     """Show the words that each soft token of an instruction mixes, with their weights."""
     check_output()
     check_instruction(instruction, "INSTRUCTION")
-    from promptembedder.model.explain import explain as read
-    from promptembedder.model.instructions import instruction_for
-    from promptembedder.model.store import load
+    import torch
 
-    embedder = load(model)
-    asked = instruction_for(embedder, instruction)
-    readings = read(embedder, asked, top)
+    from promptembedder.model.explain import readings_of
+    from promptembedder.model.folder import describe, folder_of, read_saved
+    from promptembedder.model.reopen import reopen_prompter
+
+    # The prompter alone: neither the backbone nor sentence-transformers, whose import takes longer than all else.
+    saved = read_saved(folder_of(model))
+    asked = instruction or describe(model)["default_instruction"]
+    prompter = reopen_prompter(saved)
+    with torch.inference_mode():
+        readings = readings_of(prompter, prompter(*prompter.tokenize([asked])), top)
     if as_json:
         print(json.dumps({"instruction": asked, "soft_tokens": [asdict(r) for r in readings]}))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sentence_transformers.util import get_device_name
 
 from promptembedder.errors import PromptEmbedderError
 
@@ -31,8 +30,12 @@ def resolve_dtype(setting: str, device: torch.device | str | None = None) -> tor
     """
     if setting != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[setting]
-    # Without a device, sentence-transformers uses the accelerator, if there is one.
-    kind = torch.device(device if device is not None else get_device_name()).type
+    if device is None:
+        # Imported here, because sentence-transformers takes seconds. It uses the accelerator, if there is one.
+        from sentence_transformers.util import get_device_name
+
+        device = get_device_name()
+    kind = torch.device(device).type
     if kind == "cuda":  # older GPUs emulate bfloat16, as some CPUs do
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if kind != "cpu":

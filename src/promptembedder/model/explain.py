@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from sentence_transformers import SentenceTransformer
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model.instructions import instruction_for
-from promptembedder.model.module import soft_prompt_module
+from promptembedder.model.prompter import Prompter, SoftTokens
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,25 @@ def explain(model: SentenceTransformer, instruction: str | None = None, top: int
     Raises:
         PromptEmbedderError: the instruction is no string; `top` is no number of words, or larger than the vocabulary.
     """
+    # Imported here, because the command needs none of it, and sentence-transformers takes seconds.
+    from promptembedder.model.instructions import instruction_for
+    from promptembedder.model.module import soft_prompt_module
+
     module = soft_prompt_module(model)
-    instruction = instruction_for(model, instruction)
     with torch.inference_mode():
-        weights_KV = module.soft_tokens(instruction).weights_NKV[0]
+        written = module.soft_tokens(instruction_for(model, instruction))
+    return readings_of(module.prompter, written, top)
+
+
+def readings_of(prompter: Prompter, written: SoftTokens, top: int = 5) -> list[SoftTokenReading]:
+    """Read the soft tokens that a prompter wrote for one instruction; `top` and errors as in `explain`."""
+    with torch.inference_mode():
+        weights_KV = written.weights_NKV[0]
         if not isinstance(top, numbers.Integral) or not 1 <= top <= weights_KV.shape[-1]:
             raise PromptEmbedderError(f"top = {top!r}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
         entropy_K = torch.special.entr(weights_KV).sum(-1)
         heaviest = weights_KV.topk(top, dim=-1)
-    tokenizer = module.prompter.tokenizer
+    tokenizer = prompter.tokenizer
     return [
         SoftTokenReading(
             tuple((tokenizer.decode([i]), w) for i, w in zip(ids, weights, strict=True)),

@@ -87,15 +87,29 @@ def open_parts(
             f"alignment is {tuple(start.shape)}, but prompter {prompter_at.name} and backbone {backbone_at.name} "
             f"need {widths}"
         )
-    prompter = Prompter(
-        _trainable(prompter_lm, config, seed),
-        prompter_tokenizer,
+    prompter = make_prompter(prompter_lm, prompter_tokenizer, config, seed)
+    matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
+    return Parts(prompter, matrix, backbone, tokenizer, identity)
+
+
+def make_prompter(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0
+) -> Prompter:
+    """The prompter of a model with these settings.
+
+    Args:
+        lm: the Prompting LLM; LoRA goes into it.
+        tokenizer: of the LLM.
+        config: the model's settings.
+        seed: of LoRA's start.
+    """
+    return Prompter(
+        _trainable(lm, config, seed),
+        tokenizer,
         num_soft_tokens=config.num_soft_tokens,
         temperature=config.softmax_temperature,
         max_request_tokens=config.max_instruction_tokens,
     )
-    matrix, backbone = pair(config, backbone_lm, start, backbone_at.name)
-    return Parts(prompter, matrix, backbone, tokenizer, identity)
 
 
 def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str) -> tuple[Alignment, Backbone]:

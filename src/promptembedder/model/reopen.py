@@ -10,16 +10,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess
+from promptembedder.llms.identity import fingerprint
 from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
+from promptembedder.llms.open import load_causal_lm, load_tokenizer
 from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
 from promptembedder.model.handed import dtype_name
-from promptembedder.model.parts import Parts, open_parts
+from promptembedder.model.parts import Parts, make_prompter, open_parts
+from promptembedder.model.prompter import Prompter, load_trained_state
 from promptembedder.model.settings import ModelConfig
 from promptembedder.paths import check_readable, is_there
 
@@ -55,14 +60,35 @@ def reopen(
         prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter", access)
         backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone", access)
         parts = open_parts(config, prompter_at, backbone_at, device, seed=0, weight_PD=stored["weight"].float())
-    for role in ("prompter", "backbone"):
-        want, have = (getattr(bases, f"{role}_fingerprint") for bases in (expected, parts.base_models))
-        if want != have:
-            raise PromptEmbedderError(
-                f"{saved.folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than "
-                f"the model was trained with ({want[:12]}){_remedy(expected, role)}"
-            )
+    _check_fingerprint(saved, "prompter", parts.base_models.prompter_fingerprint)
+    _check_fingerprint(saved, "backbone", parts.base_models.backbone_fingerprint)
     return parts, config
+
+
+def reopen_prompter(saved: SavedModel) -> Prompter:
+    """Open the prompter of a saved model alone, on the CPU, with its trained weights.
+
+    Raises:
+        PromptEmbedderError: as in `load`.
+    """
+    expected = saved.base_models
+    with weights_of(saved):
+        located = _at(expected.prompter, expected.prompter_revision, None, "prompter", AS_CONFIGURED)
+        whole = saved.config.prompter_training == "full"
+        lm = load_causal_lm(located, torch.float32 if whole else resolve_dtype(saved.config.dtype, "cpu"))
+        _check_fingerprint(saved, "prompter", fingerprint(lm))
+        prompter = make_prompter(lm, load_tokenizer(located), saved.config)
+        load_trained_state(prompter, saved.prompter_weights)
+    return prompter
+
+
+def _check_fingerprint(saved: SavedModel, role: str, found: str) -> None:
+    wanted = getattr(saved.base_models, f"{role}_fingerprint")
+    if wanted != found:
+        raise PromptEmbedderError(
+            f"{saved.folder}: {role} {getattr(saved.base_models, role)} has other weights (fingerprint {found[:12]}) "
+            f"than the model was trained with ({wanted[:12]}){_remedy(saved.base_models, role)}"
+        )
 
 
 @contextmanager
