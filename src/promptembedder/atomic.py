@@ -155,6 +155,11 @@ def scratch(folder: Path) -> Iterator[Path]:
                         empty.rmdir()
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a path lies in a scratch folder: half-written, perhaps by a process that was killed."""
+    return any(_SCRATCH.fullmatch(part) for part in path.parts)
+
+
 def clear_abandoned(folder: Path) -> None:
     """Remove what killed processes were writing in a folder; nothing of a process that lives, nothing else."""
     with suppress(OSError):
