@@ -102,6 +102,7 @@ def replacing_folder(folder: Path, ours: Callable[[Path], bool] = lambda path: T
         if not os.path.lexists(target):
             new.rename(target)
             return
+        clear_abandoned(target)
         _carry_over(target, new, Path(), ours)
         if not _exchange(new, target):
             former = place.parent / _FORMER
