@@ -102,6 +102,7 @@ def replacing_folder(folder: Path, ours: Callable[[Path], bool] = lambda path: T
         if not os.path.lexists(target):
             new.rename(target)
             return
+        clear_abandoned(target)
         _carry_over(target, new, Path(), ours)
         if not _exchange(new, target):
             former = place.parent / _FORMER
@@ -153,6 +154,11 @@ def scratch(folder: Path) -> Iterator[Path]:
                 for empty in [] if done else missing:
                     with suppress(OSError):
                         empty.rmdir()
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path lies in a scratch folder: half-written, perhaps by a process that was killed."""
+    return any(_SCRATCH.fullmatch(part) for part in path.parts)
 
 
 def clear_abandoned(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -57,6 +58,21 @@ def test_means_and_ratios_are_over_shared_tasks(results, tmp_path):
     assert "| **mean of 2 tasks** | 40.00 | 30.00 |" in table
     assert "| to first | 1.000 | 0.750 |" in table
     assert "because a column lacks them: B." in table
+
+
+def test_a_report_replaces_reports_only(results, tmp_path):
+    folder = results("x/first", {"A": 0.5})
+    killed = tmp_path / "out" / ".promptembedder-0123456789ab" / "new"
+    shutil.copytree(tmp_path / "out" / "results", killed)
+    comparison = evaluation.compare(evaluation.read_columns([tmp_path / "out"]))
+    assert list(comparison.columns) == ["first"]
+    with pytest.raises(PromptEmbedderError, match="holds results of an evaluation; choose another"):
+        evaluation.write_report(comparison, folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.md").write_text("mine")
+    with pytest.raises(PromptEmbedderError, match=r"holds report\.md, which no comparison wrote"):
+        evaluation.write_report(comparison, tmp_path / "mine")
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
 
 
 def test_report_is_written_whole(results, tmp_path):

@@ -153,6 +153,7 @@ def _clear(output: Path) -> None:
     ours = {_MARK, "data", "training", "model", "results.json", "report.md", "picture.png", "sample.txt"}
     try:
         output.mkdir(parents=True, exist_ok=True)
+        atomic.clear_abandoned(output)
         found = sorted(p.name for p in output.iterdir())
         foreign = [name for name in found if name not in ours] or (found if _MARK not in found else [])
         if foreign:

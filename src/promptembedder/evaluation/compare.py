@@ -86,7 +86,7 @@ def read_columns(places: Sequence[Path]) -> list[Column]:
     folders: dict[Path, None] = {}
     for place in map(expanded, places):
         found = sorted(meta.parent for meta in place.rglob(_META)) if place.is_dir() else []
-        found = [folder for folder in found if _results(folder)]
+        found = [folder for folder in found if _results(folder) and not atomic.is_unfinished(folder)]
         if not found:
             raise PromptEmbedderError(f"no results in {place}: expected a folder that `promptembedder evaluate` wrote")
         folders.update(dict.fromkeys(found))

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
+from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.tasks import LOCAL
 from promptembedder.llms.device import check_device
@@ -218,7 +219,8 @@ def _filled(template: str) -> Callable[[str, str], str]:
 def _content(folder: Path, more: str = "") -> str:
     """Digest of the weights and settings in a folder."""
     digest = hashlib.sha256(more.encode())
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".bin")):
+    weights = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".bin"))
+    for file in sorted(path for path in weights if not atomic.is_unfinished(path)):
         digest.update(file.name.encode())
         with file.open("rb") as source:
             while block := source.read(_BLOCK):
