@@ -23,7 +23,7 @@ from promptembedder.config import dump_yaml
 from promptembedder.data.rows import load_training_data
 from promptembedder.data.scored_pairs import read_scored_pairs
 from promptembedder.data.settings import DataConfig, DataFile
-from promptembedder.data.texts import read_texts
+from promptembedder.data.texts import parquet_id_type, read_texts
 from promptembedder.training.settings import RunConfig, load_run
 
 ROWS = [
@@ -37,7 +37,7 @@ FIELDS = sorted({field for rows in (ROWS, PAIRS, TEXTS) for row in rows for fiel
 # Said of a whole file; everything else names a line or row of it.
 OF_FILES = re.compile(
     "damaged gzip file|not UTF-8 text: .* after line|cannot be read as Parquet|holds no pairs|holds one score only"
-    "|no rows to train on in|has no column|convert it, or name its format"
+    "|no rows to train on in|has no column|convert it, or name its format|ids must be integers"
 )
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -170,8 +170,8 @@ def test_scored_pairs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
 
 def test_texts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
-        for identity, text in read_texts(path, None):
-            assert isinstance(identity, str)
+        parquet_id_type(path, None)
+        for _, text in read_texts(path, None):
             assert text.encode().strip()
 
     try_all(request, tmp_path, files(["txt", "txt.gz", "jsonl", "ndjson.gz", "parquet", "csv"], TEXTS), read)
