@@ -153,7 +153,7 @@ def test_conversion_happens_once_though_two_ask(tmp_path):
 import time
 from pathlib import Path
 from promptembedder.llms import convert, locate
-def slow(gguf, output):
+def slow(gguf, output, given):
     with open({str(tmp_path / "log")!r}, "a") as log: log.write("converted\\n")
     output.mkdir(); time.sleep(1); (output / "config.json").write_text("{{}}")
 convert._convert_gguf = slow

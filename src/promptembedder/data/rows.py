@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from promptembedder.data.made_up import FAMILIES, Family, MadeUpRow, contrast_ro
 from promptembedder.data.readers import records, text_field, texts_field
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.text import composed
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class _DoubtfulRows:
 
 
 def _same_form(texts: Sequence[str]) -> set[str]:
-    return {unicodedata.normalize("NFC", text).strip() for text in texts}
+    return {composed(text).strip() for text in texts}
 
 
 def read_rows(
