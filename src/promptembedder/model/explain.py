@@ -38,6 +38,7 @@ def explain(model: SentenceTransformer, instruction: str | None = None, top: int
         PromptEmbedderError: the instruction is no string; `top` is no number of words, or larger than the vocabulary.
     """
     module = soft_prompt_module(model)
+    tokenizer = module.prompter.tokenizer
     instruction = instruction_for(model, instruction)
     with torch.inference_mode():
         weights_KV = module.soft_tokens(instruction).weights_NKV[0]
@@ -45,7 +46,6 @@ def explain(model: SentenceTransformer, instruction: str | None = None, top: int
             raise PromptEmbedderError(f"top = {top!r}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
         entropy_K = torch.special.entr(weights_KV).sum(-1)
         heaviest = weights_KV.topk(top, dim=-1)
-    tokenizer = module.prompter.tokenizer
     return [
         SoftTokenReading(
             tuple((tokenizer.decode([i]), w) for i, w in zip(ids, weights, strict=True)),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
 from sentence_transformers.util import import_from_string
 
+from promptembedder import atomic
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.folder import (
@@ -30,6 +30,7 @@ from promptembedder.model.folder import (
     read_json,
 )
 from promptembedder.model.instructions import instruction_for
+from promptembedder.model.known import KnownInstructions
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
 
@@ -119,36 +120,15 @@ def save(
     refuse_foreign(target)
     target = target.resolve() if target.is_symlink() else target
     lender = None if share_prompter is None else lender_of(model, share_prompter, target)
-    scratch = former = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        model.save_pretrained(str(scratch), create_model_card=False)
-        (scratch / "README.md").write_text(card or _card(model), encoding="utf-8")
-        if lender is not None:
-            _share_prompter(scratch, lender, target.resolve())
-        _open_to_readers(scratch)  # as `atomic` leaves single files
-        if target.exists():
-            former = scratch.with_name(f"{scratch.name}-former")
-            target.rename(former)
-        scratch.rename(target)
+        with atomic.replacing_folder(target) as scratch:
+            model.save_pretrained(str(scratch), create_model_card=False)
+            (scratch / "README.md").write_text(card or card_of(model), encoding="utf-8")
+            if lender is not None:
+                _share_prompter(scratch, lender, target.resolve())
     except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
         reason = getattr(error, "strerror", None) or error
         raise PromptEmbedderError(f"cannot write a model to {target}: {reason}") from error
-    finally:
-        if former is not None and former.exists():
-            if target.exists():
-                shutil.rmtree(former, ignore_errors=True)
-            else:
-                former.rename(target)
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Give a folder made by `mkdtemp`, and weights in it, which safetensors keeps to their owner, the usual modes."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def lender_of(model: SentenceTransformer, share_prompter: str | Path, target: Path) -> Path:
@@ -222,9 +202,12 @@ def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
         raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 
 
-def _card(model: SentenceTransformer) -> str:
+def card_of(model: SentenceTransformer) -> str:
+    """Markdown that says what a model is and how to use it."""
     module = soft_prompt_module(model)
     bases, settings = module.base_models, module.settings
+    if isinstance(module.prompter, KnownInstructions):
+        return card_of_export(module.prompter.named, bases.backbone, module.get_embedding_dimension())
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers, promptembedder, soft-prompts]
@@ -242,4 +225,40 @@ import promptembedder
 model = promptembedder.load("path/of/this/folder")  # or its id on the hub
 embeddings = model.encode(["a text"], prompt={json.dumps(instruction_for(model), ensure_ascii=False)})
 ```
+"""
+
+
+def card_of_export(named: Mapping[str, str], backbone: str, width: int) -> str:
+    """Markdown that says what an export of soft prompts is.
+
+    Args:
+        named: its instructions by name.
+        backbone: its Embedding LLM.
+        width: of its embeddings.
+    """
+    rows = "\n".join(f"- `{name}`: {' '.join(text.split())}" for name, text in named.items())
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, promptembedder, soft-prompts]
+---
+# Soft prompts of an embedder
+
+This folder holds the soft prompts of these instructions, and no weights of an LLM:
+
+{rows}
+
+The frozen Embedding LLM `{backbone}` reads the text and the soft prompt.
+The Prompting LLM that wrote the soft prompts is not needed.
+Embeddings have {width} dimensions.
+
+```python
+import promptembedder
+
+model = promptembedder.load("path/of/this/folder")
+embeddings = model.encode(["a text"], prompt_name={json.dumps(next(iter(named)))})
+documents = model.encode_document(["a document"])
+```
+
+`prompt=` takes the words of an instruction or its name.
+Another instruction is refused.
 """
