@@ -62,7 +62,7 @@ def fold(
     *,
     rows: int | None = None,
     dev: ScoredPairs | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     seed: int = 13,
 ) -> Fold:
     """Make soft tokens of deep soft prompts.
@@ -73,7 +73,7 @@ def fold(
         texts: plain texts of the kind to be embedded.
         rows: R; unset: the one of `COUNTS` that comes closest to the deep model.
         dev: scored pairs, to report by.
-        steps: of the fit, for each instruction.
+        steps: of the fit, for each instruction; unset: 150.
         seed: draws the texts held back, and the batches.
 
     Raises:
@@ -81,7 +81,7 @@ def fold(
     """
     if rows is not None and not 1 <= rows <= 512:
         raise PromptEmbedderError(f"a fold has 1 to 512 rows, found {rows}")
-    fitting = _Fitting(model, compiled, texts, seed)
+    fitting, steps = _Fitting(model, compiled, texts, seed), STEPS if steps is None else steps
     if rows is None:
         # A third of the steps, on one instruction, tells the counts apart.
         first = next(iter(compiled.prompts))

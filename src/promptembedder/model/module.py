@@ -307,7 +307,9 @@ class SoftPromptTransformer(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
-        known: dict[str, Any] = {INSTRUCTIONS: self.prompter.named} if isinstance(self.prompter, KnownInstructions) else {}
+        known: dict[str, Any] = (
+            {INSTRUCTIONS: self.prompter.named} if isinstance(self.prompter, KnownInstructions) else {}
+        )
         return {
             "format_version": KNOWN_VERSION if known else FORMAT_VERSION,
             "embedding_dimension": self.get_embedding_dimension(),
