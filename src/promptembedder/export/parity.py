@@ -91,7 +91,7 @@ def compare(
     Raises:
         PromptEmbedderError: an embedding is further from the model's than the precision explains.
     """
-    bound = min(BOUNDS.get(precision, 0.0), BOUNDS.get(running_precision(model), 0.0))
+    bound = min(BOUNDS.get(runs_in, BOUNDS["q8"]) for runs_in in (precision, running_precision(model)))
     texts = parity_texts(model, compiled.max_text_tokens)
     smallest, where = 2.0, ("", "")
     for name in names:
