@@ -166,8 +166,8 @@ def test_texts_of_the_check_fill_the_model(tiny_model):
     model = tiny_model(max_text_tokens=40)
     texts = parity_texts(model, 40)
     lengths = [len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    assert max(lengths) == lengths[-1]
-    assert 30 < max(lengths) <= 40
+    assert max(lengths) <= 40
+    assert lengths[-1] > 30
 
 
 def test_further_instructions_join_an_export(tiny_model, tmp_path):

@@ -160,8 +160,9 @@ def compile_model(model: SentenceTransformer, instructions: Mapping[str, str]) -
             raise PromptEmbedderError(f"instruction {name!r} is {instruction!r}, expected a short name and a sentence")
     settings, K = module.settings, module.settings.num_soft_tokens
     prompts = {}
-    for (name, instruction), soft_1RD in zip(named.items(), module.soft_prompts(list(named.values())), strict=True):
-        soft_RD = soft_1RD[0].float().cpu()
+    for name, instruction in named.items():
+        # One by one: read together, their last bits, and so the digests, would depend on what else is compiled.
+        soft_RD = module.soft_prompt(instruction)[0].float().cpu()
         deep_JKD = soft_RD[K:].reshape(-1, K, soft_RD.shape[1]) if len(soft_RD) > K else None
         ids = tuple(module.instruction_ids(instruction).tolist())
         prompts[name] = CompiledInstruction(name, instruction, ids, soft_RD[:K].contiguous(), deep_JKD)

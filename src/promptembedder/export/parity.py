@@ -104,11 +104,12 @@ def compare(
             raise PromptEmbedderError(
                 f"the export gives embeddings of shape {found_NE.shape}, the model {expected_NE.shape}"
             )
-        cosine_N = (_unit(found_NE) * _unit(expected_NE)).sum(-1)
-        lowest = int(np.nan_to_num(cosine_N, nan=-2.0).argmin())
-        if not cosine_N[lowest] >= smallest:  # also where it is not a number
+        # What is not a number is as far as can be.
+        cosine_N = np.nan_to_num((_unit(found_NE) * _unit(expected_NE)).sum(-1), nan=-1.0)
+        lowest = int(cosine_N.argmin())
+        if cosine_N[lowest] < smallest:
             smallest, where = float(cosine_N[lowest]), (name, texts[lowest])
-    if not smallest >= bound:
+    if smallest < bound:
         raise PromptEmbedderError(
             f"the export does not embed as the model: cosine {smallest:.6f} under instruction {where[0]!r}, at least "
             f"{bound} is expected; first text that differs most: {where[1][:40]!r}; nothing is kept"
