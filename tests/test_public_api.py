@@ -41,6 +41,8 @@ PARAMETERS = {
         "*callbacks"
     ),
     "promptembedder.transfer:transfer": "model config *share_prompter *resume",
+    "promptembedder.export:export": "model instructions folder *to *name *precision *folding",
+    "promptembedder.export:add": "model instructions folder *folding",
     "promptembedder.bulk:encode_file": (
         "model texts output *instruction *document *kind *text_field *id_field *batch_size *max_text_tokens "
         "*truncate_dim *precision *bridge *device"

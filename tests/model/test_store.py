@@ -176,7 +176,7 @@ def test_every_model_of_the_package_is_whole(name):
 def test_newer_format(saved):
     settings = json.loads((saved / "promptembedder.json").read_text())
     (saved / "promptembedder.json").write_text(json.dumps({**settings, "format_version": 99}))
-    with pytest.raises(PromptEmbedderError, match="format version 99, this promptembedder reads up to 2"):
+    with pytest.raises(PromptEmbedderError, match="format version 99, this promptembedder reads up to 3"):
         promptembedder.load(saved)
 
 

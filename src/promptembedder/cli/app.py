@@ -31,6 +31,7 @@ from promptembedder.cli.demo import demo
 from promptembedder.cli.encode import encode
 from promptembedder.cli.evaluate import evaluate
 from promptembedder.cli.explain import explain
+from promptembedder.cli.export import export
 from promptembedder.cli.info import info
 from promptembedder.cli.path import path
 from promptembedder.cli.train import train
@@ -48,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
 )
-for verb in (train, encode, evaluate, transfer, bridge, compare, explain, info, path, demo):
+for verb in (train, encode, evaluate, transfer, export, bridge, compare, explain, info, path, demo):
     app.command()(expanding_paths(verb))
 
 

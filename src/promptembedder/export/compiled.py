@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.open import input_embeddings
+from promptembedder.model.backbone import Backbone
 from promptembedder.model.instructions import instruction_for
 from promptembedder.model.module import soft_prompt_module
 from promptembedder.model.settings import Layout, Readout
@@ -41,6 +42,11 @@ class CompiledInstruction:
     ids: tuple[int, ...]
     soft_KD: Tensor
     deep_JKD: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The soft tokens, and what is added to the layers after them, as a backbone takes them."""
+        return self.soft_KD if self.deep_JKD is None else torch.cat([self.soft_KD, self.deep_JKD.flatten(0, 1)])
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,25 @@ class Compiled:
         """Whether soft tokens are more than rows of a vocabulary."""
         return any(prompt.deep_JKD is not None for prompt in self.prompts.values())
 
+    @property
+    def num_soft_tokens(self) -> int:
+        """K, the same for all instructions; of a fold other than the model's."""
+        return len(next(iter(self.prompts.values())).soft_KD)
+
+    def backbone_in(self, model: SentenceTransformer, num_soft_tokens: int | None = None) -> Backbone:
+        """What reads soft prompts with a model's LLM: its own backbone, or another one over the same LLM.
+
+        Args:
+            model: that was compiled.
+            num_soft_tokens: of the soft prompts; unset: K.
+        """
+        backbone, tokens = soft_prompt_module(model).backbone, num_soft_tokens or self.num_soft_tokens
+        if tokens == backbone.num_soft_tokens:
+            return backbone
+        other = Backbone(backbone.lm, layout=self.layout, readout=self.readout, num_soft_tokens=tokens)
+        other.head_ids = backbone.head_ids
+        return other
+
     def vocabulary_rows(self, name: str) -> Tensor:
         """The soft tokens (K, D) of an instruction as rows of the backbone's matrix of word embeddings."""
         return self.prompts[name].soft_KD / self.embedding_scale
@@ -135,8 +160,9 @@ def compile_model(model: SentenceTransformer, instructions: Mapping[str, str]) -
             raise PromptEmbedderError(f"instruction {name!r} is {instruction!r}, expected a short name and a sentence")
     settings, K = module.settings, module.settings.num_soft_tokens
     prompts = {}
-    for (name, instruction), soft_1RD in zip(named.items(), module.soft_prompts(list(named.values())), strict=True):
-        soft_RD = soft_1RD[0].float().cpu()
+    for name, instruction in named.items():
+        # One by one: read together, their last bits, and so the digests, would depend on what else is compiled.
+        soft_RD = module.soft_prompt(instruction)[0].float().cpu()
         deep_JKD = soft_RD[K:].reshape(-1, K, soft_RD.shape[1]) if len(soft_RD) > K else None
         ids = tuple(module.instruction_ids(instruction).tolist())
         prompts[name] = CompiledInstruction(name, instruction, ids, soft_RD[:K].contiguous(), deep_JKD)
@@ -179,15 +205,14 @@ def embed_compiled(model: SentenceTransformer, compiled: Compiled, name: str, te
     What exports are compared with: for a folded instruction this is the fold, not the model.
     """
     module, prompt = soft_prompt_module(model), compiled.prompts[name]
-    rows_RD = prompt.soft_KD if prompt.deep_JKD is None else torch.cat([prompt.soft_KD, prompt.deep_JKD.flatten(0, 1)])
+    backbone, soft_1RD = compiled.backbone_in(model), prompt.rows[None].to(model.device)
     found = []
     with torch.inference_mode(), module.truncating(compiled.max_text_tokens):
         for start in range(0, len(texts), 32):
             features = module.preprocess(texts[start : start + 32], prompt=prompt.instruction)
             ids_BT, mask_BT = (features[key].to(model.device) for key in ("input_ids", "attention_mask"))
             ids_I = torch.tensor(prompt.ids, dtype=torch.long, device=model.device)
-            soft_1RD = rows_RD.to(model.device)[None]
-            (embedding_BD,) = module.backbone.embed(ids_BT, mask_BT, [soft_1RD], [ids_I])
+            (embedding_BD,) = backbone.embed(ids_BT, mask_BT, [soft_1RD], [ids_I])
             embedding_BD = embedding_BD.float().cpu()
             if compiled.centre_D is not None:
                 embedding_BD = embedding_BD - compiled.centre_D

@@ -16,12 +16,18 @@ from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
 from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
 from promptembedder.paths import expanded, is_there, unreadable
+from promptembedder.text import is_blank
 
 FORMAT_VERSION = 2
+# Of a folder with soft prompts in place of prompter and alignment, which older versions do not read.
+KNOWN_VERSION = 3
 # What a run or transfer began with, in its folder.
 BEGUN_FILE = "begun.yaml"
 CONFIG_FILE = "promptembedder.json"
+# What sentence-transformers keeps of a model.
+LIBRARY_FILE = "config_sentence_transformers.json"
 ALIGNMENT_FILE = "alignment.safetensors"
+SOFT_PROMPTS_FILE = "soft_prompts.safetensors"
 # Beside the alignment's matrices: what is subtracted from embeddings.
 CENTRE = "centre"
 PROMPTER_FOLDER = "prompter"
@@ -33,6 +39,8 @@ _OWN_FILES = (
     *("config.yaml", "training.json"),  # of the run that made the model
 )
 _OWN_FILES_OF_A_MODULE = ("config.json", "model.safetensors", "adapter_config.json", PROMPTER_WEIGHTS)
+# In the settings file of an export: its instructions by name, in the order of their soft prompts.
+INSTRUCTIONS = "instructions"
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "dtype": settings.dtype,
         "format_version": saved.format_version,
         "size_mb": round(sum(sizes) / 1e6, 1),
-    }
+    } | ({} if saved.instructions is None else {"alignment": None, "instructions": saved.instructions})
 
 
 def _origin(bases: BaseModels, role: str) -> str:
@@ -220,6 +228,7 @@ class SavedModel:
         prompter_dimension: P.
         centred: whether a mean is subtracted from embeddings.
         shared_prompter: `folder` and `sha256` of the prompter weights in another saved model; unset: in this folder.
+        instructions: by name, of an export that holds soft prompts in place of a prompter; unset: a whole model.
     """
 
     folder: Path
@@ -230,6 +239,12 @@ class SavedModel:
     prompter_dimension: int
     centred: bool
     shared_prompter: Any = None
+    instructions: dict[str, str] | None = None
+
+    @property
+    def weights_file(self) -> Path:
+        """Where the alignment is, or the soft prompts are."""
+        return self.folder / (ALIGNMENT_FILE if self.instructions is None else SOFT_PROMPTS_FILE)
 
     @property
     def prompter_weights(self) -> Path:
@@ -269,13 +284,16 @@ def read_saved(folder: Path) -> SavedModel:
     if not isinstance(saved, dict):
         raise PromptEmbedderError(f"{where} is not a settings file: expected an object")
     version = saved.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int) or version > KNOWN_VERSION:
         raise PromptEmbedderError(
-            f"{folder}: format version {version!r}, this promptembedder reads up to {FORMAT_VERSION}; upgrade it"
+            f"{folder}: format version {version!r}, this promptembedder reads up to {KNOWN_VERSION}; upgrade it"
         )
     for name in ("model", "base_models", "embedding_dimension", "prompter_dimension"):
         if not isinstance(saved.get(name), int if name.endswith("dimension") else dict):
             raise PromptEmbedderError(f"{where}: {name!r} is missing or not what it should be")
+    instructions = saved.get(INSTRUCTIONS)
+    if (version == KNOWN_VERSION) != _are_named(instructions):
+        raise PromptEmbedderError(f"{where}: {INSTRUCTIONS!r} is missing or not what it should be")
     model, centred = dict(saved["model"]), saved.get("centred", False)
     if version == 1:
         centred = model.pop("centred", False)
@@ -290,12 +308,20 @@ def read_saved(folder: Path) -> SavedModel:
         saved["prompter_dimension"],
         bool(centred),
         saved.get(SHARED_PROMPTER),
+        instructions,
     )
+
+
+def _are_named(instructions: Any) -> bool:
+    """Whether this is an object of instructions by name."""
+    if not isinstance(instructions, dict) or not instructions:
+        return False
+    return all(isinstance(text, str) and not is_blank(text) for text in instructions.values())
 
 
 def library_settings(folder: Path) -> dict[str, Any]:
     """What sentence-transformers keeps of a saved model."""
-    path = folder / "config_sentence_transformers.json"
+    path = folder / LIBRARY_FILE
     saved = read_json(path)
     if not isinstance(saved, dict):
         raise PromptEmbedderError(f"{path} must hold an object")

@@ -36,18 +36,21 @@ from promptembedder.model.folder import (
     CENTRE,
     CONFIG_FILE,
     FORMAT_VERSION,
+    INSTRUCTIONS,
+    KNOWN_VERSION,
     PROMPTER_FOLDER,
-    PROMPTER_WEIGHTS,
+    SOFT_PROMPTS_FILE,
     BaseModels,
     SavedModel,
     folder_of,
     read_saved,
 )
 from promptembedder.model.handed import taken_dtype
+from promptembedder.model.known import KnownInstructions, SoftPromptTable
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.model.memory import SoftPromptMemory
 from promptembedder.model.parts import Parts
-from promptembedder.model.prompter import Opening, Prompter, SoftTokens, load_trained_state, trained_state
+from promptembedder.model.prompter import Opening, Prompter, SoftTokens, load_trained_state, save_prompter
 from promptembedder.model.prompts import FollowedModel, default_prompts
 from promptembedder.model.reader import TextReader
 from promptembedder.model.reopen import reopen, weights_of
@@ -63,8 +66,8 @@ class SoftPromptTransformer(InputModule):
     Used as the first module of a plain `SentenceTransformer`; `promptembedder.build` and `load` make one.
 
     Args:
-        prompter: writes soft tokens for an instruction.
-        alignment: maps them into the backbone's input space.
+        prompter: writes soft tokens for an instruction; in an export, the instructions that it holds.
+        alignment: maps them into the backbone's input space; in an export, a table of soft prompts.
         backbone: the frozen LLM that reads text and soft prompt.
         tokenizer: the backbone's.
         config: the model's settings.
@@ -78,8 +81,8 @@ class SoftPromptTransformer(InputModule):
 
     def __init__(
         self,
-        prompter: Prompter,
-        alignment: Alignment,
+        prompter: Prompter | KnownInstructions,
+        alignment: Alignment | SoftPromptTable,
         backbone: Backbone,
         tokenizer: PreTrainedTokenizerBase,
         config: ModelConfig,
@@ -89,7 +92,8 @@ class SoftPromptTransformer(InputModule):
         # First, because sentence-transformers casts the modules after this one to the dtype of its first parameter, and
         # embeddings are float32 whatever the LLMs run in.
         self.alignment = alignment
-        self.prompter = prompter
+        # That of an export refuses whatever needs an LLM.
+        self.prompter: Prompter = prompter  # type: ignore[assignment]
         self.backbone = backbone
         self.settings = config
         self.tokenizer = tokenizer
@@ -264,7 +268,8 @@ class SoftPromptTransformer(InputModule):
         if self.settings.layout == "suffix":
             ids = []
         else:
-            ids = self.reader.instruction_ids(instruction, self.settings.max_instruction_tokens)
+            words = self.prompter.words_of(instruction)
+            ids = self.reader.instruction_ids(words, self.settings.max_instruction_tokens)
         return torch.tensor(ids, dtype=torch.long, device=self.alignment.weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,17 +307,23 @@ class SoftPromptTransformer(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
+        known: dict[str, Any] = (
+            {INSTRUCTIONS: self.prompter.named} if isinstance(self.prompter, KnownInstructions) else {}
+        )
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": KNOWN_VERSION if known else FORMAT_VERSION,
             "embedding_dimension": self.get_embedding_dimension(),
             "prompter_dimension": self.alignment.weight.shape[0],
             "centred": self.centred,
             "model": asdict(self.settings),
             "base_models": asdict(self.base_models),
+            **known,
         }
 
     def save(self, output_path: str, *, safe_serialization: bool = True) -> None:
         """Write settings, alignment and the prompter's trained weights; the two LLMs are named, not copied.
+
+        An export writes its table of soft prompts in place of alignment and prompter.
 
         Raises:
             PromptEmbedderError: `safe_serialization` is off, which would be pickle.
@@ -320,15 +331,15 @@ class SoftPromptTransformer(InputModule):
         if not safe_serialization:
             raise PromptEmbedderError("weights are saved as safetensors only: leave safe_serialization on")
         folder = Path(output_path)
-        (folder / PROMPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
         if self.centred:
             stored[CENTRE] = self.centre_E.cpu().contiguous()
-        save_file(stored, folder / ALIGNMENT_FILE)
-        save_file(trained_state(self.prompter), folder / PROMPTER_FOLDER / PROMPTER_WEIGHTS)
-        peft_config = getattr(self.prompter.lm, "peft_config", None)
-        if peft_config is not None:
-            peft_config["default"].save_pretrained(str(folder / PROMPTER_FOLDER))
+        if isinstance(self.prompter, KnownInstructions):
+            save_file(stored, folder / SOFT_PROMPTS_FILE)
+        else:
+            save_file(stored, folder / ALIGNMENT_FILE)
+            save_prompter(self.prompter, folder / PROMPTER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(self.get_config_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -375,11 +386,12 @@ class SoftPromptTransformer(InputModule):
 
     def _restore(self, saved: SavedModel) -> None:
         with weights_of(saved) as stored:
-            load_trained_state(self.prompter, saved.prompter_weights)
+            if isinstance(self.prompter, Prompter):
+                load_trained_state(self.prompter, saved.prompter_weights)
         expected = self.alignment.state_dict() | ({CENTRE: self.centre_E} if saved.centred else {})
         have, wanted = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (stored, expected))
         if have != wanted:
-            raise PromptEmbedderError(f"{saved.folder / ALIGNMENT_FILE} holds {have}, expected {wanted}")
+            raise PromptEmbedderError(f"{saved.weights_file} holds {have}, expected {wanted}")
         self.subtract(stored.pop(CENTRE) if saved.centred else None)
         self.alignment.load_state_dict(stored)
 

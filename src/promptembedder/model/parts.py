@@ -22,6 +22,7 @@ from promptembedder.model.alignment import Alignment
 from promptembedder.model.backbone import Backbone
 from promptembedder.model.fits import least_squares, matched_norm, moments, random_start
 from promptembedder.model.folder import BaseModels
+from promptembedder.model.known import KnownInstructions, SoftPromptTable
 from promptembedder.model.prompter import Prompter
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.vocabulary import shared_vocabulary
@@ -32,8 +33,8 @@ _LORA_TARGETS = "all-linear"
 class Parts(NamedTuple):
     """What a `SoftPromptTransformer` is made of."""
 
-    prompter: Prompter
-    alignment: Alignment
+    prompter: Prompter | KnownInstructions
+    alignment: Alignment | SoftPromptTable
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     base_models: BaseModels
@@ -57,9 +58,8 @@ def open_parts(
         seed: of LoRA's and a random alignment's start.
         weight_PD: the alignment; unset: as the settings want it.
     """
-    check_device(device)
-    dtype = resolve_dtype(config.dtype, device)
-    backbone_lm = load_causal_lm(backbone_at, dtype)
+    backbone_lm, tokenizer = open_backbone(config, backbone_at, device)
+    dtype = backbone_lm.dtype
     same = prompter_at.folder == backbone_at.folder
     if config.prompter_training == "full":
         # Trained weights are kept in float32: bfloat16 swallows small updates.
@@ -67,7 +67,6 @@ def open_parts(
     else:
         # LoRA may go into the one tree and leaves the other untouched.
         prompter_lm = sharing_copy(backbone_lm) if same else load_causal_lm(prompter_at, dtype)
-    tokenizer = load_tokenizer(backbone_at)
     prompter_tokenizer = tokenizer if same else load_tokenizer(prompter_at)
     backbone_fingerprint = fingerprint(backbone_lm)
     identity = BaseModels(
@@ -112,8 +111,26 @@ def make_prompter(
     )
 
 
+def open_backbone(
+    config: ModelConfig, backbone_at: LocatedModel, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The Embedding LLM, frozen, in the precision that the settings want, and its tokenizer.
+
+    Raises:
+        PromptEmbedderError: no such device, or an LLM that cannot be a backbone.
+    """
+    check_device(device)
+    return load_causal_lm(backbone_at, resolve_dtype(config.dtype, device)), load_tokenizer(backbone_at)
+
+
 def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str) -> tuple[Alignment, Backbone]:
-    """Backbone and alignment that fit each other, as the settings want them.
+    """Backbone and alignment that fit each other, as the settings want them; errors as in `backbone_of`."""
+    layers = lm.config.get_text_config(decoder=True).num_hidden_layers
+    return Alignment(weight_PD, layers, config.deep_rank), backbone_of(config, lm, name)
+
+
+def backbone_of(config: ModelConfig, lm: PreTrainedModel, name: str) -> Backbone:
+    """The backbone that reads with an LLM, as the settings want it.
 
     Raises:
         PromptEmbedderError: a deep soft prompt for an LLM whose layers cannot be reached.
@@ -122,8 +139,7 @@ def pair(config: ModelConfig, lm: PreTrainedModel, weight_PD: Tensor, name: str)
     count = decoder.config.get_text_config(decoder=True).num_hidden_layers
     if config.deep_rank is not None and len(getattr(decoder, "layers", ())) != count:
         raise PromptEmbedderError(f"deep_rank needs an LLM with a list of its {count} layers, {name} has none")
-    backbone = Backbone(decoder, layout=config.layout, readout=config.readout, num_soft_tokens=config.num_soft_tokens)
-    return Alignment(weight_PD, count, config.deep_rank), backbone
+    return Backbone(decoder, layout=config.layout, readout=config.readout, num_soft_tokens=config.num_soft_tokens)
 
 
 def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -22,6 +22,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.open import input_embeddings
 from promptembedder.llms.states import CACHE_ARGUMENT, States, shallow_copy
 from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids
+from promptembedder.model.folder import PROMPTER_WEIGHTS
 from promptembedder.text import composed
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,10 @@ class Prompter(nn.Module):
             ids_NS[n, :shared], ids_NS[n, length - len(row) + shared :] = ids[:shared], ids[shared:]
             mask_NS[n, :shared] = mask_NS[n, length - len(row) + shared :] = 1
         return ids_NS, mask_NS
+
+    def words_of(self, request: str) -> str:
+        """The instruction that a request names: itself. An export knows instructions by name, too."""
+        return request
 
     @torch.no_grad()
     def read_opening(self) -> Opening | None:
@@ -284,6 +289,16 @@ def trained_state(prompter: Prompter) -> dict[str, Tensor]:
     else:
         state = dict(lm.named_parameters())
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def save_prompter(prompter: Prompter, folder: Path) -> None:
+    """Write the prompter's trained weights, and the settings of its LoRA."""
+    folder.mkdir(exist_ok=True)
+    save_file(trained_state(prompter), folder / PROMPTER_WEIGHTS)
+    lm: Any = prompter.lm
+    peft_config = getattr(lm, "peft_config", None)
+    if peft_config is not None:
+        peft_config["default"].save_pretrained(str(folder))
 
 
 def load_trained_state(prompter: Prompter, path: Path) -> None:

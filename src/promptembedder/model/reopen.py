@@ -21,9 +21,10 @@ from promptembedder.llms.hub import AS_CONFIGURED, HubAccess
 from promptembedder.llms.identity import fingerprint
 from promptembedder.llms.locate import CARRIED_MODELS, LocatedModel, locate
 from promptembedder.llms.open import load_causal_lm, load_tokenizer
-from promptembedder.model.folder import ALIGNMENT_FILE, BaseModels, SavedModel
+from promptembedder.model.folder import BaseModels, SavedModel
 from promptembedder.model.handed import dtype_name
-from promptembedder.model.parts import Parts, make_prompter, open_parts
+from promptembedder.model.known import KnownInstructions, SoftPromptTable
+from promptembedder.model.parts import Parts, backbone_of, make_prompter, open_backbone, open_parts
 from promptembedder.model.prompter import Prompter, load_trained_state
 from promptembedder.model.settings import ModelConfig
 from promptembedder.paths import check_readable, is_there
@@ -54,14 +55,16 @@ def reopen(
     config, expected = saved.config, saved.base_models
     if (precision := dtype_name(dtype)) is not None:
         config = replace(config, dtype=precision)  # type: ignore[arg-type]
+    if saved.instructions is not None:
+        return _reopen_known(saved, config, saved.instructions, device, prompter, backbone, access), config
     with weights_of(saved) as stored:
         if expected.prompter == expected.backbone:
             prompter, backbone = prompter or backbone, backbone or prompter
         prompter_at = _at(expected.prompter, expected.prompter_revision, prompter, "prompter", access)
         backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone", access)
         parts = open_parts(config, prompter_at, backbone_at, device, seed=0, weight_PD=stored["weight"].float())
-    _check_fingerprint(saved, "prompter", parts.base_models.prompter_fingerprint)
-    _check_fingerprint(saved, "backbone", parts.base_models.backbone_fingerprint)
+    _check_identity(saved, "prompter", parts.base_models.prompter_fingerprint)
+    _check_identity(saved, "backbone", parts.base_models.backbone_fingerprint)
     return parts, config
 
 
@@ -76,18 +79,47 @@ def reopen_prompter(saved: SavedModel) -> Prompter:
         located = _at(expected.prompter, expected.prompter_revision, None, "prompter", AS_CONFIGURED)
         whole = saved.config.prompter_training == "full"
         lm = load_causal_lm(located, torch.float32 if whole else resolve_dtype(saved.config.dtype, "cpu"))
-        _check_fingerprint(saved, "prompter", fingerprint(lm))
+        _check_identity(saved, "prompter", fingerprint(lm))
         prompter = make_prompter(lm, load_tokenizer(located), saved.config)
         load_trained_state(prompter, saved.prompter_weights)
     return prompter
 
 
-def _check_fingerprint(saved: SavedModel, role: str, found: str) -> None:
-    wanted = getattr(saved.base_models, f"{role}_fingerprint")
-    if wanted != found:
+def _reopen_known(
+    saved: SavedModel,
+    config: ModelConfig,
+    instructions: dict[str, str],
+    device: str | None,
+    prompter: str | None,
+    backbone: str | None,
+    access: HubAccess,
+) -> Parts:
+    """The parts of an export that holds soft prompts: the Embedding LLM alone is opened."""
+    if prompter is not None:
+        raise PromptEmbedderError(f"{saved.folder} holds soft prompts and opens no Prompting LLM: leave prompter out")
+    expected = saved.base_models
+    with weights_of(saved) as stored:
+        weight_NRD = stored["weight"]
+        backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone", access)
+        lm, tokenizer = open_backbone(config, backbone_at, device)
+    _check_identity(saved, "backbone", fingerprint(lm))
+    if weight_NRD.ndim != 3 or len(weight_NRD) != len(instructions) or weight_NRD.shape[2] != saved.embedding_dimension:
         raise PromptEmbedderError(
-            f"{saved.folder}: {role} {getattr(saved.base_models, role)} has other weights (fingerprint {found[:12]}) "
-            f"than the model was trained with ({wanted[:12]}){_remedy(saved.base_models, role)}"
+            f"{saved.weights_file} holds soft prompts of shape {tuple(weight_NRD.shape)}, expected "
+            f"({len(instructions)}, rows, {saved.embedding_dimension})"
+        )
+    reader = backbone_of(config, lm, backbone_at.name)
+    bases = replace(expected, backbone=backbone_at.name, backbone_revision=backbone_at.revision)
+    return Parts(KnownInstructions(instructions), SoftPromptTable(weight_NRD), reader, tokenizer, bases)
+
+
+def _check_identity(saved: SavedModel, role: str, have: str) -> None:
+    expected = saved.base_models
+    want = getattr(expected, f"{role}_fingerprint")
+    if want != have:
+        raise PromptEmbedderError(
+            f"{saved.folder}: {role} {getattr(expected, role)} has other weights (fingerprint {have[:12]}) than "
+            f"the model was trained with ({want[:12]}){_remedy(expected, role)}"
         )
 
 
@@ -98,8 +130,8 @@ def weights_of(saved: SavedModel) -> Iterator[dict[str, Tensor]]:
     Raises:
         PromptEmbedderError: a weights file is missing or damaged.
     """
-    file = saved.folder / ALIGNMENT_FILE
-    for needed in (file, saved.prompter_weights):
+    file = saved.weights_file
+    for needed in (file, *([] if saved.instructions else [saved.prompter_weights])):
         if not is_there(needed):
             raise PromptEmbedderError(f"model folder {saved.folder} has no {needed.relative_to(saved.folder)}")
         check_readable(needed)

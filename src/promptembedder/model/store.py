@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from promptembedder.model.folder import (
     read_json,
 )
 from promptembedder.model.instructions import instruction_for
+from promptembedder.model.known import KnownInstructions
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.prompter import trained_state
 from promptembedder.paths import check_readable, closed_file, expanded
@@ -125,7 +126,7 @@ def save(
     try:
         with atomic.replacing_folder(target, lambda file: file in owned) as scratch:
             model.save_pretrained(str(scratch), create_model_card=False)
-            (scratch / "README.md").write_text(card or _card(model), encoding="utf-8")
+            (scratch / "README.md").write_text(card or card_of(model), encoding="utf-8")
             if lender is not None:
                 _share_prompter(scratch, lender, target)
     except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
@@ -210,9 +211,12 @@ def _whole(folder: Path, *more: type[Exception]) -> Iterator[None]:
         raise PromptEmbedderError(f"model folder {folder} is damaged: {type(error).__name__}: {reason}") from error
 
 
-def _card(model: SentenceTransformer) -> str:
+def card_of(model: SentenceTransformer) -> str:
+    """Markdown that says what a model is and how to use it."""
     module = soft_prompt_module(model)
     bases, settings = module.base_models, module.settings
+    if isinstance(module.prompter, KnownInstructions):
+        return card_of_export(module.prompter.named, bases.backbone, module.get_embedding_dimension())
     return f"""---
 library_name: sentence-transformers
 tags: [sentence-transformers, promptembedder, soft-prompts]
@@ -230,4 +234,40 @@ import promptembedder
 model = promptembedder.load("path/of/this/folder")  # or its id on the hub
 embeddings = model.encode(["a text"], prompt={json.dumps(instruction_for(model), ensure_ascii=False)})
 ```
+"""
+
+
+def card_of_export(named: Mapping[str, str], backbone: str, width: int) -> str:
+    """Markdown that says what an export of soft prompts is.
+
+    Args:
+        named: its instructions by name.
+        backbone: its Embedding LLM.
+        width: of its embeddings.
+    """
+    rows = "\n".join(f"- `{name}`: {' '.join(text.split())}" for name, text in named.items())
+    return f"""---
+library_name: sentence-transformers
+tags: [sentence-transformers, promptembedder, soft-prompts]
+---
+# Soft prompts of an embedder
+
+This folder holds the soft prompts of these instructions, and no weights of an LLM:
+
+{rows}
+
+The frozen Embedding LLM `{backbone}` reads the text and the soft prompt.
+The Prompting LLM that wrote the soft prompts is not needed.
+Embeddings have {width} dimensions.
+
+```python
+import promptembedder
+
+model = promptembedder.load("path/of/this/folder")
+embeddings = model.encode(["a text"], prompt_name={json.dumps(next(iter(named)))})
+documents = model.encode_document(["a document"])
+```
+
+`prompt=` takes the words of an instruction or its name.
+Another instruction is refused.
 """

@@ -166,10 +166,15 @@ def _trainer(
 
 
 def open_to_training(module: SoftPromptTransformer, settings: TrainingConfig) -> None:
-    """Let gradients reach what is to be trained, and nothing else."""
-    module.alignment.requires_grad_(True)
-    for name, parameter in module.prompter.named_parameters():
+    """Let gradients reach what is to be trained, and nothing else.
+
+    Raises:
+        PromptEmbedderError: the model is an export, which has no Prompting LLM.
+    """
+    lm: nn.Module = module.prompter.lm
+    for name, parameter in lm.named_parameters(prefix="lm"):
         parameter.requires_grad_(settings.train_prompter and module.prompter.is_trained(name))
+    module.alignment.requires_grad_(True)
 
 
 def _leave_card_alone(model: SentenceTransformer, data: TrainingData) -> None:

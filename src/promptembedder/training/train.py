@@ -158,7 +158,12 @@ def _structure_of(start: Path, config: RunConfig, anew: Mapping[str, Any]) -> Mo
     output = Path(config.training.output).resolve()
     if start.resolve().is_relative_to(output):
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
-    model = parse(ModelConfig, {**asdict(read_saved(start).config), **anew}, where=str(start))
+    saved = read_saved(start)
+    if saved.instructions is not None:
+        raise PromptEmbedderError(
+            f"{start} is an export without a Prompting LLM; train the model that it was made from"
+        )
+    model = parse(ModelConfig, {**asdict(saved.config), **anew}, where=str(start))
     if left_out := [
         f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
     ]:

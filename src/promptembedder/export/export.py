@@ -1,0 +1,367 @@
+"""Export a model under some instructions: compile, write, compare with the model, all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
+
+from promptembedder import atomic
+from promptembedder.errors import PromptEmbedderError
+from promptembedder.export.compiled import DOCUMENT, Compiled, compile_model
+from promptembedder.export.fold import Fold, ScoredPairs, fold
+from promptembedder.export.parity import Parity, compare, running_precision
+from promptembedder.model.folder import read_json
+from promptembedder.model.known import KnownInstructions
+from promptembedder.model.module import soft_prompt_module
+from promptembedder.model.prompter import trained_state
+from promptembedder.progress import say
+from promptembedder.text import is_blank, is_unicode
+
+FACTS_FILE = "promptembedder_export.json"
+NOTICE_FILE = "NOTICE-promptembedder.txt"
+# Modules by name of their format, opened when needed: some need an extra.
+FORMATS = {
+    "soft-prompt": "soft_prompt",
+    "sentence-transformers": "plain_folder",
+    "gguf": "gguf_file",
+    "onnx": "onnx_graph",
+}
+# Rows of a vocabulary can be called by their name, so it is usable as a token.
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """What a deep model is folded on.
+
+    Attributes:
+        texts: plain texts of the kind to be embedded, 100 at least.
+        rows: soft tokens of the fold; unset: the count that measures best.
+        dev: first sentences, second sentences and scores of pairs, to report by.
+    """
+
+    texts: Sequence[str]
+    rows: int | None = None
+    dev: ScoredPairs | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export holds.
+
+    Attributes:
+        folder: where it is.
+        digests: of each instruction's embeddings, by its name.
+        parity: how it compares with the model.
+        facts: content of `promptembedder_export.json`.
+    """
+
+    folder: Path
+    digests: dict[str, str]
+    parity: Parity
+    facts: dict[str, Any] = field(repr=False)
+
+
+def check_named(instructions: Mapping[str, str]) -> None:
+    """Refuse names that are no tokens, and instructions that are no sentences or given twice.
+
+    Raises:
+        PromptEmbedderError: one is.
+    """
+    seen: dict[str, str] = {}
+    for name, text in instructions.items():
+        if not _NAME.fullmatch(name):
+            raise PromptEmbedderError(
+                f"name {name!r} of an instruction: use lower-case letters, digits, - and _, such as 'query'"
+            )
+        if is_blank(text) or not is_unicode(text):
+            raise PromptEmbedderError(f"instruction {name!r} must be a sentence of valid Unicode, found {text!r:.40}")
+        if text in seen:
+            raise PromptEmbedderError(f"instructions {seen[text]!r} and {name!r} are the same")
+        seen[text] = name
+
+
+def format_module(name: str) -> Any:
+    """The module of a format: `write`, `reader`, `refuse`, and `add` where it can.
+
+    Raises:
+        PromptEmbedderError: there is no such format.
+    """
+    if name not in FORMATS:
+        raise PromptEmbedderError(f"format {name!r} is unknown, expected one of: {', '.join(FORMATS)}")
+    return import_module(f"promptembedder.export.{FORMATS[name]}")
+
+
+def export(
+    model: SentenceTransformer,
+    instructions: Mapping[str, str],
+    folder: str | Path,
+    *,
+    to: str,
+    name: str = "",
+    precision: str | None = None,
+    folding: FoldData | None = None,
+) -> Exported:
+    """Write a model, under some instructions, in the format of another engine; nothing is left where that fails.
+
+    Args:
+        model: made by `build` or `load`.
+        instructions: by name; the model's document instruction is added as `document`.
+        folder: where to write; an older export there is replaced.
+        to: format, of `FORMATS`.
+        name: of the model, noted in the export.
+        precision: of the weights; unset: the format's own.
+        folding: makes soft tokens of a deep soft prompt, for formats that cannot hold it.
+
+    Raises:
+        PromptEmbedderError: an unknown format, names or instructions that cannot be used, a model that the format
+            cannot hold, a folder that holds something else, embeddings that differ from the model's.
+    """
+    form, target = format_module(to), Path(folder)
+    check_named(instructions)
+    _refuse_foreign(target)
+    options = _options(form, to, precision)
+    compiled = compile_model(model, instructions)
+    _check_foldable(compiled, form, to, folding)
+    folded = None
+    if folding is not None:
+        folded = fold(model, compiled, folding.texts, rows=folding.rows, dev=folding.dev)
+        compiled = folded.compiled
+    form.refuse(compiled)
+    say(f"writing {to} of {len(compiled.prompts)} instructions: {', '.join(compiled.prompts)}")
+    with _one_line(target), atomic.replacing_folder(target) as scratch:
+        form.write(compiled, model, scratch, **options)
+        _copy_licence(model, compiled, scratch)
+        runs_in = str(precision or getattr(form, "PRECISION", running_precision(model)))
+        parity = _compared(form, compiled, model, list(compiled.prompts), scratch, runs_in)
+        facts = _facts(compiled, model, to, name, runs_in, parity, folded)
+        atomic.write_json(scratch / FACTS_FILE, facts)
+    return Exported(target, _digests(facts), parity, facts)
+
+
+def add(
+    model: SentenceTransformer,
+    instructions: Mapping[str, str],
+    folder: str | Path,
+    *,
+    folding: FoldData | None = None,
+) -> Exported:
+    """Put further instructions into an export; it is left as it was where that fails.
+
+    Args:
+        model: that the export was made from.
+        instructions: by name.
+        folder: of the export.
+        folding: texts, for an export that was folded.
+
+    Raises:
+        PromptEmbedderError: as in `export`; no export, of another model, that has the instruction already, or in a
+            format that takes no more.
+    """
+    target = Path(folder)
+    facts = read_facts(target)
+    form = format_module(str(facts["format"]))
+    if not hasattr(form, "add"):
+        raise PromptEmbedderError(f"format {facts['format']} takes no further instructions; export all of them again")
+    check_named(instructions)
+    held = {entry["name"]: entry["instruction"] for entry in facts["instructions"]}
+    for name, text in instructions.items():
+        if name in held or text in held.values():
+            raise PromptEmbedderError(f"{target} holds instruction {name!r} already; it holds {', '.join(held)}")
+    if facts["source"] != source_digest(model):
+        raise PromptEmbedderError(f"{target} was made from another model than this; export all instructions again")
+    compiled = compile_model(model, instructions)
+    if facts["fold"] is not None:
+        if folding is None:
+            raise PromptEmbedderError(f"{target} holds a fold: adding to it needs --texts FILE")
+        if folding.rows not in (None, facts["fold"]["rows"]):
+            raise PromptEmbedderError(f"{target} holds a fold of {facts['fold']['rows']} rows, found {folding.rows}")
+        new = compiled.with_prompts({name: compiled.prompts[name] for name in instructions})
+        folded = fold(model, new, folding.texts, rows=facts["fold"]["rows"], dev=folding.dev)
+        facts["fold"]["kept"] |= folded.facts["kept"]
+        compiled = folded.compiled
+    elif folding is not None:
+        raise PromptEmbedderError(f"{target} holds no fold: leave --texts out")
+    form.refuse(compiled)
+    with _one_line(target), atomic.replacing_folder(target) as scratch:
+        _link(target, scratch)
+        form.add(compiled, model, scratch)
+        parity = _compared(form, compiled, model, list(instructions), scratch, facts["precision"])
+        facts["instructions"] += [e for e in _instructions(compiled) if e["name"] != DOCUMENT]
+        facts["parity"] = _parity_facts(parity)
+        atomic.write_json(scratch / FACTS_FILE, facts)
+    return Exported(target, _digests(facts), parity, facts)
+
+
+def read_facts(folder: str | Path) -> dict[str, Any]:
+    """What an export says of itself.
+
+    Raises:
+        PromptEmbedderError: there is no export, or its file is damaged.
+    """
+    path = Path(folder) / FACTS_FILE
+    if not path.is_file():
+        raise PromptEmbedderError(f"no export at {folder}: it has no {FACTS_FILE}")
+    facts = read_json(path)
+    needed = {"format", "instructions", "source", "precision", "fold"}
+    if not isinstance(facts, dict) or not needed <= facts.keys() or not isinstance(facts["instructions"], list):
+        raise PromptEmbedderError(f"{path} is not what an export writes: expected {', '.join(sorted(needed))}")
+    return facts
+
+
+def source_digest(model: SentenceTransformer) -> str:
+    """Identity of a model's weights and settings, 16 hex digits: exports of one model can be added to each other."""
+    module = soft_prompt_module(model)
+    known = isinstance(module.prompter, KnownInstructions)
+    found = hashlib.sha256(f"{module.base_models.backbone_fingerprint} {module.settings}".encode())
+    tensors = {} if known else trained_state(module.prompter)  # type: ignore[arg-type]
+    tensors |= dict(module.alignment.state_dict()) | {"centre": module.centre_E}
+    tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("0.")}
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _options(form: Any, to: str, precision: str | None) -> dict[str, Any]:
+    if precision is None:
+        return {}
+    valid = getattr(form, "PRECISIONS", ())
+    if precision not in valid or "precision" not in inspect.signature(form.write).parameters:
+        expected = f"expected one of: {', '.join(valid)}" if valid else "it has none to choose from"
+        raise PromptEmbedderError(f"precision {precision!r} of format {to}: {expected}")
+    return {"precision": precision}
+
+
+def _check_foldable(compiled: Compiled, form: Any, to: str, folding: FoldData | None) -> None:
+    if folding is not None and not compiled.is_deep:
+        raise PromptEmbedderError("the model has no deep soft prompt, so there is nothing to fold: leave --texts out")
+    if folding is None and compiled.is_deep and not getattr(form, "HOLDS_DEEP", False):
+        raise PromptEmbedderError(
+            f"format {to} cannot hold a deep soft prompt: give --texts FILE to fold it into soft tokens alone, or "
+            "export to soft-prompt"
+        )
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not (target / FACTS_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise PromptEmbedderError(f"{target} exists and is no export; choose another folder")
+
+
+@contextmanager
+def _one_line(target: Path) -> Iterator[None]:
+    """What a full disk or a closed folder says, as one line that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
+        reason = getattr(error, "strerror", None) or error
+        raise PromptEmbedderError(f"cannot write an export to {target}: {reason}") from error
+
+
+def _compared(
+    form: Any, compiled: Compiled, model: SentenceTransformer, names: list[str], folder: Path, precision: str
+) -> Parity:
+    options = {"device": str(model.device)} if "device" in inspect.signature(form.reader).parameters else {}
+
+    def open_reader(name: str) -> Callable[[Sequence[str]], Any]:
+        reading: Callable[[Sequence[str]], Any] = form.reader(folder, name, **options)
+        return reading
+
+    say("comparing the export with the model")
+    return compare(compiled, model, names, open_reader, precision)
+
+
+def _copy_licence(model: SentenceTransformer, compiled: Compiled, folder: Path) -> None:
+    lm: Any = soft_prompt_module(model).backbone.lm
+    place = Path(str(getattr(lm.config, "_name_or_path", "")))
+    copied = []
+    if place.is_dir():
+        for file in sorted({found for pattern in _LICENCES for found in place.glob(pattern) if found.is_file()}):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+                copied.append(file.name)
+    licence = f"Its licence is in {', '.join(copied)}." if copied else "No licence file came with it: see its makers."
+    revision = f", revision {compiled.backbone_revision}" if compiled.backbone_revision else ""
+    (folder / NOTICE_FILE).write_text(
+        f"Made by promptembedder {version('promptembedder')} from the Embedding LLM {compiled.backbone}{revision}.\n"
+        f"{licence}\n"
+        f"Changed: rows of soft tokens were added, {compiled.num_soft_tokens} for each of {len(compiled.prompts)} "
+        "instructions or more.\nWeights of the LLM that are copied here keep their values, up to precision.\n",
+        encoding="utf-8",
+    )
+
+
+def _facts(
+    compiled: Compiled,
+    model: SentenceTransformer,
+    to: str,
+    name: str,
+    precision: str,
+    parity: Parity,
+    folded: Fold | None,
+) -> dict[str, Any]:
+    return {
+        "format": to,
+        "promptembedder": version("promptembedder"),
+        "model": name,
+        "source": source_digest(model),
+        "instructions": _instructions(compiled),
+        "soft_tokens": compiled.num_soft_tokens,
+        "max_text_tokens": compiled.max_text_tokens,
+        "backbone": {
+            "name": compiled.backbone,
+            "revision": compiled.backbone_revision,
+            "fingerprint": compiled.backbone_fingerprint,
+        },
+        "precision": precision,
+        "parity": _parity_facts(parity),
+        "fold": None if folded is None else folded.facts,
+    }
+
+
+def _instructions(compiled: Compiled) -> list[dict[str, str]]:
+    return [
+        {"name": name, "instruction": prompt.instruction, "digest": compiled.digest(name)}
+        for name, prompt in compiled.prompts.items()
+    ]
+
+
+def _digests(facts: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["digest"] for entry in facts["instructions"]}
+
+
+def _parity_facts(parity: Parity) -> dict[str, Any]:
+    if parity.smallest_cosine is None:
+        return {"checked": False, "missing": parity.missing}
+    return {
+        "checked": True,
+        "smallest_cosine": parity.smallest_cosine,
+        "bound": parity.bound,
+        "texts": parity.texts,
+    }
+
+
+def _link(source: Path, scratch: Path) -> None:
+    """The files of a folder in another one, by links where the disk has them: weights are not written again."""
+    for path in sorted(source.rglob("*")):
+        place = scratch / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+            continue
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copyfile(path, place)

@@ -1,0 +1,194 @@
+"""Fold: a deep soft prompt made into soft tokens alone, fitted on plain texts so that embeddings agree.
+
+Engines that know rows of a vocabulary cannot add anything to their layers. A fold loses some of the quality, which is
+measured, and its embeddings do not match an index made by the deep model.
+
+Shapes: N texts, B texts of a step, K soft tokens of the model, R of the fold, D backbone width, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+
+from promptembedder import progress
+from promptembedder.errors import PromptEmbedderError, needs_extra
+from promptembedder.export.compiled import Compiled, embed_compiled
+from promptembedder.llms.state_cache import open_text_cache
+from promptembedder.model.backbone import Backbone
+from promptembedder.model.module import soft_prompt_module
+
+FEWEST_TEXTS = 100
+# More are not read: 150 steps of 32 see each of these some five times.
+MOST_TEXTS = 1000
+COUNTS = (5, 10, 20)
+STEPS = 150
+_BATCH = 32
+# Of the soft tokens' standard deviation, a step.
+_RATE = 0.05
+# Longer texts are truncated while fitting.
+_TEXT_TOKENS = 128
+_CACHE_BYTES = 2 * 2**30
+_NEIGHBOURS = 10
+
+ScoredPairs = tuple[Sequence[str], Sequence[str], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A fold and what it kept.
+
+    Attributes:
+        compiled: the folded instructions.
+        facts: `rows`, `texts`, and in `kept`, by instruction: `cosine` to the deep model, and `neighbours_kept`, the
+            share of its ten nearest texts, both on texts held back; with dev pairs the `spearman` of the fold, and
+            `spearman_deep` of the deep model.
+    """
+
+    compiled: Compiled
+    facts: dict[str, Any]
+
+
+def fold(
+    model: SentenceTransformer,
+    compiled: Compiled,
+    texts: Sequence[str],
+    *,
+    rows: int | None = None,
+    dev: ScoredPairs | None = None,
+    steps: int | None = None,
+    seed: int = 13,
+) -> Fold:
+    """Make soft tokens of deep soft prompts.
+
+    Args:
+        model: that the instructions were compiled with.
+        compiled: deep.
+        texts: plain texts of the kind to be embedded.
+        rows: R; unset: the one of `COUNTS` that comes closest to the deep model.
+        dev: scored pairs, to report by.
+        steps: of the fit, for each instruction; unset: 150.
+        seed: draws the texts held back, and the batches.
+
+    Raises:
+        PromptEmbedderError: fewer than 100 different texts; no such number of rows.
+    """
+    if rows is not None and not 1 <= rows <= 512:
+        raise PromptEmbedderError(f"a fold has 1 to 512 rows, found {rows}")
+    fitting, steps = _Fitting(model, compiled, texts, seed), STEPS if steps is None else steps
+    if rows is None:
+        # A third of the steps, on one instruction, tells the counts apart.
+        first = next(iter(compiled.prompts))
+        tried = {}
+        for count in COUNTS:
+            soft_RD = fitting.fit(first, count, max(1, steps // 3))
+            tried[count] = fitting.kept(first, soft_RD)["cosine"]
+        rows = max(tried, key=lambda count: tried[count])
+    prompts, kept = {}, {}
+    for name, prompt in compiled.prompts.items():
+        soft_RD = fitting.fit(name, rows, steps)
+        prompts[name] = replace(prompt, soft_KD=soft_RD, deep_JKD=None)
+        kept[name] = fitting.kept(name, soft_RD)
+    folded = compiled.with_prompts(prompts)
+    if dev is not None:
+        for name in prompts:
+            kept[name] |= {
+                "spearman": _spearman(model, folded, name, dev),
+                "spearman_deep": _spearman(model, compiled, name, dev),
+            }
+    return Fold(folded, {"rows": rows, "texts": len(fitting.texts), "kept": kept})
+
+
+class _Fitting:
+    """Texts, what the deep model makes of them, and their states, read once."""
+
+    def __init__(self, model: SentenceTransformer, compiled: Compiled, texts: Sequence[str], seed: int) -> None:
+        different = list(dict.fromkeys(texts))
+        if len(different) < FEWEST_TEXTS:
+            raise PromptEmbedderError(f"a fold needs at least {FEWEST_TEXTS} different texts, found {len(different)}")
+        self.model, self.compiled, self.seed = model, compiled, seed
+        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.texts = [different[n] for n in order[:MOST_TEXTS]]
+        self.held = len(self.texts) // 10
+        self._short = replace(compiled, max_text_tokens=min(compiled.max_text_tokens, _TEXT_TOKENS))
+        self._deep: dict[str, Tensor] = {}
+        self._backbones: dict[int, Backbone] = {}
+        with needs_extra("train", "a fold"):
+            self._cache = open_text_cache(_CACHE_BYTES, identity=compiled.backbone_fingerprint)
+
+    def deep(self, name: str) -> Tensor:
+        """Embeddings (N, E) of the texts by the deep model."""
+        if name not in self._deep:
+            self._deep[name] = embed_compiled(self.model, self._short, name, self.texts)
+        return self._deep[name]
+
+    def fit(self, name: str, rows: int, steps: int) -> Tensor:
+        """Soft tokens (R, D) that embed the texts that are not held back as the deep model does."""
+        deep_NE, prompt = self.deep(name), self.compiled.prompts[name]
+        K = len(prompt.soft_KD)
+        # The last token is the one that is read, so rows beyond the model's own go before.
+        start_RD = prompt.soft_KD[torch.arange(-rows, 0) % K].to(self.model.device)
+        soft_RD = nn.Parameter(start_RD.clone())
+        optimizer = torch.optim.AdamW([soft_RD], lr=_RATE * float(start_RD.std()), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        generator = torch.Generator().manual_seed(self.seed)
+        bar = progress.bar(range(steps), f"Folding {name!r} into {rows} soft tokens", unit="step")
+        for _ in bar:
+            drawn = self.held + torch.randperm(len(self.texts) - self.held, generator=generator)[:_BATCH]
+            with torch.enable_grad():
+                found_BE = self._embed(prompt.instruction, soft_RD, drawn.tolist())
+                loss = 1 - (found_BE * deep_NE[drawn].to(found_BE)).sum(-1).mean()
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(cosine=f"{1 - loss.item():.4f}", refresh=False)
+        return soft_RD.detach().float().cpu()
+
+    @torch.no_grad()
+    def kept(self, name: str, soft_RD: Tensor) -> dict[str, float]:
+        """How close soft tokens are to the deep model, on the texts held back among all."""
+        prompt, soft_RD = self.compiled.prompts[name], soft_RD.to(self.model.device)
+        places = range(0, len(self.texts), _BATCH)
+        chunks = [range(n, min(n + _BATCH, len(self.texts))) for n in places]
+        found_NE = torch.cat([self._embed(prompt.instruction, soft_RD, list(chunk)).cpu() for chunk in chunks])
+        deep_NE = self.deep(name)
+        near = [self._nearest(embeddings_NE) for embeddings_NE in (found_NE, deep_NE)]
+        shares = [len(set(a) & set(b)) / len(b) for a, b in zip(*near, strict=True)]
+        cosine_N = (found_NE * deep_NE).sum(-1)[: self.held]
+        return {"cosine": float(cosine_N.mean()), "neighbours_kept": sum(shares) / len(shares)}
+
+    def _nearest(self, embeddings_NE: Tensor) -> list[list[int]]:
+        """The ten nearest of all texts, itself left out, to each one held back."""
+        similarity_HN = embeddings_NE[: self.held] @ embeddings_NE.T
+        similarity_HN.fill_diagonal_(-2.0)
+        nearest: list[list[int]] = similarity_HN.topk(_NEIGHBOURS, dim=-1).indices.tolist()
+        return nearest
+
+    def _embed(self, instruction: str, soft_RD: Tensor, numbers: list[int]) -> Tensor:
+        """Embeddings (B, E) of length 1 of texts by their numbers, with gradients to the soft tokens."""
+        module, compiled = soft_prompt_module(self.model), self.compiled
+        with module.truncating(self._short.max_text_tokens):
+            features = module.preprocess([self.texts[n] for n in numbers], prompt=instruction)
+        if len(soft_RD) not in self._backbones:
+            self._backbones[len(soft_RD)] = compiled.backbone_in(self.model, len(soft_RD))
+        backbone = self._backbones[len(soft_RD)]
+        ids_BT, mask_BT = (features[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+        states = backbone.read_text(ids_BT, mask_BT, self._cache)
+        embedding_BE = backbone.read_soft_prompt(states, soft_RD[None])
+        if compiled.centre_D is not None:
+            embedding_BE = embedding_BE - compiled.centre_D.to(embedding_BE)
+        if compiled.head_ED is not None:
+            embedding_BE = embedding_BE @ compiled.head_ED.T.to(embedding_BE)
+        return nn.functional.normalize(embedding_BE, dim=-1)
+
+
+def _spearman(model: SentenceTransformer, compiled: Compiled, name: str, dev: ScoredPairs) -> float:
+    one, other = (embed_compiled(model, compiled, name, list(sentences)) for sentences in dev[:2])
+    return 100 * float(spearmanr((one * other).sum(-1).numpy(), dev[2]).statistic)

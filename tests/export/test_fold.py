@@ -1,0 +1,85 @@
+"""A deep soft prompt made into soft tokens alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import promptembedder
+from conftest import INSTRUCTION, MANY, SECOND, TEXTS
+from promptembedder import PromptEmbedderError
+from promptembedder.export import fold as folding
+from promptembedder.export.compiled import compile_model, embed_compiled
+from promptembedder.export.export import FoldData, add, export
+from promptembedder.export.fold import fold
+
+PLAIN = [f"{text} {n}" for n in range(5) for text in MANY]
+
+
+@pytest.fixture
+def deep(tiny_model):
+    model = tiny_model(deep_rank=2, linear_head=True)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        model[0].alignment.deep_out.normal_(std=0.05)
+        model[1].linear.weight.normal_(std=0.2)
+    return model
+
+
+def test_a_fold_comes_closer_to_the_deep_model(deep):
+    compiled = compile_model(deep, {"query": INSTRUCTION})
+    pairs = (TEXTS[:4], TEXTS[1:], [1.0, 2.0, 3.0, 4.0])
+    found = fold(deep, compiled, PLAIN, rows=7, dev=pairs, steps=40)
+    again = fold(deep, compiled, PLAIN, rows=7, steps=40)
+    plain = fold(deep, compiled, PLAIN, rows=7, steps=0)
+    assert not found.compiled.is_deep
+    assert found.compiled.num_soft_tokens == 7
+    assert compiled.is_deep  # a new one was made
+    torch.testing.assert_close(again.compiled.prompts["query"].soft_KD, found.compiled.prompts["query"].soft_KD)
+    for name in compiled.prompts:
+        kept = found.facts["kept"][name]
+        assert kept["cosine"] > plain.facts["kept"][name]["cosine"]
+        assert kept["neighbours_kept"] >= plain.facts["kept"][name]["neighbours_kept"]
+        assert {"spearman", "spearman_deep"} <= kept.keys()
+        by_hand = embed_compiled(deep, found.compiled, name, TEXTS) * embed_compiled(deep, compiled, name, TEXTS)
+        assert by_hand.sum(-1).mean() > 0.9
+
+
+def test_the_count_that_measures_best_is_taken(deep, monkeypatch):
+    monkeypatch.setattr(folding, "COUNTS", (1, 6))
+    compiled = compile_model(deep, {})
+    found = fold(deep, compiled, PLAIN, steps=30)
+    each = {rows: fold(deep, compiled, PLAIN, rows=rows, steps=10) for rows in (1, 6)}
+    best = max(each, key=lambda rows: each[rows].facts["kept"]["document"]["cosine"])
+    assert found.facts["rows"] == best == found.compiled.num_soft_tokens
+
+
+def test_few_texts_and_odd_rows_are_refused(deep):
+    compiled = compile_model(deep, {})
+    with pytest.raises(PromptEmbedderError, match="at least 100 different texts, found 5"):
+        fold(deep, compiled, TEXTS * 30)
+    with pytest.raises(PromptEmbedderError, match="1 to 512 rows, found 0"):
+        fold(deep, compiled, PLAIN, rows=0)
+
+
+def test_a_fold_is_exported_and_added_to(deep, tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "STEPS", 10)
+    done = export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="soft-prompt", folding=FoldData(PLAIN, rows=6))
+    assert done.facts["fold"]["rows"] == 6
+    assert done.digests != export(deep, {"query": INSTRUCTION}, tmp_path / "deep", to="soft-prompt").digests
+    with pytest.raises(PromptEmbedderError, match="adding to it needs --texts"):
+        add(deep, {"topic": SECOND}, tmp_path / "out")
+    with pytest.raises(PromptEmbedderError, match="a fold of 6 rows, found 5"):
+        add(deep, {"topic": SECOND}, tmp_path / "out", folding=FoldData(PLAIN, rows=5))
+    added = add(deep, {"topic": SECOND}, tmp_path / "out", folding=FoldData(PLAIN))
+    assert set(added.facts["fold"]["kept"]) == {"query", "topic", "document"}
+    loaded = promptembedder.load(tmp_path / "out", device="cpu")
+    assert (loaded[0].settings.num_soft_tokens, loaded[0].settings.deep_rank) == (6, None)
+    near = (loaded.encode(TEXTS, prompt="topic") * deep.encode(TEXTS, prompt=SECOND)).sum(-1)
+    assert np.mean(near) > 0.8
+
+
+def test_a_shallow_model_has_nothing_to_fold(tiny_model, tmp_path):
+    with pytest.raises(PromptEmbedderError, match="nothing to fold"):
+        export(tiny_model(), {"query": INSTRUCTION}, tmp_path / "out", to="soft-prompt", folding=FoldData(PLAIN))
