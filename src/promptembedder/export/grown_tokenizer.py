@@ -1,7 +1,7 @@
 """The backbone's tokenizer, with soft tokens as words that follow every text by themselves.
 
-A post-processor (`TemplateProcessing` of the library tokenizers) puts template, text and soft tokens together. Truncation
-counts what it adds, so that the text is cut and the soft tokens stay.
+A post-processor (`TemplateProcessing` of the library tokenizers) puts template, text and soft tokens together.
+Truncation counts what it adds, so that the text is cut and the soft tokens stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.export.compiled import Compiled
 
 TEXT = -1  # stands for the text among the token ids of a sequence
+_TAIL = "+"  # in place of an instruction's name, which it cannot be
 
 
 def soft_words(name: str, count: int) -> list[str]:
@@ -32,16 +33,22 @@ class GrownTokenizer:
 
     Attributes:
         soft_ids: ids of the soft tokens, by instruction.
+        tail_ids: ids of words that mean what the template's words after the text do.
         words: tokens in all; ids are below that.
         pad_id: id of the pad token.
     """
 
     soft_ids: Mapping[str, tuple[int, ...]]
+    tail_ids: tuple[int, ...]
     words: int
     pad_id: int
-    _core: Tokenizer
+    _spelling: Mapping[int, str]
     _state: Mapping[str, Any]
     _special: Mapping[str, str]
+
+    def spelled(self, name: str) -> str:
+        """What a client writes behind a text: the template's words after it, and an instruction's soft tokens."""
+        return "".join(self._spelling[i] for i in (*self.tail_ids, *self.soft_ids[name]))
 
     def write(self, folder: Path, sequence: Sequence[int], limit: int, padding_side: str) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`.
@@ -70,7 +77,7 @@ class GrownTokenizer:
 
     def _post_processor(self, sequence: Sequence[int]) -> dict[str, Any]:
         # One entry per token: JavaScript's tokenizers read the first id of an entry only, by its spelling.
-        words = {i: self._core.id_to_token(i) for i in sequence if i != TEXT}
+        words = {i: self._spelling[i] for i in sequence if i != TEXT}
         text = {"Sequence": {"id": "A", "type_id": 0}}
         pieces = [text if i == TEXT else {"SpecialToken": {"id": words[i], "type_id": 0}} for i in sequence]
         return {
@@ -98,19 +105,22 @@ def grow(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> GrownTokeniz
     core.no_padding()
     known = core.get_vocab(with_added_tokens=True)
     soft = {name: soft_words(name, len(prompt.soft_KD)) for name, prompt in compiled.prompts.items()}
-    words = [word for name in soft for word in soft[name]]
+    tail = soft_words(_TAIL, len(compiled.tail_ids))
+    words = [*(word for name in soft for word in soft[name]), *tail]
     if taken := sorted(known.keys() & set(words)):
         raise PromptEmbedderError(f"the backbone's tokenizer has the word {taken[0]!r} already; rename the instruction")
     core.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in words])
-    ids = [core.token_to_id(word) for word in words]
-    if set(ids) & set(known.values()) or len(set(ids)) != len(words):
+    grown = core.get_vocab(with_added_tokens=True)
+    spelling = {i: word for word, i in grown.items()}
+    if len(spelling) != len(grown):
         raise PromptEmbedderError("the backbone's tokenizer has gaps among its ids, so that words cannot be added")
     special = {key: str(word) for key, word in tokenizer.special_tokens_map.items() if isinstance(word, str)}
     return GrownTokenizer(
-        soft_ids={name: tuple(map(core.token_to_id, soft[name])) for name in soft},
-        words=max([*ids, *known.values()]) + 1,
+        soft_ids={name: tuple(grown[word] for word in soft[name]) for name in soft},
+        tail_ids=tuple(grown[word] for word in tail),
+        words=max(spelling) + 1,
         pad_id=int(tokenizer.pad_token_id),
-        _core=core,
+        _spelling=spelling,
         _state=json.loads(core.to_str()),
         _special=special,
     )

@@ -19,11 +19,11 @@ from promptembedder.export.compiled import Compiled
 from promptembedder.export.grown_tokenizer import GrownTokenizer
 from promptembedder.llms.quiet import quiet_transformers
 
-WeightsDtype = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 def write_weights(
-    lm: PreTrainedModel, compiled: Compiled, tokenizer: GrownTokenizer, folder: Path, dtype: WeightsDtype
+    lm: PreTrainedModel, compiled: Compiled, tokenizer: GrownTokenizer, folder: Path, precision: Precision
 ) -> None:
     """Write `config.json` and safetensors of the backbone with W rows of word embeddings.
 
@@ -34,11 +34,12 @@ def write_weights(
         compiled: holds the soft tokens.
         tokenizer: decides their ids.
         folder: where to.
-        dtype: of the weights.
+        precision: dtype of the weights.
 
     Raises:
-        PromptEmbedderError: a weight is too large for the dtype, or the LLM has no form with an output head.
+        PromptEmbedderError: a weight is too large for the precision, or the LLM has no form with an output head.
     """
+    dtype: torch.dtype = getattr(torch, precision)
     decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else lm
     config = copy.deepcopy(lm.config.get_text_config(decoder=True))
     config.vocab_size, config.tie_word_embeddings = tokenizer.words, True
@@ -47,10 +48,12 @@ def write_weights(
     with quiet_transformers():
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        whole.base_model.load_state_dict(_state(decoder, compiled, tokenizer, getattr(torch, dtype)), assign=True)
+        whole.base_model.load_state_dict(_state(decoder, compiled, tokenizer, dtype), assign=True)
         whole.tie_weights()
-        _fill(whole)
+        _fill(whole, dtype)
         whole.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library's files are for their owner alone; servers run as somebody else
     (folder / "generation_config.json").unlink(missing_ok=True)
     _add_older_spellings(folder / "config.json")
 
@@ -65,6 +68,7 @@ def _state(decoder: Any, compiled: Compiled, tokenizer: GrownTokenizer, dtype: t
     grown_WD[:kept] = table[:kept].detach().float().cpu()
     for prompt, ids in tokenizer.soft_ids.items():
         grown_WD[list(ids)] = compiled.vocabulary_rows(prompt)
+    grown_WD[list(tokenizer.tail_ids)] = grown_WD[list(compiled.tail_ids)]
     state[name] = grown_WD.to(dtype)
     for n, weight in state.items():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
@@ -72,12 +76,14 @@ def _state(decoder: Any, compiled: Compiled, tokenizer: GrownTokenizer, dtype: t
     return state
 
 
-def _fill(whole: nn.Module) -> None:
+def _fill(whole: PreTrainedModel, dtype: torch.dtype) -> None:
     """Zeros for what only an output head has that is not tied, such as a bias."""
     for module in whole.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
-                setattr(module, name, nn.Parameter(torch.zeros(weight.shape, dtype=whole.dtype), requires_grad=False))  # type: ignore[arg-type]
+                setattr(
+                    module, name, nn.Parameter(torch.zeros_like(weight, device="cpu", dtype=dtype), requires_grad=False)
+                )
 
 
 def _add_older_spellings(file: Path) -> None:

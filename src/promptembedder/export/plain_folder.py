@@ -25,13 +25,17 @@ from sentence_transformers import SentenceTransformer
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.export.compiled import Compiled
 from promptembedder.export.grown_tokenizer import TEXT, grow
-from promptembedder.export.grown_weights import WeightsDtype, write_weights
+from promptembedder.export.grown_weights import Precision, write_weights
 from promptembedder.export.plain_readme import readme
 from promptembedder.model.module import soft_prompt_module
 
+PRECISION = "float32"
+PRECISIONS = get_args(Precision)
 # The older paths of the classes: sentence-transformers 6 opens these too, and other engines know no others.
 _CLASSES = "sentence_transformers.models"
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+# A folder whose clients name the instruction with every text.
+ANY_INSTRUCTION = "any-instruction"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -52,9 +56,10 @@ def refuse(compiled: Compiled) -> None:
             "export in format onnx or soft-prompt"
         )
     for name in compiled.prompts:
-        if not _NAME.fullmatch(name):
+        if name == ANY_INSTRUCTION or not _NAME.fullmatch(name):
             raise PromptEmbedderError(
-                f"instruction name {name!r} becomes a folder, expected letters, digits, '.', '_' and '-'"
+                f"instruction name {name!r} becomes a folder, expected letters, digits, '.', '_' and '-', "
+                f"and not {ANY_INSTRUCTION!r}"
             )
 
 
@@ -63,7 +68,7 @@ def write(
     model: SentenceTransformer,
     folder: Path,
     *,
-    dtype: WeightsDtype = "float32",
+    precision: Precision = "float32",
     copy: bool = False,
 ) -> None:
     """Write a folder for each instruction, `folder/<name>`, and a README.
@@ -72,34 +77,39 @@ def write(
         compiled: instructions that the model's prompter has read.
         model: has the backbone and its tokenizer.
         folder: exists, and is empty.
-        dtype: of the weights.
+        precision: dtype of the weights.
         copy: give each folder weights of its own; by default folders share one file by hard links.
 
     Raises:
-        PromptEmbedderError: as in `refuse`; an unknown dtype, one that a weight does not fit into, or a tokenizer
+        PromptEmbedderError: as in `refuse`; an unknown precision, one that a weight does not fit into, or a tokenizer
             that cannot grow.
     """
     refuse(compiled)
-    if dtype not in get_args(WeightsDtype):
-        raise PromptEmbedderError(f"dtype {dtype!r} is unknown, expected one of {', '.join(get_args(WeightsDtype))}")
+    if precision not in PRECISIONS:
+        raise PromptEmbedderError(f"precision {precision!r} is unknown, expected one of {', '.join(PRECISIONS)}")
     module = soft_prompt_module(model)
     lm = module.backbone.lm
     tokenizer = grow(module.tokenizer, compiled)
-    limits = {}
+    sequences = {name: compiled.sequence(name, [TEXT], tokenizer.soft_ids[name]) for name in compiled.prompts}
+    limits = {name: compiled.max_text_tokens + len(sequence) - 1 for name, sequence in sequences.items()}
+    if compiled.layout == "suffix":  # clients can add at the end only: words that begin a text are split differently
+        sequences[ANY_INSTRUCTION] = [*compiled.head_ids, TEXT]
+        limits[ANY_INSTRUCTION] = max(limits.values())
     first: Path | None = None
-    for name in compiled.prompts:
+    for name, sequence in sequences.items():
         place = folder / name
         place.mkdir()
         if first is None:
-            write_weights(lm, compiled, tokenizer, place, dtype)
+            write_weights(lm, compiled, tokenizer, place, precision)
             first = place
         else:
             _share(first, place, copy)
-        sequence = compiled.sequence(name, [TEXT], tokenizer.soft_ids[name])
-        limits[name] = compiled.max_text_tokens + len(sequence) - 1
         tokenizer.write(place, sequence, limits[name], _padding_side(lm.config))
         _write_modules(compiled, place, limits[name])
-    (folder / "README.md").write_text(readme(compiled, dtype, limits, copy), encoding="utf-8")
+    if ANY_INSTRUCTION in sequences:
+        spelled = {name: tokenizer.spelled(name) for name in compiled.prompts}
+        _write_json(folder / ANY_INSTRUCTION / "instructions.json", spelled)
+    (folder / "README.md").write_text(readme(compiled, precision, limits, copy), encoding="utf-8")
 
 
 def _padding_side(config: Any) -> str:
@@ -135,7 +145,7 @@ def _write_modules(compiled: Compiled, place: Path, limit: int) -> None:
         (place / path).mkdir()
     _write_json(place / "modules.json", listed)
     _write_json(place / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
-    settings = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    settings: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     _write_json(place / "config_sentence_transformers.json", settings)
     _write_json(place / "1_Pooling" / "config.json", pooling)
     if dense:
@@ -144,6 +154,7 @@ def _write_modules(compiled: Compiled, place: Path, limit: int) -> None:
         sizes = {"in_features": D, "out_features": E, "bias": True, "activation_function": activation}
         _write_json(place / "2_Dense" / "config.json", sizes)
         save_file(dense, place / "2_Dense" / "model.safetensors")
+        (place / "2_Dense" / "model.safetensors").chmod(0o644)
 
 
 def _dense(compiled: Compiled, D: int) -> dict[str, torch.Tensor]:
