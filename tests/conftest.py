@@ -41,6 +41,9 @@ from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig
 from promptembedder.transfer.settings import TransferConfig
 
+# Run by `make test-engines`, in environments of their own.
+collect_ignore_glob = [] if os.environ.get("PROMPTEMBEDDER_ENGINES") else ["engines/*"]
+
 TEXTS = [
     "A man is playing a guitar.",
     "Rain.",

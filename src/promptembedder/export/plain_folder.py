@@ -119,14 +119,14 @@ def _padding_side(config: Any) -> str:
 
 def _share(first: Path, place: Path, copy: bool) -> None:
     """Put the backbone that was written first into another folder."""
-    for file in first.iterdir():
-        if file.name == "config.json" or copy:
+    for file in (first / "config.json", *first.glob("*.safetensors*")):
+        if copy or file.suffix == ".json":
             shutil.copy(file, place)
-        elif ".safetensors" in file.name:
-            try:
-                os.link(file, place / file.name)
-            except OSError:  # a file system without hard links
-                shutil.copy(file, place)
+            continue
+        try:
+            os.link(file, place / file.name)
+        except OSError:  # a file system without hard links
+            shutil.copy(file, place)
 
 
 def _write_modules(compiled: Compiled, place: Path, limit: int) -> None:
