@@ -68,7 +68,7 @@ def test_files_that_may_not_be_read_are_not_called_missing(tiny_lm, tmp_path, cl
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_bytes(b"")
     closed(tokenizer)
-    with pytest.raises(PromptEmbedderError, match="tokenizer cannot be opened: .* cannot be read: Permission denied$"):
+    with pytest.raises(PromptEmbedderError, match=r"tokenizer cannot be opened: .* cannot be read: Permission denied$"):
         load_tokenizer(locate(str(folder)))
     closed(folder / "config.json")
     with pytest.raises(PromptEmbedderError, match=r"config\.json cannot be read: Permission denied"):
