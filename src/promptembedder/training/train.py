@@ -161,7 +161,7 @@ def _structure_of(start: Path, config: RunConfig, anew: Mapping[str, Any]) -> Mo
     saved = read_saved(start)
     if saved.instructions is not None:
         raise PromptEmbedderError(
-            f"{start} is an export without a Prompting LLM; train the model that it was made from"
+            f"{start} is an export and has no Prompting LLM; train the model it was made from"
         )
     model = parse(ModelConfig, {**asdict(saved.config), **anew}, where=str(start))
     if left_out := [
