@@ -219,7 +219,7 @@ def scenarios(llm: str) -> dict[str, Callable[[], Scenario]]:
 
         from promptembedder.llms import convert
 
-        def fake(gguf: Path, output: Path) -> None:
+        def fake(gguf: Path, output: Path, source: str) -> None:
             (output / "config.json").write_text("{}")
             save_file({"w": torch.ones(1000)}, output / "model.safetensors")
 

@@ -350,7 +350,7 @@ def test_path_of_a_hub_id(
 
 def test_path_of_no_model(command: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(command("path", "nonsense"), "no model at nonsense", "models by name: smollm2-135m")
-    assert_refused(command("path", tmp_path), f"model folder {tmp_path} has no promptembedder.json")
+    assert_refused(command("path", tmp_path), f"{tmp_path} is not a saved model: it has no promptembedder.json")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------

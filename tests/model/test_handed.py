@@ -28,8 +28,8 @@ def opened(folder, **options):
 )
 def test_the_dtype_is_taken(folder, name, given, expected):
     module = opened(folder, model_kwargs={name: given})[0]
-    assert module.backbone.lm.dtype == expected
-    assert module.prompter.lm.dtype == expected
+    assert module.backbone.lm.dtype == getattr(torch, expected)
+    assert module.prompter.lm.dtype == getattr(torch, expected)
 
 
 def test_load_takes_the_dtype_of_torch(folder):
