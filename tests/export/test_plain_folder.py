@@ -21,6 +21,7 @@ from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import ModelConfig, PromptEmbedderError
 from promptembedder.export.compiled import compile_model, embed_compiled
 from promptembedder.export.plain_folder import reader, refuse, write
+from promptembedder.llms.tokens import plain_ids
 
 HARD = [
     *TEXTS,
@@ -117,7 +118,7 @@ def test_truncation_cuts_the_text_where_the_model_does(tiny_model, exported, arc
     tokenizer = AutoTokenizer.from_pretrained(folder / "topic")
     K = model[0].settings.num_soft_tokens
     for text in HARD:
-        whole = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole = plain_ids(model.tokenizer, text)
         soft = tokenizer.convert_tokens_to_ids([f"<|pe:topic:{k}|>" for k in range(K)])
         expected = compiled.sequence("topic", whole[:7], soft)
         assert tokenizer(text, truncation=True)["input_ids"] == expected
