@@ -12,9 +12,9 @@ SMALL_SERVER = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 OPTIONS = ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
 
 
-def test_texts(tmp_path_factory):
+def test_texts():
     """The command of the README; texts are truncated where the model does it."""
-    folder, expected = plain(tmp_path_factory)
+    folder, expected = plain()
     command = [str(environment("vllm") / "bin" / "vllm"), "serve", "topic", *OPTIONS]
     with serving(command, folder, **SMALL_SERVER) as embed:
         found = embed("/v1/embeddings", HARD, truncate_prompt_tokens=-1)
@@ -23,9 +23,9 @@ def test_texts(tmp_path_factory):
     assert cosine > 0.99999
 
 
-def test_one_server_for_all_instructions(tmp_path_factory):
+def test_one_server_for_all_instructions():
     """Clients send token ids, or name the instruction at the end of each text."""
-    folder, expected = plain(tmp_path_factory)
+    folder, expected = plain()
     command = [str(environment("vllm") / "bin" / "vllm"), "serve", "any-instruction", *OPTIONS]
     endings = json.loads((folder / "any-instruction" / "instructions.json").read_text())
     whole = [n for n, text in enumerate(HARD) if len(text) < 1000 and text != SPECIAL]
