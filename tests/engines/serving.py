@@ -114,11 +114,12 @@ def serving(command: list[str], folder: Path, **environment: str) -> Iterator[Ca
                 time.sleep(1)
         yield embed
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def smallest_cosine(found_NE: np.ndarray, expected_NE: np.ndarray) -> float:
