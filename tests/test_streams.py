@@ -20,12 +20,12 @@ def model(tiny_model, tmp_path):
     return tmp_path / "model"
 
 
-def in_shell(script, *arguments, **environment):
+def in_shell(script):
     """Run `promptembedder` as `$P` of a shell script."""
     return subprocess.run(
-        ["sh", "-c", f'P="{sys.executable} -m promptembedder"; {script}', "sh", *map(str, arguments)],
+        ["sh", "-c", f'P="{sys.executable} -m promptembedder"; {script}'],
         capture_output=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
         check=False,
         timeout=300,
     )
