@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import typer
 
 from promptembedder import progress
-from promptembedder.cli.arguments import check_output, expanding_paths
+from promptembedder.cli.arguments import Quiet, as_command, be_quiet, check_output, hide_bars
 from promptembedder.cli.bridge import bridge
 from promptembedder.cli.compare import compare
 from promptembedder.cli.demo import demo
@@ -50,7 +50,7 @@ app = typer.Typer(
     help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
 )
 for verb in (train, encode, evaluate, transfer, export, bridge, compare, explain, info, path, demo):
-    app.command()(expanding_paths(verb))
+    app.command()(as_command(verb))
 
 
 def _print_version(asked: bool) -> None:
@@ -63,22 +63,21 @@ def _print_version(asked: bool) -> None:
 @app.callback(invoke_without_command=True)
 def options(
     context: typer.Context,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, messages or warnings.")] = False,
+    quiet: Quiet = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Options that come before the command."""
+    """Options that may come before the command."""
     if context.invoked_subcommand is None:
         check_output()
         print(context.get_help())
         raise typer.Exit
-    progress.set_quiet(quiet)
+    progress.set_quiet(False)
     if quiet:
-        logging.getLogger().setLevel(logging.ERROR)
-    if quiet or not sys.stderr.isatty():
-        # Bars of the libraries, too; they read these when they are imported, which every command does later.
-        os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+        be_quiet()
+    elif not sys.stderr.isatty():
+        hide_bars()
 
 
 def main() -> None:

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from promptembedder import progress
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.paths import expanded
 from promptembedder.text import is_blank, is_unicode
 
 
-def expanding_paths(verb: Callable[..., None]) -> Callable[..., None]:
-    """A command whose paths have `~` replaced; shells leave it alone in `--output=~/x`."""
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, messages or warnings.")]
+
+
+def be_quiet() -> None:
+    """No bars, messages or warnings from here on, of the libraries neither."""
+    progress.set_quiet(True)
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    hide_bars()
+
+
+def hide_bars() -> None:
+    """Turn off the bars of libraries; they look at these variables when they are imported, which commands do later."""
+    os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+
+
+def as_command(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb as a command: `~` in its paths is replaced, which shells leave in `--output=~/x`, and it takes `--quiet`."""
 
     @functools.wraps(verb)
-    def run(**given: Any) -> None:
+    def run(*, quiet: bool = False, **given: Any) -> None:
+        if quiet:
+            be_quiet()
         verb(**{name: _expanded(value) for name, value in given.items()})
 
+    quiet = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    signature = inspect.signature(verb, eval_str=True)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), quiet])  # type: ignore[attr-defined]
+    run.__annotations__ = {**verb.__annotations__, "quiet": Quiet}
     return run
 
 
@@ -32,7 +59,7 @@ def _expanded(value: Any) -> Any:
 
 
 def expanded_text(value: str) -> str:
-    """As `expanding_paths`, for an argument that may be something else than a path, such as `-`."""
+    """As `_expanded`, for an argument that may be something else than a path, such as `-`."""
     return str(expanded(value)) if value.startswith("~") else value
 
 
