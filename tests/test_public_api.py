@@ -60,7 +60,8 @@ SETTINGS = (
     "TransferConfig",
     "WarmStartConfig",
 )
-MOST_SETTINGS = 76
+# 76, and five of a teacher.
+MOST_SETTINGS = 80
 
 
 def test_public_names():

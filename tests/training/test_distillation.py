@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import INSTRUCTION, TEXTS
-from promptembedder.training.distillation import SimilarityDistillation, distillation_rows
+from promptembedder.training.distillation import SimilarityDistillation
+from promptembedder.training.teacher import distillation_rows
 
 
 def test_the_old_model_reads_as_much_of_a_text_as_the_new_one(tiny_model):

@@ -19,7 +19,6 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.paths import expanded
 from promptembedder.text import is_blank, is_unicode
 
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, messages or warnings.")]
 
 
@@ -37,7 +36,7 @@ def hide_bars() -> None:
 
 
 def as_command(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb as a command: `~` in its paths is replaced, which shells leave in `--output=~/x`, and it takes `--quiet`."""
+    """A verb as a command: it takes `--quiet`, and `~` in paths is replaced, which shells leave in `--output=~/x`."""
 
     @functools.wraps(verb)
     def run(*, quiet: bool = False, **given: Any) -> None:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Neighbourhoods:
+    """Which texts of a dataset lie near each other, so that batches are drawn among neighbours.
+
+    Attributes:
+        of: number of its neighbourhood, for each row.
+        draws: rows drawn in an epoch.
+    """
+
+    of: tuple[int, ...]
+    draws: int
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """Training datasets by name, and the instruction of each of their columns.
 
@@ -42,6 +55,7 @@ class TrainingData:
         own_negatives: datasets whose rows do without in-batch negatives.
         opposed: datasets that hold two rows in each: beside those columns the same with `other_` before the name, the
             anchor again under an instruction about something else.
+        neighbourhoods: datasets of texts with a teacher's embeddings, in columns `anchor` and `label`.
     """
 
     datasets: DatasetDict
@@ -49,6 +63,7 @@ class TrainingData:
     aspects: dict[str, str] = field(default_factory=dict)
     own_negatives: frozenset[str] = frozenset()
     opposed: frozenset[str] = frozenset()
+    neighbourhoods: Mapping[str, Neighbourhoods] = field(default_factory=dict)
 
     @property
     def instructions(self) -> list[str]:

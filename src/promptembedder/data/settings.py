@@ -48,12 +48,14 @@ class DataConfig:
             has fewer repeats its own.
         max_text_tokens: cut texts here while training; unset: where the model cuts them. Cheaper steps, and layout
             `suffix` reads longer texts afterwards all the same.
+        texts: files of plain texts for `TrainingConfig.teacher`.
         strict: refuse a row with `pos` equal to `query`, `neg` equal to `pos` or, if not asymmetric, `neg` equal to
             `query`; off: such rows are counted in a warning, and trained on.
     """
 
     files: tuple[DataFile, ...] = ()
     root: str | None = None
+    texts: tuple[str, ...] = ()
     contrast_rows: Count = 0
     contrast_in_batch_negatives: bool = True
     max_negatives: Count = 1

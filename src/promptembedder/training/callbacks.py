@@ -91,6 +91,24 @@ class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]
         self._module.training_state = replace(self._module.training_state, leaves=None)
 
 
+class PrompterFreeze(TrainerCallback):  # type: ignore[misc]
+    """Trains the prompter in the first steps only: later steps run neither of its passes.
+
+    Args:
+        module: the model's first module.
+        steps: in which the prompter is trained.
+    """
+
+    def __init__(self, module: SoftPromptTransformer, steps: int) -> None:
+        self._module = module
+        self._steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Freeze it once these steps are done."""
+        if state.global_step >= self._steps:
+            self._module.prompter.requires_grad_(False)
+
+
 class TrainingClock(TrainerCallback):  # type: ignore[misc]
     """Adds to every log line the seconds spent in optimizer steps so far, `step_seconds`; evaluations are left out.
 

@@ -31,13 +31,14 @@ def largest(data: TrainingData) -> int:
     return most
 
 
-def check_settings(settings: TrainingConfig, layout: Layout, *, scored: bool) -> None:
+def check_settings(settings: TrainingConfig, layout: Layout, *, scored: bool, texts: bool = False) -> None:
     """Refuse settings that contradict each other, before anything is read or made.
 
     Args:
         settings: how to train.
         layout: of the model.
         scored: whether there are dev pairs.
+        texts: whether there are plain texts for a teacher.
 
     Raises:
         PromptEmbedderError: they do, or an argument of the trainer cannot be set.
@@ -50,6 +51,8 @@ def check_settings(settings: TrainingConfig, layout: Layout, *, scored: bool) ->
             f"training.text_state_cache needs model.layout 'suffix', found {layout!r}: there a text's states "
             "depend on the soft prompt"
         )
+    if texts and settings.teacher is None:
+        raise PromptEmbedderError("data.texts needs training.teacher, the model that they are embedded by")
     if settings.text_state_folder is not None and settings.text_state_cache is None:
         raise PromptEmbedderError("training.text_state_folder needs training.text_state_cache, its size")
     refuse_foreign(Path(settings.output) / "model")

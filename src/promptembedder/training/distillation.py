@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from promptembedder.data.rows import TrainingData
-from promptembedder.model.encode import encode
-from promptembedder.model.module import soft_prompt_module
 
-# tau in a transfer.
+# tau.
 TEMPERATURE = 0.05
 
 
@@ -53,15 +53,13 @@ class SimilarityDistillation(nn.Module):
         return torch.log_softmax(similarity_BB.masked_fill(itself_BB, -1e4), dim=-1)
 
 
-def distillation_rows(
-    teacher: SentenceTransformer, texts: list[str], instructions: Sequence[str], max_text_tokens: int | None = None
+def texts_with_embeddings(
+    texts: Sequence[str], instructions: Sequence[str], embedded_INF: Sequence[NDArray[np.float32]]
 ) -> TrainingData:
-    """Texts with the old model's embeddings of them, one dataset per instruction; cut as the student will cut them."""
-    with soft_prompt_module(teacher).truncating(max_text_tokens):
-        embedded_INE = encode(teacher, texts, list(instructions), show_progress_bar=True)
+    """Texts with a teacher's embeddings of them (N, F), one dataset per instruction."""
+    named = {f"teacher_{n + 1}": instruction for n, instruction in enumerate(instructions)}
     datasets = {
-        f"task_{n + 1}": Dataset.from_dict({"anchor": texts, "label": embedded_NE.tolist()})
-        for n, embedded_NE in enumerate(embedded_INE)
+        name: Dataset.from_dict({"anchor": list(texts), "label": list(embedded_NF)})
+        for name, embedded_NF in zip(named, embedded_INF, strict=True)
     }
-    prompts = {f"task_{n + 1}": {"anchor": instruction} for n, instruction in enumerate(instructions)}
-    return TrainingData(DatasetDict(datasets), prompts)
+    return TrainingData(DatasetDict(datasets), {name: {"anchor": instruction} for name, instruction in named.items()})

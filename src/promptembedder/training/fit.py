@@ -27,7 +27,7 @@ from promptembedder.model.module import SoftPromptTransformer, soft_prompt_modul
 from promptembedder.paths import expanded
 from promptembedder.training import workers
 from promptembedder.training.arguments import DEV_METRIC, arguments_of, max_grad_norm, save_total_limit
-from promptembedder.training.callbacks import SoftPromptLeafCallback, TrainingBar, TrainingClock
+from promptembedder.training.callbacks import PrompterFreeze, SoftPromptLeafCallback, TrainingBar, TrainingClock
 from promptembedder.training.checkpoints import CheckpointKeeper, trouble
 from promptembedder.training.checks import check_data, largest, warn_of_small_batches
 from promptembedder.training.curves import Curve, dev_curve
@@ -148,6 +148,8 @@ def _trainer(
     # The leaf's is before TensorBoard's, which would log what is not yet right.
     hooks: list[TrainerCallback] = [leaf, clock, TensorBoardCallback(), TrainingBar()]
     hooks.append(CheckpointKeeper(save_total_limit(settings)))
+    if settings.train_prompter and settings.prompter_steps is not None:
+        hooks.append(PrompterFreeze(module, settings.prompter_steps))
     if settings.early_stop_patience is not None:
         hooks.append(EarlyStoppingCallback(settings.early_stop_patience))
     _leave_card_alone(model, data)
@@ -161,7 +163,7 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)  # prints dictionaries
     leaf.trainer = trainer
-    trainer.own_negatives = data.own_negatives
+    trainer.own_negatives, trainer.neighbourhoods = data.own_negatives, data.neighbourhoods
     return trainer
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from promptembedder.data.rows import TrainingData
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.training import workers
+from promptembedder.training.distillation import TEMPERATURE, SimilarityDistillation
 from promptembedder.training.settings import TrainingConfig
 
 
@@ -30,10 +31,11 @@ def make_losses(
         # Two of them: a cached loss keeps its batch until the backward pass.
         return OpposedLoss(model, make(model, config), make(model, config)) if opposed else make(model, config)
 
-    of_kind = {kind: made(*kind) for kind in sorted(set(kinds.values()))}
-    if len(of_kind) == 1:
+    of_kind = {kind: made(*kind) for kind in sorted({kinds[name] for name in kinds if name not in data.neighbourhoods})}
+    if not data.neighbourhoods and len(of_kind) == 1:
         return of_kind.popitem()[1]
-    return {name: of_kind[kind] for name, kind in kinds.items()}
+    taught = SimilarityDistillation(model, TEMPERATURE)
+    return {name: taught if name in data.neighbourhoods else of_kind[kind] for name, kind in kinds.items()}
 
 
 class OpposedLoss(nn.Module):

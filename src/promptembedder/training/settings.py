@@ -88,6 +88,11 @@ class TrainingConfig:
         mask_false_negatives: leave out negatives that the model itself finds closer to the anchor than its
             positive (GISTEmbed with the model as its own guide).
         train_prompter: off: only W is trained.
+        prompter_steps: the prompter is trained in this many steps, and frozen afterwards: cheaper steps; unset: in all.
+        teacher: an embedding model whose in-batch similarities of `data.texts` and of the rows' texts are learnt beside
+            the rows: a saved model, or a sentence-transformers folder or hub id.
+        teacher_instructions: under which; empty: those of rows whose aspect is `meaning`, or else the default one.
+        teacher_share: share of the batches that are the teacher's, where there are rows, too.
         warm_start: see `WarmStartConfig`.
         early_stop_patience: stop after this many dev scores without a better one.
         text_state_cache: keep the backbone's states of texts, at most this many bytes (`8GiB`) over all workers of
@@ -115,6 +120,10 @@ class TrainingConfig:
     matryoshka_dims: tuple[PositiveInt, ...] = ()
     mask_false_negatives: bool = False
     train_prompter: bool = True
+    prompter_steps: Count | None = None
+    teacher: str | None = None
+    teacher_instructions: tuple[str, ...] = ()
+    teacher_share: Fraction = 0.5
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     early_stop_patience: PositiveInt | None = None
     text_state_cache: Annotated[ByteSize, Field(gt=0)] | None = None

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import distributed_evaluation
 from transformers import TrainerCallback
@@ -36,6 +37,7 @@ from promptembedder.training.run_folder import (
     run_folder,
 )
 from promptembedder.training.settings import RunConfig
+from promptembedder.training.teacher import teach
 from promptembedder.training.warm_start import warm_start
 
 logger = logging.getLogger(__name__)
@@ -75,14 +77,21 @@ def train(
     settings, output = config.training, Path(config.training.output)
     if not settings.max_steps:
         raise PromptEmbedderError("training.max_steps is 0, expected at least one step")
-    check_settings(settings, config.model.layout, scored=config.evaluation.dev is not None)
+    check_settings(
+        settings, config.model.layout, scored=config.evaluation.dev is not None, texts=bool(config.data.texts)
+    )
     check_folder(output, resume)
-    data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    data = _rows(config)
     dev, test = (pair_evaluator(config.evaluation, config.data.root, part) for part in ("dev", "test"))
-    check_data(settings, data)
+    if data.datasets:
+        check_data(settings, data)
     with run_folder(output):
         checkpoint = checkpoint_of(output, resume, config.model)
-        note_settings(output, config, resumed=checkpoint is not None)
+        more = {}
+        if settings.teacher is not None:
+            default = config.model.default_instruction
+            data, more["teacher"] = teach(config.data, settings, data, default, output, resume=checkpoint is not None)
+        note_settings(output, config, resumed=checkpoint is not None, **more)
         if checkpoint is None:
             remove_checkpoints(output)
         model, spent = _model(config, data, start, fresh=checkpoint is None)
@@ -105,6 +114,13 @@ def train(
                 if test is not None and mine:
                     scores["test"] = 100 * test(model)["test_spearman_cosine"]
     return replace(fitted, folder=output / "model", scores=scores)
+
+
+def _rows(config: RunConfig) -> TrainingData:
+    """The labelled rows; none where a teacher is enough."""
+    if config.training.teacher is not None and not config.data.has_rows:
+        return TrainingData(DatasetDict(), {})
+    return load_training_data(config.data, config.model.document_instruction, config.training.seed)
 
 
 def _model(

@@ -42,10 +42,11 @@ from promptembedder.model.prompter import trained_state
 from promptembedder.model.store import save
 from promptembedder.training.checkpoints import newest_complete
 from promptembedder.training.curves import seconds_of, write_facts
-from promptembedder.training.distillation import TEMPERATURE, SimilarityDistillation, distillation_rows
+from promptembedder.training.distillation import TEMPERATURE, SimilarityDistillation
 from promptembedder.training.fit import fit, text_cache
 from promptembedder.training.run_folder import note_settings, remove_checkpoints, run_folder
 from promptembedder.training.settings import TrainingConfig
+from promptembedder.training.teacher import distillation_rows
 from promptembedder.transfer.centring import Sample, centre, sample_of_rows, sample_of_texts
 from promptembedder.transfer.checks import (
     TRAINED_STAGES,
