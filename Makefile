@@ -25,7 +25,7 @@ test: $(READY)
 
 # The examples of docs/wrappers.md. The last lines name the tests that ran, and those that did not with the reason.
 test-wrappers: $(WRAPPERS_READY)
-	$(WRAPPERS)/bin/python -m pytest -rsp tests/wrappers
+	$(WRAPPERS)/bin/python -m pytest -rsp --timeout 1800 tests/wrappers
 
 # Exports in the engines that serve them. Each engine has an environment of its own; one that cannot be installed is
 # named, and its tests are skipped.
