@@ -1,0 +1,2 @@
+def readme(compiled, precision, around):
+    return "x\n"
