@@ -66,9 +66,7 @@ def refuse(compiled: Compiled) -> None:
             raise PromptEmbedderError(f"{what} cannot be exported as GGUF: llama.cpp has none; {_OTHERS}")
 
 
-def write(
-    compiled: Compiled, model: SentenceTransformer, folder: Path, *, precision: Precision = "float16"
-) -> None:
+def write(compiled: Compiled, model: SentenceTransformer, folder: Path, *, precision: Precision = "float16") -> None:
     """Write `model.gguf`, `instructions.json` with what goes around a text, and a README.
 
     Args:
