@@ -132,9 +132,7 @@ def grown_words(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> Words
 def _pre(state: Mapping[str, Any]) -> str:
     """llama.cpp's name of a way to part words: of the tokenizer as it is, whatever its LLM is called."""
     if state["model"].get("type") != "BPE" or state["model"].get("byte_fallback"):
-        raise PromptEmbedderError(
-            f"the backbone's tokenizer is no byte-level BPE, which GGUF is written for; {_OTHERS}"
-        )
+        raise PromptEmbedderError(f"the backbone's tokenizer is no byte-level BPE; {_OTHERS}")
     parted = state["pre_tokenizer"] or {}
     steps = parted.get("pretokenizers", [parted])
     kinds = [step.get("type") for step in steps]
@@ -147,6 +145,4 @@ def _pre(state: Mapping[str, Any]) -> str:
         found = _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
         if found is not None:
             return found
-    raise PromptEmbedderError(
-        f"the backbone's tokenizer parts words in a way that llama.cpp has no name for; {_OTHERS}"
-    )
+    raise PromptEmbedderError(f"the backbone's tokenizer parts words as llama.cpp does not; {_OTHERS}")
