@@ -27,6 +27,7 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = job["file"]
 parameters.embedding, parameters.warmup, parameters.verbosity = True, False, -1
 parameters.n_parallel, parameters.n_gpu_layers = 1, 0
+parameters.cache_prompt, parameters.cache_ram_mib = False, 0
 parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = job["tokens"]
 parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(parameters)

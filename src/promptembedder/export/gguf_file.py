@@ -251,6 +251,7 @@ def _parameters(xllamacpp: Any, file: Path, tokens: int) -> Any:
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = -(-tokens // 256) * 256
     parameters.n_gpu_layers = 0
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.cache_prompt, parameters.cache_ram_mib = False, 0  # no text continues another
     parameters.warmup = False
     parameters.verbosity = -1
     return parameters
