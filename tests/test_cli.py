@@ -350,7 +350,7 @@ def test_path_of_a_hub_id(
 
 def test_path_of_no_model(command: Callable[..., Outcome], tmp_path: Path) -> None:
     assert_refused(command("path", "nonsense"), "no model at nonsense", "models by name: smollm2-135m")
-    assert_refused(command("path", tmp_path), f"model folder {tmp_path} has no promptembedder.json")
+    assert_refused(command("path", tmp_path), f"{tmp_path} is not a saved model: it has no promptembedder.json")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no settings": (lambda m: (m / "promptembedder.json").unlink(), ["has no promptembedder.json"]),
     "settings not JSON": (lambda m: _cut(m / "promptembedder.json"), ["promptembedder.json is not JSON"]),
     "settings a list": (lambda m: (m / "promptembedder.json").write_text("[]"), ["promptembedder.json"]),
-    "newer": (lambda m: _edit(m / "promptembedder.json", "format_version", 3), ["version 3", "up to 2"]),
+    "newer": (lambda m: _edit(m / "promptembedder.json", "format_version", 9), ["version 9"]),
     "bad setting": (
         lambda m: _edit(m / "promptembedder.json", "model", "layout", "infix"),
         ["promptembedder.json: model: layout = 'infix'", "'prefix' or 'suffix'"],

@@ -215,3 +215,33 @@ def test_root_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("data: {root: other, max_negatives: 2}\n")
     config = load_run(tmp_path / "run.yaml", root="2024 #1")
     assert (config.data.root, config.data.max_negatives) == ("2024 #1", 2)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp x", "!!bool x", "!!int ''", "!!float ''", "[" * 3000], ids=lambda value: value[:12]
+)
+def test_values_that_yaml_itself_cannot_make(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training: {{output: {value}}}")
+    with pytest.raises(PromptEmbedderError, match=f"^config {path} is not YAML: ") as caught:
+        load_run(path)
+    assert "\n" not in str(caught.value)
+    path.write_text("{}")
+    assert load_run(path, [f"training.output={value}"]).training.output == value  # words, not YAML
+
+
+def test_values_of_any_size_are_shown_short(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    aliases = "".join(f"- &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(12))
+    for text in (
+        f"training: {{max_steps: -0x{'f' * 5000}}}",  # more digits than Python prints
+        f"unused:\n- &a0 [x]\n{aliases}model: {{layout: *a12}}",  # 9 to the 12th entries if written out
+        f"model: {{layout: {'word ' * 1000}}}",
+        "model: {lora_alpha: 32, lora_rank: null}",
+    ):
+        path.write_text(text)
+        with pytest.raises(PromptEmbedderError) as caught:
+            load_run(path)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 1500
+        assert "\n" not in str(caught.value)

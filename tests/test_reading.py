@@ -100,7 +100,7 @@ def test_a_converted_llm_is_open_to_others(shared: Path, monkeypatch: pytest.Mon
 
     from promptembedder.llms import convert
 
-    def fake(gguf: Path, output: Path) -> None:
+    def fake(gguf: Path, output: Path, source: str) -> None:
         (output / "config.json").write_text("{}")
         save_file({"w": torch.ones(2)}, output / "model.safetensors")
 

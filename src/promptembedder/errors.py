@@ -20,6 +20,8 @@ class MissingExtraError(PromptEmbedderError, ImportError):
     """A package of an extra is not installed; the message names the command that installs the extra."""
 
 
+# Characters of a value in a message.
+_MOST = 500
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
@@ -27,9 +29,10 @@ _SHORT.maxstring = _SHORT.maxother = 100
 def shown(value: Any) -> str:
     """A value for an error message: on one line, and short whatever its size."""
     try:
-        return " ".join(_SHORT.repr(value).split())
+        short = " ".join(_SHORT.repr(value).split())
     except ValueError:  # an integer of more digits than Python prints
         return f"a value of type {type(value).__name__}"
+    return short if len(short) <= _MOST else f"{short[:_MOST]}..."
 
 
 @contextmanager

@@ -130,5 +130,5 @@ def test_a_bridge_that_may_not_be_read_is_not_called_missing(tmp_path, closed):
     path = tmp_path / "bridge.safetensors"
     Bridge(np.eye(4, dtype=np.float32), {}).save(path)
     closed(path)
-    with pytest.raises(PromptEmbedderError, match=f"bridge {path} cannot be read: Permission denied"):
+    with pytest.raises(PromptEmbedderError, match=f"{path} cannot be read: Permission denied"):
         load(path)

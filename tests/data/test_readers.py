@@ -31,8 +31,8 @@ def pairs(path: Path) -> Any:
     return read_scored_pairs(str(path), None)
 
 
-def texts(path: object, kind: Any = None) -> list[tuple[str, str]]:
-    return list(read_texts(str(path), kind))
+def texts(path: object, kind: Any = None) -> list[str]:
+    return [text for _, text in read_texts(str(path), kind)]
 
 
 def refusal(read: Any, *arguments: Any) -> str:
@@ -44,12 +44,12 @@ def refusal(read: Any, *arguments: Any) -> str:
 
 def test_endings_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "X.TXT.GZ").write_bytes(gzip.compress(b"one\ntwo\n"))
-    assert texts(tmp_path / "X.TXT.GZ") == [("0", "one"), ("1", "two")]
+    assert texts(tmp_path / "X.TXT.GZ") == ["one", "two"]
     line = json.dumps(ROW).encode()
     for name, content in (("A.JSONL", line), ("B.Jsonl.GZ", gzip.compress(line))):
         (tmp_path / name).write_bytes(content)
         assert [row.query for row in rows(tmp_path / name)] == ["q"]
-        assert texts(tmp_path / name) == [("0", "x")]
+        assert texts(tmp_path / name) == ["x"]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / "C.PARQUET")
     assert [row.query for row in rows(tmp_path / "C.PARQUET")] == ["q"]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -60,7 +63,7 @@ def environment(engine: str) -> Path:
 
 
 @cache
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def plain() -> tuple[Path, dict[str, np.ndarray]]:
     """Plain folders of a model on the real SmolLM2, and the model's embeddings of HARD by name of the instruction."""
     settings = ModelConfig(prompter=SMALL, backbone=SMALL, dtype="float32", linear_head=True)
     model = promptembedder.build(settings, device="cpu")
@@ -69,7 +72,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
         model[1].linear.weight.add_(torch.randn(576, 576, generator=noise) * 0.01)
     model[0].subtract(torch.randn(576, generator=noise) * 0.1)
     compiled = compile_model(model, {"topic": "Find the topic.", "same": INSTRUCTION})
-    folder = tmp_path_factory.mktemp("plain")
+    folder = Path(tempfile.mkdtemp(prefix="promptembedder-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write(compiled, model, folder)
     return folder, {name: embed_compiled(model, compiled, name, HARD).numpy() for name in compiled.prompts}
 
@@ -110,11 +114,12 @@ def serving(command: list[str], folder: Path, **environment: str) -> Iterator[Ca
                 time.sleep(1)
         yield embed
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def smallest_cosine(found_NE: np.ndarray, expected_NE: np.ndarray) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from serving import HARD, environment, plain, serving, smallest_cosine
 
 
-def test_texts(tmp_path_factory):
-    folder, expected = plain(tmp_path_factory)
+def test_texts():
+    folder, expected = plain()
     program = str(environment("infinity") / "bin" / "infinity_emb")
     options = ["--engine", "torch", "--no-bettertransformer", "--dtype", "float32", "--device", "cpu"]
     command = [program, "v2", "--model-id", "topic", *options, "--no-model-warmup"]

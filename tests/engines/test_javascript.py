@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 from serving import HARD, environment, plain
 
 
-def test_token_ids(tmp_path_factory):
+def test_token_ids():
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    folder, _ = plain(tmp_path_factory)
+    folder, _ = plain()
     for name in ("topic", "document", "any-instruction"):
         command = [node, str(Path(__file__).parent / "token_ids.mjs"), str(environment("node")), str(folder), name]
         ran = subprocess.run(command, input=json.dumps(HARD), capture_output=True, text=True, check=True)

@@ -126,7 +126,7 @@ def test_an_interrupted_evaluation_is_held_to_its_instructions_too(task_folder, 
         encoder, evaluation.local_tasks(task_folder, ["Similar", "Same"]), tmp_path / "results"
     )
     assert set(result.scores) == {"Similar", "Same"}
-    assert not list(result.folder.glob(".*"))
+    assert [path.name for path in result.folder.glob(".*")] == [lock.LOCK_FILE]
 
 
 def test_two_labels_may_be_words(task_folder, tmp_path, encoder):

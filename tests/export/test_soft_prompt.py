@@ -61,7 +61,9 @@ def test_embeds_as_the_model(exported, architecture, changes):
     assert_same_embeddings(loaded.encode(TEXTS, prompt_name="document"), model.encode_document(TEXTS))
     assert_same_embeddings(loaded.encode_document(TEXTS), model.encode_document(TEXTS))
     assert_same_embeddings(loaded.encode_query(TEXTS), model.encode(TEXTS, prompt=INSTRUCTION))
-    assert_same_embeddings(SentenceTransformer(str(folder), device="cpu").encode(TEXTS), loaded.encode(TEXTS))
+    assert_same_embeddings(
+        SentenceTransformer(str(folder), device="cpu", trust_remote_code=True).encode(TEXTS), loaded.encode(TEXTS)
+    )
 
 
 def test_the_prompting_llm_is_not_opened(tiny_model, tiny_lm, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ from pathlib import Path
 from promptembedder.llms import convert, locate
 def slow(gguf, output, given):
     with open({str(tmp_path / "log")!r}, "a") as log: log.write("converted\\n")
-    output.mkdir(); time.sleep(1); (output / "config.json").write_text("{{}}")
+    output.mkdir(exist_ok=True); time.sleep(1); (output / "config.json").write_text("{{}}")
 convert._convert_gguf = slow
 path = locate.locate({str(tmp_path / "model.gguf")!r}).folder
 assert (path / "config.json").is_file()

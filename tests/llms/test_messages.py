@@ -63,13 +63,18 @@ def test_files_that_may_not_be_read_are_not_called_missing(tiny_lm, tmp_path, cl
     weights = folder / "model.safetensors"
     weights.write_bytes(b"")  # any error of the library
     closed(weights)
-    with pytest.raises(PromptEmbedderError, match=f"weights cannot be opened: {weights} cannot be read: Permission"):
+    with pytest.raises(PromptEmbedderError, match=f"{weights} cannot be read: Permission denied"):
         load_causal_lm(locate(str(folder)), torch.float32)
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_bytes(b"")
+    closed(tokenizer)
+    with pytest.raises(PromptEmbedderError, match=r"tokenizer cannot be opened: .* cannot be read: Permission denied$"):
+        load_tokenizer(locate(str(folder)))
     closed(folder / "config.json")
-    with pytest.raises(PromptEmbedderError, match=r"has no config\.json that can be read: Permission denied"):
+    with pytest.raises(PromptEmbedderError, match=r"config\.json cannot be read: Permission denied"):
         locate(str(folder))
     gguf = tmp_path / "llm.gguf"
     gguf.write_bytes(b"GGUF")
     closed(gguf)
-    with pytest.raises(PromptEmbedderError, match=f"base model {gguf} cannot be read: Permission denied"):
+    with pytest.raises(PromptEmbedderError, match=f"{gguf} cannot be read: Permission denied"):
         locate(str(gguf))

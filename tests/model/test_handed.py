@@ -21,15 +21,18 @@ def opened(folder, **options):
     return SentenceTransformer(folder, device="cpu", trust_remote_code=True, **options)
 
 
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [(torch.bfloat16, "bfloat16"), ("bfloat16", "bfloat16"), (torch.float32, "float32"), ("auto", "float32")],
+    ("options", "expected"),
+    [
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": torch.float32}, "float32"),
+        ({"dtype": "auto"}, "float32"),
+    ],
 )
-def test_the_dtype_is_taken(folder, name, given, expected):
-    module = opened(folder, model_kwargs={name: given})[0]
-    assert module.backbone.lm.dtype == expected
-    assert module.prompter.lm.dtype == expected
+def test_the_dtype_is_taken(folder, options, expected):
+    module = opened(folder, model_kwargs=options)[0]
+    assert module.backbone.lm.dtype == module.prompter.lm.dtype == getattr(torch, expected)
 
 
 def test_load_takes_the_dtype_of_torch(folder):

@@ -170,9 +170,9 @@ def test_documents_have_the_instruction_of_the_model_that_is_trained(run_config,
     files = tuple(replace(file, asymmetric=True) for file in config.data.files)
     config = replace(config, data=replace(config.data, files=files))
     asked = []
-    whole = SoftPromptTransformer.soft_prompt
+    whole = SoftPromptTransformer.soft_prompts
     monkeypatch.setattr(
-        SoftPromptTransformer, "soft_prompt", lambda self, text: asked.append(text) or whole(self, text)
+        SoftPromptTransformer, "soft_prompts", lambda self, texts: asked.extend(texts) or whole(self, texts)
     )
     result = train(config, start=tmp_path / "start")
     assert "Be found." in asked

@@ -89,7 +89,8 @@ def _evaluated(
     if failed := [error.task_name for result in done for error in result.exceptions or []]:
         # Such as rows that only who is logged in may read; of these mteb raises nothing.
         raise PromptEmbedderError(f"{', '.join(failed)}: mteb has no result; are its rows open to you (HF_TOKEN)?")
-    (folder / STARTED).replace(folder / FACTS)
+    with _naming(output):
+        (folder / STARTED).replace(folder / FACTS)
     scores = {found.task_name: 100 * found.get_score() for result in done for found in result.task_results}
     for name, score in scores.items():
         if not math.isfinite(score):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
@@ -103,6 +103,9 @@ def grow(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> GrownTokeniz
     core = Tokenizer.from_str(backend.to_str())
     core.no_truncation()
     core.no_padding()
+    # As the model reads texts; a tokenizer may have a normalizer of its own.
+    own = [] if core.normalizer is None else [core.normalizer]
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), *own])
     known = core.get_vocab(with_added_tokens=True)
     soft = {name: soft_words(name, len(prompt.soft_KD)) for name, prompt in compiled.prompts.items()}
     tail = soft_words(_TAIL, len(compiled.tail_ids))

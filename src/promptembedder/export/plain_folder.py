@@ -48,12 +48,12 @@ def refuse(compiled: Compiled) -> None:
     if compiled.is_deep:
         raise PromptEmbedderError(
             "a deep soft prompt is more than words of a vocabulary: fold it first (`promptembedder fold`), "
-            "or export in format onnx or soft-prompt"
+            "or export in format soft-prompt"
         )
     if compiled.readout != "last":
         raise PromptEmbedderError(
             f"read-out {compiled.readout!r} cannot be exported as a plain folder: engines pool the last token or all; "
-            "export in format onnx or soft-prompt"
+            "export in format soft-prompt"
         )
     for name in compiled.prompts:
         if name == ANY_INSTRUCTION or not _NAME.fullmatch(name):

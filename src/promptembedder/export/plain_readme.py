@@ -83,7 +83,7 @@ _TAIL = """
   TEI has an open issue, number 882: batches of texts of equal length lose the causal mask.
   It concerns every embedding model with a causal LLM.
 - infinity: `infinity_emb v2 --model-id {first} --engine torch --no-bettertransformer`.
-  {infinity}
+  It has sentence-transformers 3, which strips blanks and line breaks around texts.
 - transformers.js: its tokenizer gives the same token ids; it needs the weights in ONNX.
   It truncates after the soft tokens were added, so truncate texts before.
 
@@ -125,7 +125,6 @@ def readme(compiled: Compiled, precision: str, limits: Mapping[str, int], copies
         "limit": limits[first],
         "most": compiled.max_text_tokens,
         "word": f"<|pe:{first}:0|>",
-        "infinity": "INFINITY",
     }
     parts = [_HEAD, *([_ANY] if set(limits) - set(names) else []), _TAIL]
     return "".join(part.format(**values) for part in parts)

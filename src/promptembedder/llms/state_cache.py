@@ -155,7 +155,7 @@ class _OnDisk(TextStateCache):
         # Open as long as this cache: what is half-written when the process is killed is found again and removed.
         opened = ExitStack()
         self._scratch = opened.enter_context(atomic.scratch(folder))
-        weakref.finalize(self, opened.close)
+        self._leave_scratch = weakref.finalize(self, opened.close)
         held = self._held_before()
         there = shutil.disk_usage(folder).free + sum(size for _, _, size in held)
         try:
@@ -172,6 +172,8 @@ class _OnDisk(TextStateCache):
         return int(self._files.currsize)
 
     def close(self) -> None:
+        self._stopped = True
+        self._leave_scratch()
         self._used.release()
         Path(self._used.lock_file).unlink(missing_ok=True)
 

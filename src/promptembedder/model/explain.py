@@ -51,13 +51,13 @@ def explain(model: SentenceTransformer, instruction: str | None = None, top: int
 
 def readings_of(prompter: Prompter, written: SoftTokens, top: int = 5) -> list[SoftTokenReading]:
     """Read the soft tokens that a prompter wrote for one instruction; `top` and errors as in `explain`."""
+    tokenizer = prompter.tokenizer
     with torch.inference_mode():
         weights_KV = written.weights_NKV[0]
         if not isinstance(top, numbers.Integral) or not 1 <= top <= weights_KV.shape[-1]:
             raise PromptEmbedderError(f"top = {top!r}, expected 1 to {weights_KV.shape[-1]}, the prompter's vocabulary")
         entropy_K = torch.special.entr(weights_KV).sum(-1)
         heaviest = weights_KV.topk(top, dim=-1)
-    tokenizer = prompter.tokenizer
     return [
         SoftTokenReading(
             tuple((tokenizer.decode([i]), w) for i, w in zip(ids, weights, strict=True)),

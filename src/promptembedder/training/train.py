@@ -160,9 +160,7 @@ def _structure_of(start: Path, config: RunConfig, anew: Mapping[str, Any]) -> Mo
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
     saved = read_saved(start)
     if saved.instructions is not None:
-        raise PromptEmbedderError(
-            f"{start} is an export without a Prompting LLM; train the model that it was made from"
-        )
+        raise PromptEmbedderError(f"{start} is an export and has no Prompting LLM; train the model it was made from")
     model = parse(ModelConfig, {**asdict(saved.config), **anew}, where=str(start))
     if left_out := [
         f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))

@@ -140,8 +140,10 @@ def try_all(
             assert len(message.splitlines()) == 1
             assert str(file) in message
             assert re.search(r"(line|row) \d", message) or OF_FILES.search(message) or file.suffix == ".yaml", message
-        assert list(folder.iterdir()) == [file]
-        file.unlink()
+        finally:
+            left = list(folder.iterdir())
+            file.unlink()
+        assert left == [file]
 
     settings(
         max_examples=request.config.getoption("--fuzz-examples"),
@@ -183,7 +185,23 @@ def test_settings(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     short = (
         b"model: {layout: suffix}\ndata:\n  files:\n  - {path: rows.jsonl, weight: 2.5}\ntraining:\n  max_steps: 9\n"
     )
-    words = st.lists(st.sampled_from([*":-[]{}&*!|>'\"%@,#? \n\t", "model", "data", "a", "1", "~", "<<", "2001-1-1"]))
+    words = st.lists(
+        st.sampled_from(
+            [
+                *":-[]{}&*!|>'\"%@,#? \n\t",
+                "model",
+                "data",
+                "a",
+                "1",
+                "~",
+                "<<",
+                "2001-1-1",
+                "!!timestamp",
+                "!!int",
+                "!!bool",
+            ]
+        )
+    )
     noise = words.map(lambda parts: "".join(parts).encode()) | st.binary(max_size=60)
     content = st.builds(damaged, st.sampled_from([short, short, short, valid]), edits) | noise
     try_all(request, tmp_path, st.tuples(st.just("yaml"), content), lambda path: load_run(Path(path)))

@@ -1,6 +1,6 @@
 """Any text, any iterable, any instruction: embeddings as promised, or one line that says what is wrong.
 
-`pytest tests/model/test_fuzz.py --fuzz-examples 100000` tries more.
+`pytest tests/model/test_fuzz_encode.py --fuzz-examples 100000` tries more.
 """
 
 from __future__ import annotations
