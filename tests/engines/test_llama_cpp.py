@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -71,3 +72,23 @@ def test_texts_and_token_ids(model, tmp_path, precision, bound):
 
 def _tokens(file):
     return GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
+
+
+def test_the_code_of_the_readme(model, tmp_path):
+    """Both pieces of Python, the second against llama.cpp's own server."""
+    python = environment("llama_cpp") / "bin" / "python"
+    compiled = compile_model(model, {"topic": "Find the topic."})
+    write(compiled, model, tmp_path)
+    spelled, over_http, in_process = re.findall(
+        r"^```python\n(.*?)^```", (tmp_path / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert "http://127.0.0.1:8080" in over_http
+    over_http = over_http.replace("http://127.0.0.1:8080", "{address}")
+    code = f"{spelled}\n{in_process}\nfirst = embedding\n"
+    code += f"over_http = {over_http!r}.replace('{{address}}', server.listening_address)\n"
+    code += 'exec(over_http)\nprint("found", json.dumps([first, embedding]))\n'
+    ran = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = np.array(json.loads(ran.stdout.split("found ")[1]))
+    expected = embed_compiled(model, compiled, "topic", ["Rain.", "Rain."]).numpy()
+    assert smallest_cosine(found, expected) >= 0.9999

@@ -5,12 +5,15 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, TokenType, dequantize
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder.errors import MissingExtraError, PromptEmbedderError
@@ -78,7 +81,7 @@ def test_says_how_it_is_read(tiny_model, exported):
     assert facts["qwen2.pooling_type"] == 3  # LAST
     assert facts["tokenizer.ggml.add_bos_token"] is False
     assert facts["tokenizer.ggml.add_eos_token"] is False
-    assert (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"]) == ("gpt2", "qwen2")
     assert "output.weight" not in tensors
     assert tensors["blk.0.attn_q.bias"].tensor_type == Kind.F32
 
@@ -134,9 +137,9 @@ def test_scaled_rotary_embeddings(tiny_model, exported):
     ("architecture", "changes", "said"),
     [
         ("gemma3", {}, r"architecture 'gemma3_text' cannot be exported as GGUF, expected llama or qwen2"),
-        ("llama", {"readout": "mean"}, r"read-out 'mean' .* onnx or soft-prompt"),
-        ("llama", {"linear_head": True}, r"a linear head cannot .* sentence-transformers, onnx or soft-prompt"),
-        ("llama", {"deep_rank": 2}, r"a deep soft prompt .* fold it first"),
+        ("llama", {"readout": "mean"}, r"read-out 'mean' .* soft-prompt"),
+        ("llama", {"linear_head": True}, r"a linear head cannot .* sentence-transformers or soft-prompt"),
+        ("llama", {"deep_rank": 2}, r"a deep soft prompt .* fold it .*--texts FILE"),
     ],
 )
 def test_refusals(tiny_model, exported, architecture, changes, said):
@@ -177,3 +180,88 @@ def test_the_engine_is_named_where_it_is_missing(tiny_model, exported, monkeypat
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=r"needs xllamacpp.*promptembedder\[gguf\]"):
         reader(folder, "topic")
+
+
+def _parted(*steps):
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _split(digits):
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return _parted(pre_tokenizers.Split(Regex(pattern), "isolated"))
+
+
+_DIGITS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
+
+
+@pytest.mark.parametrize(
+    ("parted", "whole", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), False, "gpt-2"),
+        (_DIGITS, False, "smollm"),
+        (_split(""), False, "qwen2"),
+        (_split("{1,3}"), False, "smaug-bpe"),
+        (_split("{1,3}"), True, "llama-bpe"),
+        (_split(""), True, None),
+        (_DIGITS, True, None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), True, None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), False, None),
+        (_parted(pre_tokenizers.Digits()), False, None),
+    ],
+)
+def test_how_words_are_parted_is_named_by_the_tokenizer(tiny_model, parted, whole, name):
+    """Whether a word of the vocabulary is left whole, whatever the merges say, is part of the name in llama.cpp."""
+    model = tiny_model()
+    backend = model.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = parted
+    backend.model.ignore_merges = whole
+    compiled = compile_model(model, {})
+    if name is None:
+        with pytest.raises(PromptEmbedderError, match="parts words as llama.cpp does not"):
+            grown_words(model.tokenizer, compiled)
+    else:
+        assert grown_words(model.tokenizer, compiled).pre == name
+
+
+def test_a_normalizer_is_refused(tiny_model):
+    """The composed form is what clients make; llama.cpp has no other."""
+    model = tiny_model()
+    compiled = compile_model(model, {})
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert grown_words(model.tokenizer, compiled).pre == "gpt-2"
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(PromptEmbedderError, match="has a normalizer Lowercase, llama.cpp none"):
+        grown_words(model.tokenizer, compiled)
+
+
+def test_the_engine_gets_the_composed_text_and_room_for_it_alone(tiny_model, exported, monkeypatch):
+    """Room for the longest possible text takes gigabytes with some LLMs."""
+    _, folder = exported(tiny_model())
+    opened_with, read = [], []
+
+    class Server:
+        def __init__(self, parameters):
+            opened_with.append(parameters)
+
+        def handle_embeddings(self, asked):
+            read.append(asked["input"])
+            return {"data": [{"embedding": [len(read), 0.0]}]}
+
+    def parameters():
+        return SimpleNamespace(model=SimpleNamespace())
+
+    kinds = SimpleNamespace(GGML_TYPE_F32=0)
+    engine = SimpleNamespace(Server=Server, CommonParams=parameters, ggml_type=kinds)
+    monkeypatch.setitem(sys.modules, "xllamacpp", engine)
+    embed = reader(folder, "topic")
+    found = embed(["cafe\u0301", "Rain."])
+    words = around(folder, "topic")
+    assert read == [words["prefix"] + text + words["suffix"] for text in ("café", "Rain.")]
+    np.testing.assert_array_equal(found, np.array([[1, 0], [2, 0]], dtype=np.float32))
+    embed(["word " * 4000])
+    assert [one.n_ubatch for one in opened_with] == [256, 768]  # 512 tokens of text, and what is around them

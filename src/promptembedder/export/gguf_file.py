@@ -9,7 +9,6 @@ Shapes: N texts, W words of the grown vocabulary, D backbone width.
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +25,7 @@ from promptembedder.export.compiled import Compiled
 from promptembedder.export.gguf_readme import readme
 from promptembedder.export.gguf_words import Words, grown_words
 from promptembedder.model.module import soft_prompt_module
+from promptembedder.text import composed
 
 Precision = Literal["float32", "float16", "bfloat16", "q8_0"]
 PRECISION = "float16"
@@ -42,7 +42,7 @@ _FILE_TYPES = {
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 # What llama.cpp turns by freq_factors; it has those of llama alone.
 _STATIC_ROPES = {"llama": ("default", "linear", "llama3"), "qwen2": ("default",)}
-_OTHERS = "export in format sentence-transformers, onnx or soft-prompt"
+_OTHERS = "export in format sentence-transformers or soft-prompt"
 
 
 def refuse(compiled: Compiled) -> None:
@@ -53,17 +53,27 @@ def refuse(compiled: Compiled) -> None:
     """
     if compiled.is_deep:
         raise PromptEmbedderError(
-            "a deep soft prompt is more than words of a vocabulary: fold it first (`promptembedder fold`), "
-            "or export in format onnx or soft-prompt"
+            "a deep soft prompt is more than words of a vocabulary: fold it (`--texts FILE`), "
+            "or export in format soft-prompt"
         )
     if compiled.readout != "last":
         raise PromptEmbedderError(
             f"read-out {compiled.readout!r} cannot be exported as GGUF: llama.cpp pools the last token or all; "
-            "export in format onnx or soft-prompt"
+            "export in format soft-prompt"
         )
     for held, what in ((compiled.centre_D, "a centre"), (compiled.head_ED, "a linear head")):
         if held is not None:
             raise PromptEmbedderError(f"{what} cannot be exported as GGUF: llama.cpp has none; {_OTHERS}")
+
+
+def check_backbone(compiled: Compiled, model: SentenceTransformer) -> None:
+    """Refuse backbones and tokenizers that are not known here, before a fold.
+
+    Raises:
+        PromptEmbedderError: the backbone or its tokenizer is one.
+    """
+    _check_architecture(_decoder(model).config)
+    grown_words(model.tokenizer, compiled)
 
 
 def write(compiled: Compiled, model: SentenceTransformer, folder: Path, *, precision: Precision = "float16") -> None:
@@ -82,8 +92,7 @@ def write(compiled: Compiled, model: SentenceTransformer, folder: Path, *, preci
     refuse(compiled)
     if precision not in PRECISIONS:
         raise PromptEmbedderError(f"precision {precision!r} is unknown, expected one of: {', '.join(PRECISIONS)}")
-    lm: Any = soft_prompt_module(model).backbone.lm
-    decoder = lm.get_decoder() if hasattr(lm, "get_decoder") else lm
+    decoder = _decoder(model)
     config = decoder.config
     _check_architecture(config)
     words = grown_words(model.tokenizer, compiled)
@@ -107,6 +116,11 @@ def write(compiled: Compiled, model: SentenceTransformer, folder: Path, *, preci
     facts = {"max_text_tokens": compiled.max_text_tokens, "instructions": around}
     (folder / WORDS_FILE).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(readme(compiled, precision, words.around), encoding="utf-8")
+
+
+def _decoder(model: SentenceTransformer) -> Any:
+    lm: Any = soft_prompt_module(model).backbone.lm
+    return lm.get_decoder() if hasattr(lm, "get_decoder") else lm
 
 
 def _check_architecture(config: Any) -> None:
@@ -227,14 +241,17 @@ def reader(folder: Path, name: str) -> Callable[[Sequence[str]], NDArray[np.floa
     facts = json.loads((folder / WORDS_FILE).read_text(encoding="utf-8"))
     around = facts["instructions"][name]
     prefix, suffix = around["prefix"], around["suffix"]
-    # A word in `prefix` and `suffix` is a token.
-    tokens = facts["max_text_tokens"] + (prefix + suffix).count("<|pe:")
-    server = xllamacpp.Server(_parameters(xllamacpp, folder / MODEL_FILE, tokens))
 
     def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        plain = [composed(text) for text in texts]
+        # Room for these texts: that for the longest possible takes gigabytes. No token is less than a byte.
+        longest = min(facts["max_text_tokens"], max((len(text.encode()) for text in plain), default=0))
+        # A word in `prefix` and `suffix` is a token.
+        tokens = longest + (prefix + suffix).count("<|pe:")
+        server = xllamacpp.Server(_parameters(xllamacpp, folder / MODEL_FILE, tokens))
         found = []
-        for text in texts:
-            answer = server.handle_embeddings({"input": prefix + unicodedata.normalize("NFC", text) + suffix})
+        for text in plain:
+            answer = server.handle_embeddings({"input": prefix + text + suffix})
             if "data" not in answer:
                 raise PromptEmbedderError(f"llama.cpp: {answer}")
             found.append(answer["data"][0]["embedding"])

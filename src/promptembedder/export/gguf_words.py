@@ -20,11 +20,15 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.export.compiled import Compiled
 from promptembedder.export.grown_tokenizer import TEXT, soft_words
 
-_OTHERS = "export in format sentence-transformers, onnx or soft-prompt"
+_OTHERS = "export in format sentence-transformers or soft-prompt"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's names of the patterns by which words are parted.
-_SPLITS = {_CONTRACTIONS + r"\p{N}" + _REST: "qwen2", _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe"}
+# llama.cpp's names of the patterns by which words are parted, and of whether a word of the vocabulary is left whole.
+_SPLITS = {
+    (_CONTRACTIONS + r"\p{N}" + _REST, False): "qwen2",
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, False): "smaug-bpe",
+    (_CONTRACTIONS + r"\p{N}{1,3}" + _REST, True): "llama-bpe",
+}
 
 
 @dataclass(frozen=True)
