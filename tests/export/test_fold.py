@@ -91,9 +91,9 @@ def test_a_shallow_model_has_nothing_to_fold(tiny_model, tmp_path):
 def test_a_head_is_refused_before_the_fold(deep, tmp_path, monkeypatch):
     """A fold takes minutes, and changes nothing about the head."""
     monkeypatch.setattr(exporting, "fold", lambda *_, **__: pytest.fail("folded"))
-    for folding in (None, FoldData(PLAIN)):  # without texts, too: there is no use in asking for them
+    for data in (None, FoldData(PLAIN)):  # without texts, too: there is no use in asking for them
         with pytest.raises(PromptEmbedderError, match="a linear head cannot be exported as GGUF"):
-            export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf", folding=folding)
+            export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf", folding=data)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -222,7 +222,7 @@ def test_how_words_are_parted_is_named_by_the_tokenizer(tiny_model, parted, whol
     backend.model.ignore_merges = whole
     compiled = compile_model(model, {})
     if name is None:
-        with pytest.raises(PromptEmbedderError, match="parts words as llama.cpp does not"):
+        with pytest.raises(PromptEmbedderError, match=r"parts words as llama\.cpp does not"):
             grown_words(model.tokenizer, compiled)
     else:
         assert grown_words(model.tokenizer, compiled).pre == name
@@ -235,7 +235,7 @@ def test_a_normalizer_is_refused(tiny_model):
     model.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     assert grown_words(model.tokenizer, compiled).pre == "gpt-2"
     model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(PromptEmbedderError, match="has a normalizer Lowercase, llama.cpp none"):
+    with pytest.raises(PromptEmbedderError, match=r"has a normalizer Lowercase, llama\.cpp none"):
         grown_words(model.tokenizer, compiled)
 
 

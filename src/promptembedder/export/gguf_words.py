@@ -137,16 +137,21 @@ def _pre(state: Mapping[str, Any]) -> str:
     """llama.cpp's name of a way to part words: of the tokenizer as it is, whatever its LLM is called."""
     if state["model"].get("type") != "BPE" or state["model"].get("byte_fallback"):
         raise PromptEmbedderError(f"the backbone's tokenizer is no byte-level BPE; {_OTHERS}")
+    normalizer = (state["normalizer"] or {"type": "NFC"})["type"]
+    if normalizer != "NFC":  # which clients do themselves
+        raise PromptEmbedderError(f"the backbone's tokenizer has a normalizer {normalizer}, llama.cpp none; {_OTHERS}")
+    whole = bool(state["model"].get("ignore_merges"))
     parted = state["pre_tokenizer"] or {}
     steps = parted.get("pretokenizers", [parted])
     kinds = [step.get("type") for step in steps]
     plain = not steps[-1].get("add_prefix_space", True)
-    if kinds == ["ByteLevel"] and plain and steps[0].get("use_regex", True):
+    if not whole and kinds == ["ByteLevel"] and plain and steps[0].get("use_regex", True):
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and plain and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+    digits = kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]
+    if not whole and plain and digits:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and plain and steps[0]["behavior"] == "Isolated" and not steps[1]["use_regex"]:
-        found = _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
+        found = _SPLITS.get((steps[0]["pattern"].get("Regex", ""), whole))
         if found is not None:
             return found
     raise PromptEmbedderError(f"the backbone's tokenizer parts words as llama.cpp does not; {_OTHERS}")
