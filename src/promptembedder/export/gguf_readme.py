@@ -27,7 +27,7 @@ Both are in `instructions.json`.
 import json
 import unicodedata
 
-around = json.load(open("instructions.json"))["instructions"]["{first}"]
+around = json.load(open("instructions.json", encoding="utf-8"))["instructions"]["{first}"]
 
 
 def spelled(text):
