@@ -23,7 +23,7 @@ from serving import HARD, SMALL, environment, smallest_cosine
 
 # Reads {"file", "tokens", "inputs"}: inputs are strings, or lists of token ids.
 _CODE = """
-import json, sys
+import json, sys, urllib.request
 import xllamacpp
 job = json.load(sys.stdin)
 parameters = xllamacpp.CommonParams()
@@ -35,8 +35,13 @@ parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = job["tokens"]
 parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(parameters)
 found = [server.handle_embeddings({"input": one})["data"][0]["embedding"] for one in job["inputs"]]
-asked = [{"content": one, "add_special": True, "parse_special": True} for one in job["inputs"] if isinstance(one, str)]
-print("found", json.dumps([found, [server.handle_tokenize(one)["tokens"] for one in asked]]))
+def tokens(text):
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    request = urllib.request.Request(server.listening_address + "/tokenize", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["tokens"]
+
+print("found", json.dumps([found, [tokens(one) for one in job["inputs"] if isinstance(one, str)]]))
 """
 _MORE = [f"{n} {word}" for n in range(6) for word in ("it's", "«oui»", "عربية", "👩‍👩‍👧‍👦 7", "\n\nx\t")]
 # Where the ways to part words differ.
