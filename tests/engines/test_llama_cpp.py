@@ -9,6 +9,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
@@ -21,7 +22,7 @@ from promptembedder.llms.tokens import plain_ids
 from promptembedder.text import composed
 from serving import HARD, SMALL, environment, smallest_cosine
 
-# Reads {"file", "tokens", "inputs"}: inputs are strings, or lists of token ids.
+# Reads {"file", "tokens", "threads", "inputs"}: inputs are strings, or lists of token ids.
 _CODE = """
 import json, sys, urllib.request
 import xllamacpp
@@ -30,6 +31,7 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = job["file"]
 parameters.embedding, parameters.warmup, parameters.verbosity = True, False, -1
 parameters.n_parallel, parameters.n_gpu_layers = 1, 0
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = job["threads"]
 parameters.cache_prompt, parameters.cache_ram_mib = False, 0
 parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = job["tokens"]
 parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -65,7 +67,8 @@ def compared(model, folder, texts, precision):
     before, after = ([known[f"<|pe:{w}"] for w in words[side].split("<|pe:")[1:]] for side in ("prefix", "suffix"))
     ids = [[*before, *plain_ids(model.tokenizer, text), *after] for text in texts]
     inputs = [*(words["prefix"] + composed(text) + words["suffix"] for text in texts), *ids]
-    job = {"file": str(folder / "model.gguf"), "tokens": compiled.max_text_tokens + 256, "inputs": inputs}
+    tokens = compiled.max_text_tokens + 256
+    job = {"file": str(folder / "model.gguf"), "tokens": tokens, "threads": torch.get_num_threads(), "inputs": inputs}
     ran = subprocess.run([python, "-c", _CODE], input=json.dumps(job), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     embeddings, own_ids = json.loads(ran.stdout.split("found ")[1])

@@ -253,7 +253,7 @@ def test_the_engine_gets_the_composed_text_and_room_for_it_alone(tiny_model, exp
             return {"data": [{"embedding": [len(read), 0.0]}]}
 
     def parameters():
-        return SimpleNamespace(model=SimpleNamespace())
+        return SimpleNamespace(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
 
     kinds = SimpleNamespace(GGML_TYPE_F32=0)
     engine = SimpleNamespace(Server=Server, CommonParams=parameters, ggml_type=kinds)
@@ -264,4 +264,5 @@ def test_the_engine_gets_the_composed_text_and_room_for_it_alone(tiny_model, exp
     assert read == [words["prefix"] + text + words["suffix"] for text in ("café", "Rain.")]
     np.testing.assert_array_equal(found, np.array([[1, 0], [2, 0]], dtype=np.float32))
     embed(["word " * 4000])
+    assert opened_with[0].cpuparams_batch.n_threads == torch.get_num_threads()
     assert [one.n_ubatch for one in opened_with] == [256, 768]  # 512 tokens of text, and what is around them

@@ -267,6 +267,8 @@ def _parameters(xllamacpp: Any, file: Path, tokens: int) -> Any:
     parameters.n_parallel = 1
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = -(-tokens // 256) * 256
     parameters.n_gpu_layers = 0
+    # Its threads wait for each other actively: more than the user allows are slower by far.
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.cache_prompt, parameters.cache_ram_mib = False, 0  # no text continues another
     parameters.warmup = False
