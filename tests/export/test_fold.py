@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from promptembedder.export.compiled import compile_model, embed_compiled
 from promptembedder.export.export import FoldData, add, export
 from promptembedder.export.fold import fold
 
+exporting = importlib.import_module("promptembedder.export.export")  # the package's name of it is the function
 PLAIN = [f"{text} {n}" for n in range(5) for text in MANY]
 
 
@@ -83,3 +86,18 @@ def test_a_fold_is_exported_and_added_to(deep, tmp_path, monkeypatch):
 def test_a_shallow_model_has_nothing_to_fold(tiny_model, tmp_path):
     with pytest.raises(PromptEmbedderError, match="nothing to fold"):
         export(tiny_model(), {"query": INSTRUCTION}, tmp_path / "out", to="soft-prompt", folding=FoldData(PLAIN))
+
+
+def test_a_head_is_refused_before_the_fold(deep, tmp_path, monkeypatch):
+    """A fold takes minutes, and changes nothing about the head."""
+    monkeypatch.setattr(exporting, "fold", lambda *_, **__: pytest.fail("folded"))
+    for data in (None, FoldData(PLAIN)):  # without texts, too: there is no use in asking for them
+        with pytest.raises(PromptEmbedderError, match="a linear head cannot be exported as GGUF"):
+            export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf", folding=data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backbone_is_refused_before_the_fold(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "fold", lambda *_, **__: pytest.fail("folded"))
+    with pytest.raises(PromptEmbedderError, match="architecture 'gemma3_text' cannot be exported as GGUF"):
+        export(tiny_model("gemma3", deep_rank=2), {}, tmp_path / "out", to="gguf", folding=FoldData(PLAIN))

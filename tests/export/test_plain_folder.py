@@ -261,7 +261,7 @@ def test_the_readme_runs(tiny_model, exported, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"deep_rank": 2}, "fold it first"), ({"readout": "mean"}, "read-out 'mean'")]
+    ("changes", "message"), [({"deep_rank": 2}, "fold it .*--texts FILE"), ({"readout": "mean"}, "read-out 'mean'")]
 )
 def test_models_that_plain_folders_cannot_hold(tiny_model, exported, changes, message):
     with pytest.raises(PromptEmbedderError, match=message):

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ NOTICE_FILE = "NOTICE-promptembedder.txt"
 FORMATS = {
     "soft-prompt": "soft_prompt",
     "sentence-transformers": "plain_folder",
+    "gguf": "gguf_file",
 }
 # Rows of a vocabulary can be called by their name, so it is usable as a token.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -94,7 +95,7 @@ def check_named(instructions: Mapping[str, str]) -> None:
 
 
 def format_module(name: str) -> Any:
-    """The module of a format: `write`, `reader`, `refuse`, and `add` where it can.
+    """The module of a format: `write`, `reader`, `refuse`, and where it needs them `add` and `check_backbone`.
 
     Raises:
         PromptEmbedderError: there is no such format.
@@ -134,6 +135,9 @@ def export(
     _refuse_foreign(target)
     options = _options(form, to, precision)
     compiled = compile_model(model, instructions)
+    form.refuse(_without_deep(compiled))  # now: a fold takes minutes, and changes nothing about the rest
+    if hasattr(form, "check_backbone"):
+        form.check_backbone(compiled, model)
     _check_foldable(compiled, form, to, folding)
     folded = None
     if folding is not None:
@@ -252,6 +256,11 @@ def _check_foldable(compiled: Compiled, form: Any, to: str, folding: FoldData | 
             f"format {to} cannot hold a deep soft prompt: give --texts FILE to fold it into soft tokens alone, or "
             "export to soft-prompt"
         )
+
+
+def _without_deep(compiled: Compiled) -> Compiled:
+    prompts = {name: replace(prompt, deep_JKD=None) for name, prompt in compiled.prompts.items()}
+    return compiled.with_prompts(prompts)
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -47,7 +47,7 @@ def refuse(compiled: Compiled) -> None:
     """
     if compiled.is_deep:
         raise PromptEmbedderError(
-            "a deep soft prompt is more than words of a vocabulary: fold it first (`promptembedder fold`), "
+            "a deep soft prompt is more than words of a vocabulary: fold it (`--texts FILE`), "
             "or export in format soft-prompt"
         )
     if compiled.readout != "last":
