@@ -36,6 +36,7 @@ NOTICE_FILE = "NOTICE-promptembedder.txt"
 FORMATS = {
     "soft-prompt": "soft_prompt",
     "sentence-transformers": "plain_folder",
+    "onnx": "onnx_graph",
 }
 # Rows of a vocabulary can be called by their name, so it is usable as a token.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")

@@ -117,9 +117,7 @@ class WholeModel(nn.Module):
             (B, E).
         """
         batch, words = len(input_ids), self.lm.get_input_embeddings()
-        ones_BH, ones_BL = (
-            attention_mask.new_ones(batch, len(ids)) for ids in (self.head_ids, self.tail_ids)
-        )
+        ones_BH, ones_BL = (attention_mask.new_ones(batch, len(ids)) for ids in (self.head_ids, self.tail_ids))
         text_mask_BT = torch.cat([ones_BH, attention_mask, ones_BL], dim=1)
         head_BH, tail_BL = (ids.expand(batch, -1) for ids in (self.head_ids, self.tail_ids))
         # Some pad tokens have no embedding.

@@ -114,7 +114,9 @@ def readme(compiled: Compiled, instructions: Mapping[str, Mapping[str, Any]]) ->
     prompt = next(iter(compiled.prompts.values()))
     return _TEXT.format(
         and_head=inside,
-        rows="\n".join(f"| {one['number']} | `{name}` | {_cell(one['instruction'])} |" for name, one in instructions.items()),
+        rows="\n".join(
+            f"| {one['number']} | `{name}` | {_cell(one['instruction'])} |" for name, one in instructions.items()
+        ),
         first=first,
         limit=compiled.max_text_tokens,
         E=prompt.soft_KD.shape[1] if compiled.head_ED is None else len(compiled.head_ED),
