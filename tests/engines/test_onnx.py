@@ -18,7 +18,7 @@ from promptembedder.export.compiled import compile_model, embed_compiled
 from promptembedder.export.export import export
 from serving import HARD, environment, smallest_cosine
 
-pytest.importorskip("onnxscript")
+pytest.importorskip("onnx")
 # JavaScript and Python agree on these; `HARD` has blank texts for none of them.
 NAMED = {"query": INSTRUCTION, "topic": "Find the topic."}
 

@@ -17,6 +17,7 @@ from promptembedder.export.compiled import compile_model, embed_compiled
 from promptembedder.export.export import add, export
 from promptembedder.export.onnx_graph import GRAPHS, reader, refuse, write
 
+pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -10,9 +10,10 @@ E embedding width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -67,19 +68,20 @@ def write(compiled: Compiled, model: SentenceTransformer, folder: Path) -> None:
         MissingExtraError: extra `onnx` is not installed.
     """
     refuse(compiled)
-    from promptembedder.export.onnx_module import traced
+    with needs_extra("onnx", "export to onnx"):
+        import onnx
+    from promptembedder.export.onnx_module import trace
 
     write_plain(soft_prompt_module(model).tokenizer, compiled.max_text_tokens, folder)
-    graph = traced(compiled, model)
-    import onnx
-    import onnx_ir
-
     place = folder / GRAPHS
     place.mkdir()
-    body = place / "body.onnx"
-    onnx_ir.save(graph, body, external_data=f"{ALL}.onnx_data", size_threshold_bytes=_SMALL)
-    proto = onnx.load(body, load_external_data=False)
-    body.unlink()
+    with TemporaryDirectory(dir=folder) as scratch:  # weights beyond 2 GB are many files
+        trace(compiled, model, Path(scratch) / "body.onnx")
+        proto = onnx.load(Path(scratch) / "body.onnx")
+    proto.producer_name, proto.producer_version = "promptembedder", version("promptembedder")
+    weights = f"{ALL}.onnx_data"
+    onnx.external_data_helper.convert_model_to_external_data(proto, location=weights, size_threshold=_SMALL)
+    proto = onnx.external_data_helper.write_external_data_tensors(proto, str(place))
     _choose_by_number(proto)
     _write_prompts(proto, {}, list(compiled.prompts.values()), folder)
     config = {
@@ -87,7 +89,7 @@ def write(compiled: Compiled, model: SentenceTransformer, folder: Path) -> None:
         "transformers.js_config": {"dtype": "fp32", "use_external_data_format": {f"{ALL}.onnx": 1}},
     }
     atomic.write_json(folder / "config.json", config)
-    atomic.write_text(folder / "README.md", readme(compiled, read_instructions(folder)))
+    atomic.write_text(folder / "README.md", readme(compiled, read_instructions(folder), folder.name))
 
 
 def add(compiled: Compiled, model: SentenceTransformer, folder: Path) -> None:
@@ -114,7 +116,7 @@ def add(compiled: Compiled, model: SentenceTransformer, folder: Path) -> None:
             "export all instructions again"
         )
     _write_prompts(proto, read_instructions(folder), new, folder)
-    atomic.write_text(folder / "README.md", readme(compiled, read_instructions(folder)))
+    atomic.write_text(folder / "README.md", readme(compiled, read_instructions(folder), folder.name))
 
 
 def read_instructions(folder: Path) -> dict[str, dict[str, Any]]:

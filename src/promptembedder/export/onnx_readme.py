@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ import {{ AutoModel, AutoTokenizer, Tensor, env }} from "@huggingface/transforme
 
 env.allowRemoteModels = false;
 env.localModelPath = "..";
-const folder = "{folder}"; // the name of this folder
+const folder = {folder}; // the name of this folder
 const tokenizer = await AutoTokenizer.from_pretrained(folder);
 const model = await AutoModel.from_pretrained(folder);
 
@@ -101,12 +102,13 @@ promptembedder reads a full stop in its place: send `.`.
 """
 
 
-def readme(compiled: Compiled, instructions: Mapping[str, Mapping[str, Any]]) -> str:
+def readme(compiled: Compiled, instructions: Mapping[str, Mapping[str, Any]], folder: str) -> str:
     """The README as Markdown.
 
     Args:
         compiled: what was exported, under some or all instructions.
         instructions: `number` and `instruction` of each, by name.
+        folder: name of the folder.
     """
     first = next((name for name in instructions if name != DOCUMENT), DOCUMENT)
     extras = {"the centre": compiled.centre_D, "the linear head": compiled.head_ED}
@@ -124,7 +126,7 @@ def readme(compiled: Compiled, instructions: Mapping[str, Mapping[str, Any]]) ->
         revision=f" at {compiled.backbone_revision}" if compiled.backbone_revision else "",
         number=instructions[first]["number"],
         document=instructions[DOCUMENT]["number"],
-        folder="export",
+        folder=json.dumps(folder),
     )
 
 
