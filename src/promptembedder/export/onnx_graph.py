@@ -192,8 +192,9 @@ def _grown(table_PI: NDArray[np.int64], rows: Sequence[NDArray[np.int64]], longe
 def _table(proto: Any, name: str) -> NDArray[Any]:
     from onnx import numpy_helper
 
-    (found,) = (numpy_helper.to_array(table) for table in proto.graph.initializer if table.name == name)
-    return found
+    (table,) = (table for table in proto.graph.initializer if table.name == name)
+    values: NDArray[Any] = numpy_helper.to_array(table)
+    return values
 
 
 def _set_table(proto: Any, name: str, values: NDArray[Any]) -> None:

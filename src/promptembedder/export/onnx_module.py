@@ -66,7 +66,7 @@ def attend(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Heads that share keys are a dimension of their own: nothing is repeated.
-    query_BHGSd = (query * scaling).unflatten(1, (int(key.shape[1]), -1))
+    query_BHGSd = torch.unflatten(query * scaling, 1, (int(key.shape[1]), -1))
     scores_BHGSS = query_BHGSd @ key[:, :, None].transpose(-1, -2) + masks[sliding_window][:, :, None]
     output_BHGSd = scores_BHGSS.softmax(-1) @ value[:, :, None]
     return output_BHGSd.flatten(1, 2).transpose(1, 2), None
@@ -86,15 +86,14 @@ class WholeModel(nn.Module):
 
     def __init__(self, compiled: Compiled, lm: Any) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm: Any = lm
         self.layout, self.readout, self.K = compiled.layout, compiled.readout, compiled.num_soft_tokens
         self.is_deep = compiled.is_deep
         self.windows = _windows(lm)
         self.template = len(compiled.head_ids), len(compiled.tail_ids)
         self.register_buffer("head_ids", torch.tensor(compiled.head_ids, dtype=torch.long))
         self.register_buffer("tail_ids", torch.tensor(compiled.tail_ids, dtype=torch.long))
-        self.register_buffer("centre_D", compiled.centre_D)
-        self.register_buffer("head_ED", compiled.head_ED)
+        self.centre_D, self.head_ED = compiled.centre_D, compiled.head_ED
         self._deep_JBKD: tuple[Tensor, ...] = ()
         if self.is_deep:
             for number, layer in enumerate(lm.layers):
@@ -135,7 +134,7 @@ class WholeModel(nn.Module):
             assert before_mask_BI is not None
             inputs = [words(before_BI), soft_BKD, text_BTD]
             masks = [before_mask_BI, soft_mask_BK, text_mask_BT]
-        self._deep_JBKD = soft_BRD[:, self.K :].split(self.K, dim=1) if self.is_deep else ()
+        self._deep_JBKD = torch.split(soft_BRD[:, self.K :], self.K, dim=1) if self.is_deep else ()
         hidden_BSD = self._read(torch.cat(inputs, dim=1), torch.cat(masks, dim=1))
         pooled_BD = self._pool(hidden_BSD, text_mask_BT)
         if self.centre_D is not None:
