@@ -147,14 +147,12 @@ class WholeModel(nn.Module):
         position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
         place_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
         before_SS = place_S[:, None] >= place_S
-        # Padding sees itself, so that no row of scores is empty.
-        itself_SS = place_S[:, None] == place_S
         distance_BSS = position_BS[:, :, None] - position_BS[:, None]
         seen_BSS = before_SS & mask_BS[:, None].bool()
         masks: dict[int | None, Tensor] = {}
         for window in self.windows:
             within_BSS = seen_BSS if window is None else seen_BSS & (distance_BSS < window)
-            away = torch.where(within_BSS | itself_SS, 0.0, torch.finfo(inputs_BSD.dtype).min)
+            away = torch.where(within_BSS, 0.0, torch.finfo(inputs_BSD.dtype).min)
             masks[window] = away[:, None].to(inputs_BSD.dtype)
         output = self.lm(
             inputs_embeds=inputs_BSD,
