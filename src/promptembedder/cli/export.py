@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def export(
     model: ModelPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the export.")] = Path("export"),
-    to: Annotated[str, typer.Option(help="soft-prompt, sentence-transformers or gguf.")] = "soft-prompt",
+    to: Annotated[str, typer.Option(help="soft-prompt, sentence-transformers, gguf or onnx.")] = "soft-prompt",
     instruction: Annotated[
         str | None, typer.Option("--instruction", "-i", help="Instruction named query; unset: the model's default.")
     ] = None,

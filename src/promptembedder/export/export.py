@@ -37,6 +37,7 @@ FORMATS = {
     "soft-prompt": "soft_prompt",
     "sentence-transformers": "plain_folder",
     "gguf": "gguf_file",
+    "onnx": "onnx_graph",
 }
 # Rows of a vocabulary can be called by their name, so it is usable as a token.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")

@@ -63,17 +63,7 @@ class GrownTokenizer:
         written = json.dumps(state, ensure_ascii=False)
         Tokenizer.from_str(written)  # an error here, rather than with whoever opens it
         (folder / "tokenizer.json").write_text(written, encoding="utf-8")
-        settings = {
-            # The one class that takes tokenizer.json as it is: those of architectures bring a post-processor along.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": limit,
-            "padding_side": padding_side,
-            "truncation_side": "right",
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            **self._special,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _write_settings(folder, limit, padding_side, self._special)
 
     def _post_processor(self, sequence: Sequence[int]) -> dict[str, Any]:
         # One entry per token: JavaScript's tokenizers read the first id of an entry only, by its spelling.
@@ -95,17 +85,7 @@ def grow(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> GrownTokeniz
         PromptEmbedderError: it is not one of the library tokenizers, holds such words already, or has gaps where the
             new words would go.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise PromptEmbedderError(
-            f"the backbone's tokenizer, {type(tokenizer).__name__}, has no tokenizer.json, which engines need"
-        )
-    core = Tokenizer.from_str(backend.to_str())
-    core.no_truncation()
-    core.no_padding()
-    # As the model reads texts; a tokenizer may have a normalizer of its own.
-    own = [] if core.normalizer is None else [core.normalizer]
-    core.normalizer = normalizers.Sequence([normalizers.NFC(), *own])
+    core = _plain_core(tokenizer)
     known = core.get_vocab(with_added_tokens=True)
     soft = {name: soft_words(name, len(prompt.soft_KD)) for name, prompt in compiled.prompts.items()}
     tail = soft_words(_TAIL, len(compiled.tail_ids))
@@ -117,7 +97,6 @@ def grow(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> GrownTokeniz
     spelling = {i: word for word, i in grown.items()}
     if len(spelling) != len(grown):
         raise PromptEmbedderError("the backbone's tokenizer has gaps among its ids, so that words cannot be added")
-    special = {key: str(word) for key, word in tokenizer.special_tokens_map.items() if isinstance(word, str)}
     return GrownTokenizer(
         soft_ids={name: tuple(grown[word] for word in soft[name]) for name in soft},
         tail_ids=tuple(grown[word] for word in tail),
@@ -125,5 +104,58 @@ def grow(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> GrownTokeniz
         pad_id=int(tokenizer.pad_token_id),
         _spelling=spelling,
         _state=json.loads(core.to_str()),
-        _special=special,
+        _special=_special(tokenizer),
     )
+
+
+def write_plain(tokenizer: PreTrainedTokenizerBase, limit: int, folder: Path) -> None:
+    """Write a tokenizer that reads texts as the model does, and adds nothing to them; it truncates and pads.
+
+    Args:
+        tokenizer: the backbone's.
+        limit: tokens of the longest text.
+        folder: where to write `tokenizer.json` and `tokenizer_config.json`.
+
+    Raises:
+        PromptEmbedderError: it is not one of the library tokenizers.
+    """
+    core = _plain_core(tokenizer)
+    core.enable_truncation(limit)
+    core.enable_padding(pad_id=int(tokenizer.pad_token_id), pad_token=str(tokenizer.pad_token))
+    state = {**json.loads(core.to_str()), "post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+    _write_settings(folder, limit, "right", _special(tokenizer))
+
+
+def _plain_core(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy that neither truncates nor pads, with Unicode's composed form as the model reads texts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise PromptEmbedderError(
+            f"the backbone's tokenizer, {type(tokenizer).__name__}, has no tokenizer.json, which engines need"
+        )
+    core = Tokenizer.from_str(backend.to_str())
+    core.no_truncation()
+    core.no_padding()
+    # A tokenizer may have a normalizer of its own.
+    own = [] if core.normalizer is None else [core.normalizer]
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), *own])
+    return core
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {key: str(word) for key, word in tokenizer.special_tokens_map.items() if isinstance(word, str)}
+
+
+def _write_settings(folder: Path, limit: int, padding_side: str, special: Mapping[str, str]) -> None:
+    settings = {
+        # The one class that takes tokenizer.json as it is: those of architectures bring a post-processor along.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": limit,
+        "padding_side": padding_side,
+        "truncation_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **special,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
