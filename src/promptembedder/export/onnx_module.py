@@ -84,6 +84,9 @@ class WholeModel(nn.Module):
         lm: the backbone with the attention of this module.
     """
 
+    head_ids: Tensor
+    tail_ids: Tensor
+
     def __init__(self, compiled: Compiled, lm: Any) -> None:
         super().__init__()
         self.lm: Any = lm
@@ -120,7 +123,7 @@ class WholeModel(nn.Module):
             (B, E).
         """
         batch = input_ids.shape[0]
-        words = self.lm.get_input_embeddings()  # type: ignore[operator]
+        words: Any = self.lm.get_input_embeddings()
         ones_BH, ones_BL = (attention_mask.new_ones(batch, count) for count in self.template)
         text_mask_BT = torch.cat([ones_BH, attention_mask, ones_BL], dim=1)
         head_BH, tail_BL = (ids.expand(batch, -1) for ids in (self.head_ids, self.tail_ids))
