@@ -88,13 +88,33 @@ def test_a_shallow_model_has_nothing_to_fold(tiny_model, tmp_path):
         export(tiny_model(), {"query": INSTRUCTION}, tmp_path / "out", to="soft-prompt", folding=FoldData(PLAIN))
 
 
-def test_a_head_is_refused_before_the_fold(deep, tmp_path, monkeypatch):
-    """A fold takes minutes, and changes nothing about the head."""
-    monkeypatch.setattr(exporting, "fold", lambda *_, **__: pytest.fail("folded"))
-    for data in (None, FoldData(PLAIN)):  # without texts, too: there is no use in asking for them
-        with pytest.raises(PromptEmbedderError, match="a linear head cannot be exported as GGUF"):
-            export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf", folding=data)
+def test_a_head_needs_texts_where_the_format_has_none(deep, tmp_path):
+    with pytest.raises(PromptEmbedderError, match=r"a linear head cannot be exported as GGUF.*--texts FILE"):
+        export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_similarities_are_folded_where_there_is_no_head(deep, centred):
+    if centred:
+        deep[0].subtract(torch.ones(32))
+    compiled = compile_model(deep, {"query": INSTRUCTION})
+    found = fold(deep, compiled, PLAIN, rows=7, headless=True, steps=40)
+    plain = fold(deep, compiled, PLAIN, rows=7, headless=True, steps=0)
+    assert found.facts["headless"]
+    assert found.compiled.head_ED is found.compiled.centre_D is None
+    for name in compiled.prompts:
+        assert found.facts["kept"][name]["similarity"] > plain.facts["kept"][name]["similarity"]
+    one, other = (embed_compiled(deep, c, "query", TEXTS) for c in (found.compiled, compiled))
+    places = np.triu_indices(len(TEXTS), 1)
+    assert np.corrcoef((one @ one.T)[places], (other @ other.T)[places])[0, 1] > 0.8
+
+
+def test_a_folded_head_is_exported(deep, tmp_path, monkeypatch):
+    monkeypatch.setattr(folding, "STEPS", 5)
+    done = export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf", folding=FoldData(PLAIN, rows=6))
+    assert done.facts["fold"]["headless"]
+    assert (tmp_path / "out" / "model.gguf").is_file()
 
 
 def test_a_backbone_is_refused_before_the_fold(tiny_model, tmp_path, monkeypatch):

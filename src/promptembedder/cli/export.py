@@ -110,7 +110,11 @@ def _show(facts: dict[str, Any]) -> None:
 def _say_fold(fold: dict[str, Any]) -> None:
     say(f"folded into {fold['rows']} soft tokens; on texts held back:")
     for name, kept in fold["kept"].items():
-        line = f"{name}: cosine to the deep model {kept['cosine']:.4f}, neighbours kept {kept['neighbours_kept']:.0%}"
+        if fold["headless"]:
+            line = f"{name}: correlation with the model's similarities {kept['similarity']:.4f}"
+        else:
+            line = f"{name}: cosine to the deep model {kept['cosine']:.4f}"
+        line += f", neighbours kept {kept['neighbours_kept']:.0%}"
         if "spearman" in kept:
             line += f", Spearman {kept['spearman']:.1f} (deep model {kept['spearman_deep']:.1f})"
         say(line)

@@ -136,13 +136,14 @@ def export(
     _refuse_foreign(target)
     options = _options(form, to, precision)
     compiled = compile_model(model, instructions)
-    form.refuse(_without_deep(compiled))  # now: a fold takes minutes, and changes nothing about the rest
+    headless = folding is not None and _lacks_head(form, compiled)
+    form.refuse(_as_folded(compiled, headless))  # now: a fold takes minutes, and changes nothing about the rest
     if hasattr(form, "check_backbone"):
         form.check_backbone(compiled, model)
     _check_foldable(compiled, form, to, folding)
     folded = None
     if folding is not None:
-        folded = fold(model, compiled, folding.texts, rows=folding.rows, dev=folding.dev)
+        folded = fold(model, compiled, folding.texts, rows=folding.rows, dev=folding.dev, headless=headless)
         compiled = folded.compiled
     form.refuse(compiled)
     say(f"writing {to} of {len(compiled.prompts)} instructions: {', '.join(compiled.prompts)}")
@@ -194,7 +195,14 @@ def add(
         if folding.rows not in (None, facts["fold"]["rows"]):
             raise PromptEmbedderError(f"{target} holds a fold of {facts['fold']['rows']} rows, found {folding.rows}")
         new = compiled.with_prompts({name: compiled.prompts[name] for name in instructions})
-        folded = fold(model, new, folding.texts, rows=facts["fold"]["rows"], dev=folding.dev)
+        folded = fold(
+            model,
+            new,
+            folding.texts,
+            rows=facts["fold"]["rows"],
+            dev=folding.dev,
+            headless=facts["fold"].get("headless", False),
+        )
         facts["fold"]["kept"] |= folded.facts["kept"]
         compiled = folded.compiled
     elif folding is not None:
@@ -250,7 +258,7 @@ def _options(form: Any, to: str, precision: str | None) -> dict[str, Any]:
 
 
 def _check_foldable(compiled: Compiled, form: Any, to: str, folding: FoldData | None) -> None:
-    if folding is not None and not compiled.is_deep:
+    if folding is not None and not compiled.is_deep and not _lacks_head(form, compiled):
         raise PromptEmbedderError("the model has no deep soft prompt, so there is nothing to fold: leave --texts out")
     if folding is None and compiled.is_deep and not getattr(form, "HOLDS_DEEP", False):
         raise PromptEmbedderError(
@@ -259,9 +267,15 @@ def _check_foldable(compiled: Compiled, form: Any, to: str, folding: FoldData | 
         )
 
 
-def _without_deep(compiled: Compiled) -> Compiled:
+def _lacks_head(form: Any, compiled: Compiled) -> bool:
+    """Whether a model has a linear head or a centre that a format cannot hold."""
+    return not getattr(form, "HOLDS_HEAD", True) and (compiled.head_ED is not None or compiled.centre_D is not None)
+
+
+def _as_folded(compiled: Compiled, headless: bool) -> Compiled:
     prompts = {name: replace(prompt, deep_JKD=None) for name, prompt in compiled.prompts.items()}
-    return compiled.with_prompts(prompts)
+    folded = compiled.with_prompts(prompts)
+    return replace(folded, centre_D=None, head_ED=None) if headless else folded
 
 
 def _refuse_foreign(target: Path) -> None:

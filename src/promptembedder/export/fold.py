@@ -1,5 +1,7 @@
 """Fold: a deep soft prompt made into soft tokens alone, fitted on plain texts so that embeddings agree.
 
+For engines that have no linear head, and subtract nothing, similarities are made to agree in place of embeddings.
+
 Engines that know rows of a vocabulary cannot add anything to their layers. A fold loses some of the quality, which is
 measured, and its embeddings do not match an index made by the deep model.
 
@@ -32,6 +34,8 @@ STEPS = 150
 _BATCH = 32
 # Of the soft tokens' standard deviation, a step.
 _RATE = 0.05
+# Of the softmaxes over similarities, as in training with a teacher.
+_TEMPERATURE = 0.05
 # Longer texts are truncated while fitting.
 _TEXT_TOKENS = 128
 _CACHE_BYTES = 2 * 2**30
@@ -46,7 +50,8 @@ class Fold:
 
     Attributes:
         compiled: the folded instructions.
-        facts: `rows`, `texts`, and in `kept`, by instruction: `cosine` to the deep model, and `neighbours_kept`, the
+        facts: `rows`, `texts`, `headless`, and in `kept`, by instruction: `cosine` to the deep model (headless: the
+            correlation of similarities, `similarity`) and `neighbours_kept`, the
             share of its ten nearest texts, both on texts held back; with dev pairs the `spearman` of the fold, and
             `spearman_deep` of the deep model.
     """
@@ -62,6 +67,7 @@ def fold(
     *,
     rows: int | None = None,
     dev: ScoredPairs | None = None,
+    headless: bool = False,
     steps: int | None = None,
     seed: int = 13,
 ) -> Fold:
@@ -69,10 +75,11 @@ def fold(
 
     Args:
         model: that the instructions were compiled with.
-        compiled: deep.
+        compiled: deep, or with a head or centre that is to go.
         texts: plain texts of the kind to be embedded.
         rows: R; unset: the one of `COUNTS` that comes closest to the deep model.
         dev: scored pairs, to report by.
+        headless: leave out centre and linear head; similarities agree in place of embeddings.
         steps: of the fit, for each instruction; unset: 150.
         seed: draws the texts held back, and the batches.
 
@@ -81,38 +88,41 @@ def fold(
     """
     if rows is not None and not 1 <= rows <= 512:
         raise PromptEmbedderError(f"a fold has 1 to 512 rows, found {rows}")
-    fitting, steps = _Fitting(model, compiled, texts, seed), STEPS if steps is None else steps
+    fitting, steps = _Fitting(model, compiled, texts, seed, headless), STEPS if steps is None else steps
     if rows is None:
         # A third of the steps, on one instruction, tells the counts apart.
         first = next(iter(compiled.prompts))
         tried = {}
         for count in COUNTS:
             soft_RD = fitting.fit(first, count, max(1, steps // 3))
-            tried[count] = fitting.kept(first, soft_RD)["cosine"]
+            tried[count] = fitting.kept(first, soft_RD)["similarity" if headless else "cosine"]
         rows = max(tried, key=lambda count: tried[count])
     prompts, kept = {}, {}
     for name, prompt in compiled.prompts.items():
         soft_RD = fitting.fit(name, rows, steps)
         prompts[name] = replace(prompt, soft_KD=soft_RD, deep_JKD=None)
         kept[name] = fitting.kept(name, soft_RD)
-    folded = compiled.with_prompts(prompts)
+    folded = fitting.target.with_prompts(prompts)
     if dev is not None:
         for name in prompts:
             kept[name] |= {
                 "spearman": _spearman(model, folded, name, dev),
                 "spearman_deep": _spearman(model, compiled, name, dev),
             }
-    return Fold(folded, {"rows": rows, "texts": len(fitting.texts), "kept": kept})
+    return Fold(folded, {"rows": rows, "texts": len(fitting.texts), "headless": headless, "kept": kept})
 
 
 class _Fitting:
     """Texts, what the deep model makes of them, and their states, read once."""
 
-    def __init__(self, model: SentenceTransformer, compiled: Compiled, texts: Sequence[str], seed: int) -> None:
+    def __init__(
+        self, model: SentenceTransformer, compiled: Compiled, texts: Sequence[str], seed: int, headless: bool
+    ) -> None:
         different = list(dict.fromkeys(texts))
         if len(different) < FEWEST_TEXTS:
             raise PromptEmbedderError(f"a fold needs at least {FEWEST_TEXTS} different texts, found {len(different)}")
-        self.model, self.compiled, self.seed = model, compiled, seed
+        self.model, self.compiled, self.seed, self._headless = model, compiled, seed, headless
+        self.target = replace(compiled, centre_D=None, head_ED=None) if headless else compiled
         order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
         self.texts = [different[n] for n in order[:MOST_TEXTS]]
         self.held = len(self.texts) // 10
@@ -143,13 +153,24 @@ class _Fitting:
             drawn = self.held + torch.randperm(len(self.texts) - self.held, generator=generator)[:_BATCH]
             with torch.enable_grad():
                 found_BE = self._embed(prompt.instruction, soft_RD, drawn.tolist())
-                loss = 1 - (found_BE * deep_NE[drawn].to(found_BE)).sum(-1).mean()
+                loss = self._loss(found_BE, deep_NE[drawn].to(found_BE))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            bar.set_postfix(cosine=f"{1 - loss.item():.4f}", refresh=False)
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         return soft_RD.detach().float().cpu()
+
+    def _loss(self, found_BE: Tensor, deep_BF: Tensor) -> Tensor:
+        """How far embeddings, or similarities of the texts of a step, are from the deep model's."""
+        if not self._headless:
+            return 1 - (found_BE * deep_BF).sum(-1).mean()
+        itself_BB = torch.eye(len(found_BE), dtype=torch.bool, device=found_BE.device)
+        found_BB, deep_BB = (
+            torch.log_softmax((X @ X.T / _TEMPERATURE).masked_fill(itself_BB, -1e4), dim=-1)
+            for X in (found_BE, deep_BF)
+        )
+        return nn.functional.kl_div(found_BB, deep_BB, log_target=True, reduction="batchmean")
 
     @torch.no_grad()
     def kept(self, name: str, soft_RD: Tensor) -> dict[str, float]:
@@ -161,8 +182,17 @@ class _Fitting:
         deep_NE = self.deep(name)
         near = [self._nearest(embeddings_NE) for embeddings_NE in (found_NE, deep_NE)]
         shares = [len(set(a) & set(b)) / len(b) for a, b in zip(*near, strict=True)]
-        cosine_N = (found_NE * deep_NE).sum(-1)[: self.held]
-        return {"cosine": float(cosine_N.mean()), "neighbours_kept": sum(shares) / len(shares)}
+        if self._headless:
+            agreed = {"similarity": self._correlation(found_NE, deep_NE)}
+        else:
+            agreed = {"cosine": float((found_NE * deep_NE).sum(-1)[: self.held].mean())}
+        return agreed | {"neighbours_kept": sum(shares) / len(shares)}
+
+    def _correlation(self, found_NE: Tensor, deep_NE: Tensor) -> float:
+        """Of the similarities between texts held back and all later ones."""
+        places = torch.ones(self.held, len(self.texts), dtype=torch.bool).triu(1)
+        found, deep = ((X[: self.held] @ X.T)[places] for X in (found_NE, deep_NE))
+        return float(torch.corrcoef(torch.stack([found, deep]))[0, 1])
 
     def _nearest(self, embeddings_NE: Tensor) -> list[list[int]]:
         """The ten nearest of all texts, itself left out, to each one held back."""
@@ -173,7 +203,7 @@ class _Fitting:
 
     def _embed(self, instruction: str, soft_RD: Tensor, numbers: list[int]) -> Tensor:
         """Embeddings (B, E) of length 1 of texts by their numbers, with gradients to the soft tokens."""
-        module, compiled = soft_prompt_module(self.model), self.compiled
+        module, compiled = soft_prompt_module(self.model), self.target
         with module.truncating(self._short.max_text_tokens):
             features = module.preprocess([self.texts[n] for n in numbers], prompt=instruction)
         if len(soft_RD) not in self._backbones:

@@ -42,6 +42,7 @@ _FILE_TYPES = {
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 # What llama.cpp turns by freq_factors; it has those of llama alone.
 _STATIC_ROPES = {"llama": ("default", "linear", "llama3"), "qwen2": ("default",)}
+HOLDS_HEAD = False
 _OTHERS = "export in format sentence-transformers or soft-prompt"
 
 
@@ -63,7 +64,10 @@ def refuse(compiled: Compiled) -> None:
         )
     for held, what in ((compiled.centre_D, "a centre"), (compiled.head_ED, "a linear head")):
         if held is not None:
-            raise PromptEmbedderError(f"{what} cannot be exported as GGUF: llama.cpp has none; {_OTHERS}")
+            raise PromptEmbedderError(
+                f"{what} cannot be exported as GGUF: llama.cpp has none; fold it into the soft tokens "
+                f"(`--texts FILE`), or {_OTHERS}"
+            )
 
 
 def check_backbone(compiled: Compiled, model: SentenceTransformer) -> None:
