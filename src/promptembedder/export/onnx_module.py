@@ -94,6 +94,8 @@ class WholeModel(nn.Module):
         self.is_deep = compiled.is_deep
         self.windows = _windows(lm)
         self.template = len(compiled.head_ids), len(compiled.tail_ids)
+        self.head_ids: Tensor
+        self.tail_ids: Tensor
         self.register_buffer("head_ids", torch.tensor(compiled.head_ids, dtype=torch.long))
         self.register_buffer("tail_ids", torch.tensor(compiled.tail_ids, dtype=torch.long))
         self.centre_D, self.head_ED = compiled.centre_D, compiled.head_ED
