@@ -63,10 +63,12 @@ def invalid(error: ValidationError) -> RequestError:
     param = _param(first["loc"])
     if param is None:
         return RequestError(400, "the body: expected a JSON object", "invalid_body")
-    return RequestError(400, f"{param}: {first['msg']}", _CODES.get(first["type"], "invalid_value"), param)
+    message = _MESSAGES.get(first["type"], first["msg"])
+    return RequestError(400, f"{param}: {message}", _CODES.get(first["type"], "invalid_value"), param)
 
 
 _CODES = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+_MESSAGES = {"extra_forbidden": "the field is unknown, see /docs", "string_pattern_mismatch": "expected a sentence"}
 
 
 def _param(place: Sequence[int | str]) -> str | None:

@@ -11,6 +11,7 @@ from promptembedder.serving.settings import MOST_INPUTS, MOST_INSTRUCTION_CHARAC
 Text = Annotated[str, StringConstraints(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# Pydantic's own message for a blank one would be of patterns; see `errors`.
 Instruction = Annotated[str, StringConstraints(pattern=r"\S", max_length=MOST_INSTRUCTION_CHARACTERS)]
 
 

@@ -66,7 +66,12 @@ class Service:
         started = time.monotonic()
         model, instructions = self.catalogue.resolve(request.model, request.instruction, request.input_type)
         if request.dimensions is not None and request.dimensions > model.width:
-            raise RequestError(400, f"dimensions: {model.name} has {model.width}", "too_many_dimensions", "dimensions")
+            raise RequestError(
+                400,
+                f"dimensions is {request.dimensions}, more than the {model.width} of {model.name}",
+                "too_many_dimensions",
+                "dimensions",
+            )
         texts = await self._in(self._tokeniser, lambda: self._tokenised(model, request, instructions))
         job = Job(model, texts.rows, len(instructions))
         self.batcher.admit(job)
