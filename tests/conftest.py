@@ -448,7 +448,7 @@ def served_models(tiny_settings):
 
 @pytest.fixture
 def client(served_models):
-    """`client("plain", "deep", queue_tokens=...)`: a client of a server in this process; of all models if none is named."""
+    """`client("plain", "deep", queue_tokens=...)`: a client of a server in this process; unset: all models."""
     from fastapi.testclient import TestClient
 
     from promptembedder.serving.app import create_app, gated

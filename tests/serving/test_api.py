@@ -84,7 +84,7 @@ def test_several_instructions_are_one_pass_over_a_text(client, served_models):
         vectors(server.post(URL, json=body))
     finally:
         with_hook.remove()
-    text = len(served_models["plain"].module.reader.text_ids(TEXTS[2]))
+    text = int(served_models["plain"].module.preprocess(TEXTS[2:3])["attention_mask"].sum())
     soft_tokens = served_models["plain"].module.settings.num_soft_tokens
     assert lengths == [text + 2 * soft_tokens]
 
@@ -161,12 +161,11 @@ def test_a_text_that_is_cut_is_named(client, served_models):
     assert server.post(URL, json={"model": "plain", "input": "short", "truncate": False}).status_code == 200
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_answer_does_not_depend_on_its_batch(client, served_models, seed):
+def test_an_answer_does_not_depend_on_its_batch(client, served_models):
     """Many requests at once, of all models, with one, several or no instructions: equal to one text at a time."""
-    server, drawn = client(batch_tokens=400), random.Random(seed)
+    server, drawn = client(batch_tokens=400), random.Random(0)
     requests = []
-    for _ in range(60):
+    for _ in range(40):
         instructions = drawn.sample([INSTRUCTION, SECOND, TOPICS, "Find the feeling."], drawn.choice([1, 1, 1, 2, 3]))
         texts = [drawn.choice([*MANY, LONG, "x"]) for _ in range(drawn.choice([1, 1, 2, 7]))]
         requests.append((drawn.choice(list(served_models)), texts, instructions))

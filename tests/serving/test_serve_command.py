@@ -56,6 +56,9 @@ def test_settings_are_checked(change):
         ServeSettings(**change)
 
 
+OPTIONS = ("--named", "topics=Find the topic.", "--instructions", "known.txt")
+
+
 @pytest.mark.slow
 def test_serves_until_sigterm(tiny_model, tmp_path):
     """A process of its own answers what it has taken, refuses the rest, says so, and ends with code 0."""
@@ -63,8 +66,7 @@ def test_serves_until_sigterm(tiny_model, tmp_path):
     promptembedder.save(model, tmp_path / "tiny")
     (tmp_path / "known.txt").write_text("Warm one.\nWarm two.\n")
     server = subprocess.Popen(
-        [sys.executable, "-m", "promptembedder", "serve", "tiny", "--port", "0", "--device", "cpu"]
-        + ["--named", "topics=Find the topic.", "--instructions", "known.txt"],
+        [sys.executable, "-m", "promptembedder", "serve", "tiny", "--port=0", "--device=cpu", *OPTIONS],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,7 +83,7 @@ def test_serves_until_sigterm(tiny_model, tmp_path):
             statuses = []
 
             def ask():
-                many = {"model": "tiny", "input": TEXTS * 200}
+                many = {"model": "tiny", "input": TEXTS * 30}
                 statuses.append(client.post("/v1/embeddings", json=many).status_code)
 
             askers = [threading.Thread(target=ask) for _ in range(4)]

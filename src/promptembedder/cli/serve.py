@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from promptembedder.cli.arguments import Device, expanded_text, named_instructions
+from promptembedder.cli.arguments import Device, named_instructions
 from promptembedder.errors import needs_extra
 
 # No option: other users of a machine see the options of a process.
@@ -24,10 +24,7 @@ def serve(
         typer.Option(metavar="NAME=TEXT", help="Instruction for clients that ask for MODEL:NAME; may be repeated."),
     ] = None,
     instructions: Annotated[
-        str | None,
-        typer.Option(
-            help="File of instructions, one a line, to read before clients send them.", callback=expanded_text
-        ),
+        Path | None, typer.Option(help="File of instructions, one a line, to read before clients send them.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
@@ -63,5 +60,5 @@ def serve(
         request_tokens=request_tokens,
         new_instructions=new_instructions,
     )
-    lines = [] if instructions is None else [text for _, text in read_texts(instructions, None, ids=False)]
+    lines = [] if instructions is None else [text for _, text in read_texts(str(instructions), None, ids=False)]
     answer(models, settings, named=by_name, instructions=lines, device=device, dtype=dtype)

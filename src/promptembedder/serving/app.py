@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -64,7 +64,8 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
         """Embed texts."""
         asked = await _parsed(request, schema.EmbeddingsRequest)
         client = request.client.host if request.client else ""
-        return await _unless_gone(request, service.embed(asked, client), lambda body: Response(body, media_type=_JSON))
+        body = await _unless_gone(request, service.embed(asked, client))
+        return _gone_away(service) if body is None else Response(body, media_type=_JSON)
 
     @app.post(
         "/v1/explain",
@@ -75,7 +76,8 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
     async def explain(request: Request) -> Any:
         """The words that the soft tokens of an instruction mix."""
         asked = await _parsed(request, schema.ExplainRequest)
-        return await _unless_gone(request, service.explain(asked), lambda found: found)
+        found = await _unless_gone(request, service.explain(asked))
+        return _gone_away(service) if found is None else found
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -123,16 +125,21 @@ async def _parsed(request: Request, model: type[M]) -> M:
         raise errors.invalid(error) from None
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T], respond: Callable[[T], Any]) -> Any:
-    """The work's answer; the work is cancelled when the client closes the connection."""
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """What the work gives; None where the client closes the connection before, which cancels the work."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return respond(working.result()) if working.done() else Response(status_code=_CLIENT_GONE)
+        return working.result() if working.done() else None
     finally:
         leaving.cancel()
         working.cancel()
+
+
+def _gone_away(service: Service) -> Response:
+    service.metrics.dropped.inc()
+    return Response(status_code=_CLIENT_GONE)
 
 
 async def _gone(request: Request) -> None:

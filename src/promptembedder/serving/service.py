@@ -78,9 +78,6 @@ class Service:
         try:
             prompts = await self._prompts(model, instructions, client)
             found = await asyncio.wrap_future(self.batcher.put(job, prompts))
-        except asyncio.CancelledError:
-            self.metrics.dropped.inc()
-            raise
         finally:
             self.batcher.drop(job)  # what is answered is left alone
         body = await self._in(
