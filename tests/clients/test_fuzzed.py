@@ -66,7 +66,7 @@ def test_no_request_makes_the_server_fail(server, tmp_path):
     assert memory[-1][1] <= 1.05 * half
 
 
-def exchange(address: str, *parts: bytes, wait: float = 40) -> bytes:
+def exchange(address: str, *parts: bytes, wait: float = 60) -> bytes:
     """What a server answers to bytes that come in parts."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait) as connection:
@@ -82,6 +82,7 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/js
 @pytest.mark.parametrize(
     ("parts", "status"),
     [
+        ((HEAD,), b"408"),
         ((HEAD + b"Content-Length: 100\r\n\r\n", b'{"model"'), b"408"),
         ((HEAD + b"Content-Length: -1\r\n\r\n",), b"400"),
         ((HEAD + b"Content-Length: 1, 2\r\n\r\n",), b"400"),

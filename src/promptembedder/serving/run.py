@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import uvicorn
 
@@ -31,6 +33,14 @@ _LEAST_STOP_SECONDS = 0.5
 _TICK_SECONDS = 0.05
 # Longer than that of most clients, which therefore close idle connections themselves.
 _KEEP_ALIVE_SECONDS = 75
+# The head of a request must be there by then; looked at now and then.
+_HEAD_SECONDS = 30
+_LOOK_SECONDS = 5
+_TOO_SLOW = (
+    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    b'{"error":{"message":"the request did not come in time","type":"invalid_request_error","param":null,'
+    b'"code":"timeout"}}'
+)
 
 
 def serve(
@@ -67,8 +77,11 @@ def serve(
             server_header=False,
             lifespan="on",
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_notify=_LOOK_SECONDS,
+            callback_notify=lambda: slow.close(),
         )
         server = uvicorn.Server(config)
+        slow = _SlowClients(server)
         stop = _Stop(server, service, gate)
         # uvicorn's own would close connections at once, and end the process by the signal.
         server.handle_exit = stop.on_signal  # type: ignore[method-assign]
@@ -92,6 +105,27 @@ def _listen(settings: ServeSettings) -> socket.socket:
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
         ) from error
     return listening
+
+
+class _SlowClients:
+    """Connections on which no request has come in whole; uvicorn waits for them for ever."""
+
+    def __init__(self, server: uvicorn.Server) -> None:
+        self._server = server
+        self._since: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+
+    async def close(self) -> None:
+        """Close those that are too old."""
+        now = time.monotonic()
+        for connection in list[Any](self._server.server_state.connections):
+            request = connection.cycle
+            if request is not None and not request.response_complete:
+                self._since.pop(connection, None)
+                continue
+            limit = _HEAD_SECONDS if request is None else _KEEP_ALIVE_SECONDS + _LOOK_SECONDS
+            if now - self._since.setdefault(connection, now) >= limit:
+                connection.transport.write(_TOO_SLOW)
+                connection.transport.close()
 
 
 class _Stop:
