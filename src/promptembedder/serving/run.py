@@ -87,6 +87,7 @@ def serve(
         server.handle_exit = stop.on_signal  # type: ignore[method-assign]
         if not settings.host.startswith(_LOOPBACK) and settings.api_key is None:
             logger.warning("listening on %s without an API key: anybody who reaches it may use it", settings.host)
+        listening.listen(config.backlog)  # so that nobody who reads the next line is turned away
         host, port = listening.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         say(f"listening on http://{address}, models: {', '.join(service.catalogue.names)}")
