@@ -164,7 +164,8 @@ class Backbone(nn.Module):
         reader, pooled, order = self._view("soft_tokens", packing.reading_soft_tokens), [], []
         for rows, length in self._chunks(mask_BT, beside=prompts * K):
             picked = [soft_NRD if len(soft_NRD) == 1 else soft_NRD[rows] for soft_NRD in soft_prompts]
-            soft_NIRD = torch.stack(torch.broadcast_tensors(*picked), dim=1)
+            N = max(map(len, picked))
+            soft_NIRD = torch.stack([soft_NRD.expand(N, -1, -1) for soft_NRD in picked], dim=1)
             soft_NMD, deep_XRD = soft_NIRD[:, :, :K].flatten(1, 2), soft_NIRD[:, :, K:].flatten(0, 1)
             packed = Packed(
                 mask_BT[rows].sum(-1).tolist(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -17,7 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        kept = {"namespace": "promptembedder", "registry": self._registry}
+        kept: dict[str, Any] = {"namespace": "promptembedder", "registry": self._registry}
         self.answers = Counter("answers", "Answers on /v1, by status.", ["status"], **kept)
         self.seconds = Histogram(
             "request_seconds", "From request to answer, of answers with 200.", buckets=_SECONDS, **kept
