@@ -53,7 +53,7 @@ class Job:
         self.tokens = sum(self.costs)
         self.prompts: tuple[SoftPrompt, ...] = ()
         self.answer: Future[list[NDArray[np.float32]]] = Future()
-        self.found: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(ids)
+        self.found: list[Any] = [None] * len(ids)
         self.next = self.done = 0
         self.dropped = False
 

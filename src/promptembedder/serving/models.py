@@ -69,7 +69,7 @@ def served(name: str, model: SentenceTransformer, named: Mapping[str, str]) -> S
     """
     check_named(named)
     module, default = soft_prompt_module(model), instruction_for(model)
-    held = module.prompter.named if isinstance(module.prompter, KnownInstructions) else {}
+    held: Mapping[str, str] = module.prompter.named if isinstance(module.prompter, KnownInstructions) else {}
     own = {**held, **named, DOCUMENT: instruction_for(model, None, document=True)}
     if named.get(DOCUMENT, own[DOCUMENT]) != own[DOCUMENT]:
         raise PromptEmbedderError(f"the name {DOCUMENT!r} stands for the model's document instruction")
@@ -108,7 +108,7 @@ def open_models(
     from promptembedder.model.store import load
 
     check_named(named)
-    places = {}
+    places: dict[str, str | Path] = {}
     for path in paths:
         name = expanded(Path(path)).resolve().name if expanded(Path(path)).exists() else str(path)
         if name in places:

@@ -84,7 +84,7 @@ def serve(
         slow = _SlowClients(server)
         stop = _Stop(server, service, gate)
         # uvicorn's own would close connections at once, and end the process by the signal.
-        server.handle_exit = stop.on_signal  # type: ignore[method-assign]
+        server.handle_exit = stop.on_signal  # type: ignore[assignment, method-assign]
         if not settings.host.startswith(_LOOPBACK) and settings.api_key is None:
             logger.warning("listening on %s without an API key: anybody who reaches it may use it", settings.host)
         listening.listen(config.backlog)  # so that nobody who reads the next line is turned away

@@ -110,7 +110,8 @@ class Service:
             self.metrics.new_instructions.inc(len(asked))
             for one, future in zip(asked, futures, strict=True):
                 # Shielded, because other requests may wait for the same.
-                found[one] = await asyncio.shield(asyncio.wrap_future(future))
+                written: SoftPrompt = await asyncio.shield(asyncio.wrap_future(future))
+                found[one] = written
         finally:
             for one in asked:
                 self.soft_prompts.leave(model, one)
