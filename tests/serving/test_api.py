@@ -380,6 +380,7 @@ def test_documentation_needs_no_network(client):
     sent = described["paths"][URL]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert sent["required"] == ["model", "input"]
     assert sent["additionalProperties"] is False
+    assert sent["properties"]["model"]["enum"] == ["plain", "plain:topics", "plain:document"]
 
 
 def test_models_share_weights(tiny_settings):

@@ -58,7 +58,7 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
         "/v1/embeddings",
         response_model=schema.EmbeddingsResponse,
         responses=_REFUSALS,
-        openapi_extra=_body(schema.EmbeddingsRequest),
+        openapi_extra=_body(schema.EmbeddingsRequest, service),
     )
     async def embeddings(request: Request) -> Response:
         """Embed texts."""
@@ -71,7 +71,7 @@ def _add_embeddings(app: FastAPI, service: Service) -> None:
         "/v1/explain",
         response_model=schema.Explanation,
         responses=_REFUSALS,
-        openapi_extra=_body(schema.ExplainRequest),
+        openapi_extra=_body(schema.ExplainRequest, service),
     )
     async def explain(request: Request) -> Any:
         """The words that the soft tokens of an instruction mix."""
@@ -110,9 +110,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.page(), media_type=metrics.CONTENT_TYPE)
 
 
-def _body(model: type[BaseModel]) -> dict[str, Any]:
+def _body(model: type[BaseModel], service: Service) -> dict[str, Any]:
     """A request's body as OpenAPI has it. It is not FastAPI's own, which reads JSON that is none, such as NaN."""
-    return {"requestBody": {"required": True, "content": {_JSON: {"schema": model.model_json_schema()}}}}
+    described = model.model_json_schema()
+    described["properties"]["model"]["enum"] = list(service.catalogue.names)
+    return {"requestBody": {"required": True, "content": {_JSON: {"schema": described}}}}
 
 
 async def _parsed(request: Request, model: type[M]) -> M:
