@@ -61,7 +61,7 @@ OPTIONS = ("--named", "topics=Find the topic.", "--instructions", "known.txt")
 
 @pytest.mark.slow
 def test_serves_until_sigterm(tiny_model, tmp_path):
-    """A process of its own answers what it has taken, refuses the rest, says so, and ends with code 0."""
+    """A process of its own answers what it has taken, refuses the rest, and ends with code 0."""
     model = tiny_model()
     promptembedder.save(model, tmp_path / "tiny")
     (tmp_path / "known.txt").write_text("Warm one.\nWarm two.\n")
@@ -91,12 +91,12 @@ def test_serves_until_sigterm(tiny_model, tmp_path):
                 asker.start()
             while "queue_tokens 0.0" in client.get("/metrics").text:
                 pass
+            server.stderr.close()  # whoever has started a server may be gone
             server.send_signal(signal.SIGTERM)
             for asker in askers:
                 asker.join()
         assert set(statuses) <= {200, 503}
         assert 200 in statuses
         assert server.wait(30) == 0
-        assert "stopping on SIGTERM" in server.stderr.read()
     finally:
         server.kill()

@@ -142,15 +142,17 @@ class _Stop:
             self._server.force_exit = self._server.should_exit = True
             return
         self._service.stopping = True
-        say(f"stopping on {signal.Signals(number).name}: {self._gate.open_requests} requests are still answered")
-        with suppress(RuntimeError):  # no loop yet
+        try:
             loop = asyncio.get_running_loop()
-            loop.call_soon_threadsafe(self._begin, loop)
-            return
-        self._server.should_exit = True
+        except RuntimeError:  # not begun yet
+            self._server.should_exit = True
+        else:
+            loop.call_soon_threadsafe(self._begin, loop, signal.Signals(number).name)
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _begin(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self._task = loop.create_task(self._drain())
+        with suppress(OSError):  # whoever has started the server may be gone
+            say(f"stopping on {name}: {self._gate.open_requests} requests are still answered")
 
     async def _drain(self) -> None:
         least = time.monotonic() + _LEAST_STOP_SECONDS
