@@ -6,6 +6,7 @@ The thread that owns the device never waits for the prompter: it gets soft promp
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -164,5 +165,6 @@ class SoftPrompts:
 
 def _be_nice() -> None:
     # On Linux a thread has a priority of its own, and hands it on to the threads that torch makes for it.
-    with suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
