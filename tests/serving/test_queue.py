@@ -330,7 +330,13 @@ def test_a_body_that_grows_too_large_is_refused(client):
         return {"type": "http.request", "body": b"a" * 2**20, "more_body": True}
 
     assert exchange(client("plain").app, receive)[0]["status"] == 413
-    headers = [(b"content-length", str(10**12).encode())]
+    server = client("plain")
+    assert exchange(server.app, receive)[0]["status"] == 413
+    assert server.app.held_bytes == 0
+    server.app.held_bytes = 250 * 2**20  # of others
+    assert exchange(server.app, receive)[0]["status"] == 429
+    assert server.app.held_bytes == 250 * 2**20
+    headers = [(b"content-length", b"9" * 5000)]
     assert exchange(client("plain").app, None, headers=headers)[0]["status"] == 413
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from promptembedder.serving.errors import RequestError
-from promptembedder.serving.settings import BODY_SECONDS, MOST_BODY_BYTES, MOST_REQUESTS
+from promptembedder.serving.settings import BODY_SECONDS, MOST_BODY_BYTES, MOST_HELD_BYTES, MOST_REQUESTS
 
 # Of no use to anybody who must not embed texts.
 _OPEN = {"/", "/health", "/ready", "/docs", "/openapi.json"}
@@ -44,7 +44,7 @@ class Gate:
     ) -> None:
         self._app, self._stopping, self._answered, self._body_seconds = app, stopping, answered, body_seconds
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
-        self.open_requests = 0
+        self.open_requests = self.held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -53,6 +53,7 @@ class Gate:
             return
         counted = self._counting(send) if scope["path"].startswith(_WORK) else send
         self.open_requests += 1
+        body = b""
         try:
             self._check(scope)
             body = await self._body(scope, receive)
@@ -64,6 +65,7 @@ class Gate:
             await self._app(scope, _replaying(body, receive), counted)
         finally:
             self.open_requests -= 1
+            self.held_bytes -= len(body)
 
     def _check(self, scope: Scope) -> None:
         path: str = scope["path"]
@@ -89,7 +91,7 @@ class Gate:
         """
         too_large = RequestError(413, f"a body may have {MOST_BODY_BYTES} bytes", "body_too_large")
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if told.isdigit() and int(told) > MOST_BODY_BYTES:
+        if told.isdigit() and (len(told) > 12 or int(told) > MOST_BODY_BYTES):  # Python reads 4,300 digits
             raise too_large
         parts, size = [], 0
         try:
@@ -100,13 +102,19 @@ class Gate:
                         raise ClientGoneError
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self.held_bytes += len(parts[-1])
                     if size > MOST_BODY_BYTES:
                         raise too_large
+                    if self.held_bytes > MOST_HELD_BYTES:
+                        raise RequestError(429, "other requests are too large; try again", "too_many_bytes", None, 1)
                     if not message.get("more_body", False):
-                        break
+                        return b"".join(parts)
         except TimeoutError:
+            self.held_bytes -= size
             raise RequestError(408, f"the body did not come within {self._body_seconds:g} s", "timeout") from None
-        return b"".join(parts)
+        except (RequestError, ClientGoneError, asyncio.CancelledError):
+            self.held_bytes -= size
+            raise
 
     def _counting(self, send: Send) -> Send:
         async def counted(message: Message) -> None:

@@ -11,9 +11,11 @@ MOST_INPUTS = 2048
 MOST_INSTRUCTIONS = 16
 MOST_INSTRUCTION_CHARACTERS = 8192
 MOST_BODY_BYTES = 16 * 2**20
+# Of the bodies of all requests.
+MOST_HELD_BYTES = 256 * 2**20
 # A request that has not come in whole by then is refused.
 BODY_SECONDS = 30.0
-# Requests that are answered at once; each holds a body in memory.
+# Requests that are answered at once.
 MOST_REQUESTS = 512
 # A text counts as this many tokens at least, so that one batch does not hold thousands of short ones.
 LEAST_TEXT_TOKENS = 8
