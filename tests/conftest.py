@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -421,3 +422,46 @@ def encoder(tiny_model):
     from promptembedder import evaluation  # needs mteb
 
     return evaluation.InstructedEncoder(tiny_model(), "tiny/model", "one")
+
+
+@pytest.fixture(scope="session")
+def served_models(tiny_settings):
+    """What a server serves: one model of each layout, one of deep soft prompts, one with windows; all parts noisy."""
+    from promptembedder.serving.models import served  # needs fastapi
+
+    kinds = {
+        "plain": ("llama", {}),
+        "prefix": ("qwen2", {"layout": "prefix"}),
+        "deep": ("llama", {"deep_rank": 2, "linear_head": True}),
+        "windows": ("gemma3", {"readout": "mean"}),
+    }
+    found = {}
+    for name, (architecture, changes) in kinds.items():
+        model = build(tiny_settings(architecture, max_text_tokens=64, **changes), device="cpu")
+        noise = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in (*model[0].alignment.parameters(), *model[0].prompter.trained_parameters()):
+                parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.1)
+        found[name] = served(name, model, {"topics": "Identify the topic of the text."})
+    return found
+
+
+@pytest.fixture
+def client(served_models):
+    """`client("plain", "deep", queue_tokens=...)`: a client of a server in this process; unset: all models."""
+    from fastapi.testclient import TestClient
+
+    from promptembedder.serving.app import create_app, gated
+    from promptembedder.serving.service import Service
+    from promptembedder.serving.settings import ServeSettings
+
+    with ExitStack() as stack:
+
+        def start(*names, warm=(), body_seconds=30.0, **settings):
+            service = Service([served_models[name] for name in names or served_models], ServeSettings(**settings), warm)
+            app = create_app(service)
+            made = TestClient(gated(app, service, body_seconds=body_seconds), raise_server_exceptions=False)
+            made.service = service
+            return stack.enter_context(made)
+
+        yield start

@@ -25,7 +25,7 @@ BELOW = {
     "transfer": {"training", "model", "data", "llms", "ground"},
     "evaluation": {"model", "data", "llms", "ground"},
     "export": {"model", "data", "llms", "ground"},
-    "serving": {"model", "data", "llms", "ground"},
+    "serving": {"export", "model", "data", "llms", "ground"},
     "bulk": {"model", "data", "llms", "ground"},
 }
 BELOW["demo"] = set(BELOW)

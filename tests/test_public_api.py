@@ -47,6 +47,7 @@ PARAMETERS = {
         "model texts output *instruction *document *kind *text_field *id_field *batch_size *max_text_tokens "
         "*truncate_dim *precision *bridge *device"
     ),
+    "promptembedder.serving:serve": "models settings *named *instructions *device *dtype",
     "promptembedder.bulk.bridge:Bridge": "weight_DF facts probe_D",
     "promptembedder.bulk.bridge:fit": "new_ND old_NF *probe_D *seed",
     "promptembedder.bulk.bridge:load": "path",

@@ -34,6 +34,7 @@ from promptembedder.cli.explain import explain
 from promptembedder.cli.export import export
 from promptembedder.cli.info import info
 from promptembedder.cli.path import path
+from promptembedder.cli.serve import serve
 from promptembedder.cli.train import train
 from promptembedder.cli.transfer import transfer
 from promptembedder.errors import PromptEmbedderError
@@ -49,7 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Instruction-following text embeddings from a frozen LLM, by soft prompts that another LLM writes.",
 )
-for verb in (train, encode, evaluate, transfer, export, bridge, compare, explain, info, path, demo):
+for verb in (train, encode, serve, evaluate, transfer, export, bridge, compare, explain, info, path, demo):
     app.command()(as_command(verb))
 
 

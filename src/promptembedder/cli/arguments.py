@@ -84,6 +84,23 @@ def check_instruction(instruction: str | None, name: str = "--instruction") -> N
         raise PromptEmbedderError(f"{name} is not valid UTF-8 text")
 
 
+def named_instructions(named: list[str]) -> dict[str, str]:
+    """Instructions by name, of options `--named NAME=TEXT`; an instruction may hold an equals sign, a name may not.
+
+    Raises:
+        PromptEmbedderError: a value has no name, or two have the same.
+    """
+    found: dict[str, str] = {}
+    for given in named:
+        name, sign, text = given.partition("=")
+        if not sign:
+            raise PromptEmbedderError(f"--named {given!r}: expected NAME=TEXT, such as topic='Find the topic.'")
+        if name in found:
+            raise PromptEmbedderError(f"--named {name}: the name is given twice")
+        found[name] = text
+    return found
+
+
 def check_input(texts: str) -> None:
     """Refuse to read standard input that is closed.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from promptembedder.cli.arguments import Device, ModelPath, check_instruction, check_output
+from promptembedder.cli.arguments import Device, ModelPath, check_instruction, check_output, named_instructions
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.progress import say
 
@@ -72,16 +72,10 @@ def export(
 
 
 def _named(instruction: str | None, named: list[str]) -> dict[str, str]:
-    """Instructions by name; an instruction may hold an equals sign, a name may not."""
-    found = {} if instruction is None else {"query": instruction}
-    for given in named:
-        name, sign, text = given.partition("=")
-        if not sign:
-            raise PromptEmbedderError(f"--named {given!r}: expected NAME=TEXT, such as topic='Find the topic.'")
-        if name in found:
-            raise PromptEmbedderError(f"--named {name}: the name is given twice")
-        found[name] = text
-    return found
+    found = named_instructions(named)
+    if instruction is not None and "query" in found:
+        raise PromptEmbedderError("--named query: the name is given twice, --instruction is named query")
+    return found if instruction is None else {"query": instruction, **found}
 
 
 def _fold_data(texts: str | None, rows: int | None, dev: str | None) -> FoldData | None:

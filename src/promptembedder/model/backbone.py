@@ -33,7 +33,6 @@ from promptembedder.model.settings import Layout, Readout
 
 logger = logging.getLogger(__name__)
 
-
 # Tokens of one chunk. Smaller ones make slower matrix products, larger ones need more memory; where weights are widened
 # for each chunk, that shows.
 _CHUNK_TOKENS_CPU = 2048
@@ -140,11 +139,10 @@ class Backbone(nn.Module):
                 self._read_after_soft_prompt(ids_BT, mask_BT, soft_NKD, instruction_ids_I)
                 for soft_NKD, instruction_ids_I in zip(soft_prompts, instructions, strict=True)
             ]
-        alone = cache is None and not torch.is_grad_enabled() and all(len(soft_NRD) == 1 for soft_NRD in soft_prompts)
-        beside = len(self.head_ids) + self.num_soft_tokens
+        beside, alone = len(self.head_ids) + self.num_soft_tokens, cache is None and not torch.is_grad_enabled()
         if alone and len(ids_BT) and self._can_pack(int(mask_BT.sum(-1).max()) + beside):
             groups = (soft_prompts[n : n + _PROMPTS] for n in range(0, len(soft_prompts), _PROMPTS))
-            return [one for group in groups for one in self._read_packed(ids_BT, mask_BT, torch.cat(list(group)))]
+            return [one for group in groups for one in self._read_packed(ids_BT, mask_BT, group)]
         states = self.read_text(ids_BT, mask_BT, cache)
         return [self.read_soft_prompt(states, soft_NRD) for soft_NRD in soft_prompts]
 
@@ -159,13 +157,16 @@ class Backbone(nn.Module):
         window = getattr(self.lm.config.get_text_config(decoder=True), "sliding_window", None)
         return self._packs and tokens <= (window or tokens)
 
-    def _read_packed(self, ids_BT: Tensor, mask_BT: Tensor, soft_IRD: Tensor) -> Iterator[Tensor]:
+    def _read_packed(self, ids_BT: Tensor, mask_BT: Tensor, soft_prompts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Layout `suffix` without gradients: texts and all soft prompts in one pass; (B, E) float32 for each."""
         ids_BT, mask_BT, shared = self._without_head(*pad_side(ids_BT, mask_BT, "right"))
-        K, prompts = self.num_soft_tokens, len(soft_IRD)
-        soft_MD, deep_IMD = soft_IRD[:, :K].flatten(0, 1), soft_IRD[:, K:]
+        K, prompts = self.num_soft_tokens, len(soft_prompts)
         reader, pooled, order = self._view("soft_tokens", packing.reading_soft_tokens), [], []
-        for rows, length in self._chunks(mask_BT, beside=len(soft_MD)):
+        for rows, length in self._chunks(mask_BT, beside=prompts * K):
+            picked = [soft_NRD if len(soft_NRD) == 1 else soft_NRD[rows] for soft_NRD in soft_prompts]
+            N = max(map(len, picked))
+            soft_NIRD = torch.stack([soft_NRD.expand(N, -1, -1) for soft_NRD in picked], dim=1)
+            soft_NMD, deep_XRD = soft_NIRD[:, :, :K].flatten(1, 2), soft_NIRD[:, :, K:].flatten(0, 1)
             packed = Packed(
                 mask_BT[rows].sum(-1).tolist(),
                 shared,
@@ -173,8 +174,8 @@ class Backbone(nn.Module):
                 num_soft_prompts=prompts,
                 device=ids_BT.device,
             )
-            inputs_1LD = packed.row(self._embed(ids_BT[rows, :length]), soft_MD.expand(len(rows), -1, -1))
-            with self._one_at_a_time, _deepened(reader, deep_IMD, packed.text_tokens):
+            inputs_1LD = packed.row(self._embed(ids_BT[rows, :length]), soft_NMD.expand(len(rows), -1, -1))
+            with self._one_at_a_time, _deepened(reader, deep_XRD, packed.text_tokens):
                 hidden_1LD = self._run_packed(reader, packed, inputs_1LD)
             hidden_XKD = hidden_1LD.view(len(rows) * prompts, K, -1)
             embedding_XE = pool(hidden_XKD, mask_BT.new_ones(hidden_XKD.shape[:2]), self.readout)
@@ -383,7 +384,7 @@ def _deepened(reader: nn.Module, deep_NMD: Tensor, text_tokens: int | None = Non
 
     Args:
         reader: the LLM.
-        deep_NMD: one for all texts, or one per text; in a packed row N soft prompts behind every text.
+        deep_NMD: one for all texts, or one per text; in a packed row those behind every text, or behind each.
         text_tokens: of a packed row; unset: the segment holds soft tokens alone.
     """
     hooks = []

@@ -200,9 +200,15 @@ class SoftPromptTransformer(InputModule):
         Returns:
             Embeddings (B, E) float32 under each instruction.
         """
-        soft_prompts = self.soft_prompts(instructions)
         ids = [self.instruction_ids(instruction) for instruction in instructions]
-        embeddings = self.backbone.embed(ids_BT, mask_BT, soft_prompts, ids, self.training_state.text_cache)
+        return self.embed_under(ids_BT, mask_BT, self.soft_prompts(instructions), ids)
+
+    def embed_under(
+        self, ids_BT: Tensor, mask_BT: Tensor, soft_prompts: Sequence[Tensor], instruction_ids: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """As `embed`, with soft prompts at hand: (1, R, D) each for all texts, or (B, R, D) with one per text."""
+        cache = self.training_state.text_cache
+        embeddings = self.backbone.embed(ids_BT, mask_BT, soft_prompts, instruction_ids, cache)
         return [self._centred(embedding_BE) for embedding_BE in embeddings]
 
     def _centred(self, embedding_BE: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class TextReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int, template: str, layout: Layout) -> None:
         self.tokenizer = tokenizer
-        self._rows = rows
+        self.rows = rows
         self._warned: set[str] = set()
         head, tail = template.split("{text}")
         # What opens a sequence goes before the first words: in layout `prefix` these are the instruction's.
@@ -58,7 +58,23 @@ class TextReader:
         Raises:
             PromptEmbedderError: a text is no string, or holds a token that the backbone has no embedding for.
         """
-        return _padded([self.head_ids + self._text_ids(text, limit) + self.tail_ids for text in texts])
+        return padded([self.framed(self.text_ids(text), limit) for text in texts])
+
+    def text_ids(self, text: Any) -> list[int]:
+        """Token ids of a text alone, all of them; errors as in `features`."""
+        check_text(text)
+        ids = [] if is_blank(text) else plain_ids(self.tokenizer, text)
+        if not ids:  # some tokenizers drop characters
+            ids = plain_ids(self.tokenizer, BLANK_READ_AS)
+            self._warn_once("an empty text is read as %r (warned once)", BLANK_READ_AS)
+        self._check(ids, "a text")
+        return ids
+
+    def framed(self, ids: list[int], limit: int) -> list[int]:
+        """What the backbone reads for a text of these token ids: truncated to `limit`, in the template."""
+        if len(ids) > limit:
+            self._warn_once("a text of %d tokens is truncated to max_text_tokens = %d (warned once)", len(ids), limit)
+        return self.head_ids + ids[:limit] + self.tail_ids
 
     def instruction_ids(self, instruction: str, limit: int) -> list[int]:
         """What layout `prefix` reads before the soft prompt.
@@ -81,19 +97,8 @@ class TextReader:
             if token in text:
                 self._check(plain_ids(self.tokenizer, text), name)
 
-    def _text_ids(self, text: Any, limit: int) -> list[int]:
-        check_text(text)
-        ids = [] if is_blank(text) else plain_ids(self.tokenizer, text)
-        if not ids:  # some tokenizers drop characters
-            ids = plain_ids(self.tokenizer, BLANK_READ_AS)
-            self._warn_once("an empty text is read as %r (warned once)", BLANK_READ_AS)
-        self._check(ids, "a text")
-        if len(ids) > limit:
-            self._warn_once("a text of %d tokens is truncated to max_text_tokens = %d (warned once)", len(ids), limit)
-        return ids[:limit]
-
     def _check(self, ids: list[int], what: str) -> None:
-        check_ids(self.tokenizer, ids, self._rows, what)
+        check_ids(self.tokenizer, ids, self.rows, what)
 
     def _warn_once(self, message: str, *values: Any) -> None:
         if message not in self._warned:
@@ -101,8 +106,14 @@ class TextReader:
             logger.warning(message, *values)
 
 
-def _padded(rows: list[list[int]]) -> dict[str, Any]:
-    """Token ids and mask. What stands in the padding is masked, so 0 does: some pad tokens have no embedding."""
+def padded(rows: list[list[int]]) -> dict[str, Any]:
+    """Token ids and mask, (B, T) each, right padded.
+
+    What stands in the padding is masked, so 0 does: some pad tokens have no embedding.
+
+    Raises:
+        PromptEmbedderError: a text has no tokens.
+    """
     if not all(rows):
         raise PromptEmbedderError("a text has no tokens; add words to text_template")
     ids_BT = torch.zeros((len(rows), max(map(len, rows), default=0)), dtype=torch.long)
