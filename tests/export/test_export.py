@@ -16,7 +16,7 @@ from promptembedder import PromptEmbedderError
 from promptembedder.errors import MissingExtraError
 from promptembedder.export import soft_prompt
 from promptembedder.export.compiled import embed_compiled
-from promptembedder.export.export import FACTS_FILE, add, export, read_facts
+from promptembedder.export.export import FACTS_FILE, add, check_named, export, read_facts
 from promptembedder.export.parity import parity_texts
 
 exporting = importlib.import_module("promptembedder.export.export")  # the package's name of it is the function
@@ -267,3 +267,51 @@ def test_too_few_texts_to_fold(command, saved, tmp_path):
     texts.write_text("one\ntwo\n")
     done = command("export", saved, "-o", tmp_path / "out", "--texts", texts)
     assert (done.code, "at least 100 different texts" in done.err) == (2, True)
+
+
+def test_files_of_the_user_stay_in_an_export(tiny_model, tmp_path):
+    model, folder = tiny_model(), tmp_path / "out"
+    export(model, {"query": INSTRUCTION}, folder, to="soft-prompt")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "index").mkdir()
+    (folder / "index" / "a.bin").write_text("mine")
+    (folder / "link").symlink_to(tmp_path)
+    export(model, {"query": INSTRUCTION}, folder, to="soft-prompt")
+    add(model, {"topic": SECOND}, folder)
+    assert (folder / "notes.txt").read_text() == (folder / "index" / "a.bin").read_text() == "mine"
+    assert (folder / "link").is_symlink()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 1}'])
+def test_a_damaged_file_of_facts_is_refused(tiny_model, tmp_path, content):
+    folder = tmp_path / "out"
+    done = export(tiny_model(), {"query": INSTRUCTION}, folder, to="soft-prompt")
+    (folder / "promptembedder_export.json").write_text(content)
+    with pytest.raises(PromptEmbedderError, match=r"promptembedder_export\.json"):
+        export(tiny_model(), {"query": INSTRUCTION}, folder, to="soft-prompt")
+    for broken in ({"instructions": [1]}, {"backbone": {}}, {"instructions": [{"name": "x", "instruction": 3}]}):
+        (folder / "promptembedder_export.json").write_text(json.dumps(done.facts | broken))
+        with pytest.raises(PromptEmbedderError, match="is not what an export writes"):
+            read_facts(folder)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "message"),
+    [
+        (["a"], "must be a mapping"),
+        ({1: "Find A."}, "name 1 of an instruction"),
+        ({"a" * 65: "Find A."}, "at most 64"),
+        ({"a": None}, "must be a sentence"),
+        ({"topic": "tone", "tone": "Find X."}, "'tone' is the name of an instruction and the words of"),
+    ],
+)
+def test_instructions_of_other_types(instructions, message):
+    with pytest.raises(PromptEmbedderError, match=message):
+        check_named(instructions)
+
+
+def test_outputs_that_cannot_be(tiny_model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place, message in ((tmp_path / "file" / "x", "which is a file"), ("a\0b", "UTF-8"), ("a\udcff", "UTF-8")):
+        with pytest.raises(PromptEmbedderError, match=message):
+            export(tiny_model(), {"query": INSTRUCTION}, place, to="soft-prompt")

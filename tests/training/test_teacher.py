@@ -18,6 +18,7 @@ from promptembedder import PromptEmbedderError, TrainingConfig
 from promptembedder.data.rows import Neighbourhoods, TrainingData, load_training_data
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.evaluation.encoder import plain_reader
+from promptembedder.training import teacher as teaching
 from promptembedder.training.callbacks import PrompterFreeze
 from promptembedder.training.settings import RunConfig
 from promptembedder.training.teacher import TEACHER_FILE, neighbourhoods, open_teacher, teach
@@ -150,3 +151,33 @@ def test_the_prompter_is_frozen_after_its_steps(tiny_model):
     state.global_step = 3
     freeze.on_step_begin(None, state, None)
     assert not any(parameter.requires_grad for parameter in module.prompter.parameters())
+
+
+def test_embeddings_of_many_instructions_keep_their_order(tmp_path):
+    instructions = [f"Instruction {n}." for n in range(12)]
+    made = [np.full((2, 3), n, dtype=np.float32) for n in range(12)]
+    teaching._keep(tmp_path, "known", ["a", "b"], instructions, made)
+    kept = teaching._kept(tmp_path, "known", ["a", "b"], instructions)
+    assert [float(embedded[0, 0]) for embedded in kept] == list(range(12))
+
+
+def test_another_teacher_is_refused_in_a_resume(teacher, plain, tmp_path):
+    settings = settings_of(teacher, tmp_path)
+    taught(plain, settings, tmp_path)
+    model = SentenceTransformer(str(teacher), device="cpu")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save(str(tmp_path / "other"))
+    kept = (tmp_path / "run" / TEACHER_FILE).read_bytes()
+    with pytest.raises(PromptEmbedderError, match=r"began with another training\.teacher"):
+        taught(plain, settings_of(tmp_path / "other", tmp_path), tmp_path, resume=True)
+    assert (tmp_path / "run" / TEACHER_FILE).read_bytes() == kept
+
+
+def test_a_teacher_in_the_output_or_without_numbers_is_refused(teacher, plain, tmp_path, monkeypatch):
+    with pytest.raises(PromptEmbedderError, match=r"lies in training\.output"):
+        taught(plain, settings_of(tmp_path / "run" / "model", tmp_path), tmp_path)
+    nothing = np.full((len(MANY), 3), np.nan, dtype=np.float32)
+    monkeypatch.setattr("promptembedder.training.teacher.embeddings", lambda m, texts, i: [nothing[: len(texts)]])
+    with pytest.raises(PromptEmbedderError, match="not numbers"):
+        taught(plain, settings_of(teacher, tmp_path), tmp_path)

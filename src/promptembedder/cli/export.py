@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 def export(
     model: ModelPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the export.")] = Path("export"),
-    to: Annotated[str, typer.Option(help="soft-prompt, sentence-transformers, gguf or onnx.")] = "soft-prompt",
+    to: Annotated[str | None, typer.Option(help="soft-prompt (if unset), sentence-transformers, gguf or onnx.")] = None,
     instruction: Annotated[
         str | None, typer.Option("--instruction", "-i", help="Instruction named query; unset: the model's default.")
     ] = None,
     named: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="A further instruction; may be repeated.")
     ] = None,
-    add: Annotated[bool, typer.Option("--add", help="Put instructions into an export that is there.")] = False,
-    show: Annotated[bool, typer.Option("--list", help="Show what an export of MODEL holds, and stop.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Put instructions into an existing export.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="Show what the export in --output holds, and stop.")] = False,
     precision: Annotated[str | None, typer.Option(help="Of the weights; unset: the format's own.")] = None,
     texts: Annotated[
         str | None, typer.Option(help="File of plain texts to fold a deep soft prompt on, a few hundred.")
@@ -41,29 +41,38 @@ def export(
     """Write a model under some instructions for another engine; prints their digests, as one JSON line."""
     check_output()
     check_instruction(instruction)
+    from promptembedder.atomic import refuse_input
     from promptembedder.export.export import add as add_to
     from promptembedder.export.export import check_named, format_module, read_facts
     from promptembedder.export.export import export as write
+    from promptembedder.model.folder import folder_of
     from promptembedder.model.instructions import instruction_for
     from promptembedder.model.store import load
 
     if show:
         _show(read_facts(output))
         return
-    format_module(to)
+    format_module(to or "soft-prompt")
     asked = _named(instruction, named or [])
     check_named(asked)
     if add and not asked:
         raise PromptEmbedderError("--add needs a further instruction: --named NAME=TEXT")
+    if add and (to is not None or precision is not None):
+        raise PromptEmbedderError("--add keeps the format and precision of the export: leave --to and --precision out")
     if add:
         read_facts(output)
+    refuse_input(output, folder_of(model))
     folding = _fold_data(texts, rows, dev)
     embedder = load(model, device=device)
     if add:
         done = add_to(embedder, asked, output, folding=folding)
     else:
-        asked = asked or {"query": instruction_for(embedder)}
-        done = write(embedder, asked, output, to=to, name=str(model), precision=precision, folding=folding)
+        own = {"query": instruction_for(embedder)}
+        if instruction is None and own["query"] not in asked.values():
+            asked = own | asked
+        done = write(
+            embedder, asked, output, to=to or "soft-prompt", name=str(model), precision=precision, folding=folding
+        )
     say(str(done.parity))
     fold = done.facts["fold"]
     if fold is not None:

@@ -41,6 +41,7 @@ FORMATS = {
 }
 # Rows of a vocabulary can be called by their name, so it is usable as a token.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_LONGEST_NAME = 64
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 
 
@@ -82,16 +83,21 @@ def check_named(instructions: Mapping[str, str]) -> None:
     Raises:
         PromptEmbedderError: one is.
     """
+    if not isinstance(instructions, Mapping):
+        raise PromptEmbedderError(f"instructions must be a mapping of names to sentences, found {instructions!r:.40}")
     seen: dict[str, str] = {}
     for name, text in instructions.items():
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
             raise PromptEmbedderError(
-                f"name {name!r} of an instruction: use lower-case letters, digits, - and _, such as 'query'"
+                f"name {name!r} of an instruction: use lower-case letters, digits, - and _, such as 'query', "
+                f"at most {_LONGEST_NAME}"
             )
-        if is_blank(text) or not is_unicode(text):
+        if not isinstance(text, str) or is_blank(text) or not is_unicode(text):
             raise PromptEmbedderError(f"instruction {name!r} must be a sentence of valid Unicode, found {text!r:.40}")
         if text in seen:
             raise PromptEmbedderError(f"instructions {seen[text]!r} and {name!r} are the same")
+        if text in instructions:
+            raise PromptEmbedderError(f"{text!r} is the name of an instruction and the words of instruction {name!r}")
         seen[text] = name
 
 
@@ -147,12 +153,12 @@ def export(
         compiled = folded.compiled
     form.refuse(compiled)
     say(f"writing {to} of {len(compiled.prompts)} instructions: {', '.join(compiled.prompts)}")
-    with _one_line(target), atomic.replacing_folder(target) as scratch:
+    with _one_line(target), atomic.replacing_folder(target, _ours(target)) as scratch:
         form.write(compiled, model, scratch, **options)
         _copy_licence(model, compiled, scratch)
         runs_in = str(precision or getattr(form, "PRECISION", running_precision(model)))
         parity = _compared(form, compiled, model, list(compiled.prompts), scratch, runs_in)
-        facts = _facts(compiled, model, to, name, runs_in, parity, folded)
+        facts = _facts(compiled, model, to, name, runs_in, parity, folded) | {"files": _files(scratch)}
         atomic.write_json(scratch / FACTS_FILE, facts)
     return Exported(target, _digests(facts), parity, facts)
 
@@ -208,12 +214,13 @@ def add(
     elif folding is not None:
         raise PromptEmbedderError(f"{target} holds no fold: leave --texts out")
     form.refuse(compiled)
-    with _one_line(target), atomic.replacing_folder(target) as scratch:
-        _link(target, scratch)
+    with _one_line(target), atomic.replacing_folder(target, _ours(target)) as scratch:
+        _link(target, scratch, facts["files"])
         form.add(compiled, model, scratch)
         parity = _compared(form, compiled, model, list(instructions), scratch, facts["precision"])
         facts["instructions"] += [e for e in _instructions(compiled) if e["name"] != DOCUMENT]
         facts["parity"] = _parity_facts(parity)
+        facts["files"] = _files(scratch)
         atomic.write_json(scratch / FACTS_FILE, facts)
     return Exported(target, _digests(facts), parity, facts)
 
@@ -228,8 +235,8 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise PromptEmbedderError(f"no export at {folder}: it has no {FACTS_FILE}")
     facts = read_json(path)
-    needed = {"format", "instructions", "source", "precision", "fold"}
-    if not isinstance(facts, dict) or not needed <= facts.keys() or not isinstance(facts["instructions"], list):
+    needed = {"format", "model", "instructions", "source", "backbone", "precision", "fold", "files"}
+    if not isinstance(facts, dict) or not needed <= facts.keys() or not _readable(facts):
         raise PromptEmbedderError(f"{path} is not what an export writes: expected {', '.join(sorted(needed))}")
     return facts
 
@@ -279,8 +286,43 @@ def _as_folded(compiled: Compiled, headless: bool) -> Compiled:
 
 
 def _refuse_foreign(target: Path) -> None:
-    if target.exists() and not (target / FACTS_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if not is_unicode(str(target)) or "\0" in str(target):
+        raise PromptEmbedderError(f"output {str(target)!r} is not valid UTF-8 text; choose another folder")
+    above = next((place for place in target.absolute().parents if place.exists()), None)
+    if above is not None and not above.is_dir():
+        raise PromptEmbedderError(f"output {target} lies below {above}, which is a file; choose another folder")
+    if (target / FACTS_FILE).is_file():
+        read_facts(target)
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PromptEmbedderError(f"{target} exists and is no export; choose another folder")
+
+
+def _ours(target: Path) -> Callable[[Path], bool]:
+    """What an earlier export wrote there, and may be replaced: whatever else is in the folder stays."""
+    if not (target / FACTS_FILE).is_file():
+        return lambda path: False
+    written = {Path(file) for file in [*read_facts(target)["files"], FACTS_FILE]}
+    folders = {above for file in written for above in file.parents}
+    return lambda path: path in written or path in folders
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _readable(facts: dict[str, Any]) -> bool:
+    """Whether facts have the types that are read here."""
+    entries, backbone = facts["instructions"], facts["backbone"]
+    return (
+        all(isinstance(facts[name], str) for name in ("format", "model", "source", "precision"))
+        and isinstance(backbone, dict)
+        and isinstance(backbone.get("name"), str)
+        and isinstance(facts["files"], list)
+        and all(isinstance(file, str) for file in facts["files"])
+        and isinstance(entries, list)
+        and all(isinstance(e, dict) for e in entries)
+        and all(isinstance(e.get(key), str) for e in entries for key in ("name", "instruction", "digest"))
+    )
 
 
 @contextmanager
@@ -376,14 +418,13 @@ def _parity_facts(parity: Parity) -> dict[str, Any]:
     }
 
 
-def _link(source: Path, scratch: Path) -> None:
-    """The files of a folder in another one, by links where the disk has them: weights are not written again."""
-    for path in sorted(source.rglob("*")):
-        place = scratch / path.relative_to(source)
-        if path.is_dir():
-            place.mkdir()
-            continue
+def _link(source: Path, scratch: Path, files: Sequence[str]) -> None:
+    """Files of a folder in another one, by links where the disk has them: weights are not written again."""
+    for file in files:
+        if not (source / file).is_file():
+            raise PromptEmbedderError(f"{source} lacks its file {file}; export all instructions again")
+        (scratch / file).parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(path, place)
+            os.link(source / file, scratch / file)
         except OSError:
-            shutil.copyfile(path, place)
+            shutil.copyfile(source / file, scratch / file)

@@ -89,6 +89,8 @@ def fold(
     if rows is not None and not 1 <= rows <= 512:
         raise PromptEmbedderError(f"a fold has 1 to 512 rows, found {rows}")
     fitting, steps = _Fitting(model, compiled, texts, seed, headless), STEPS if steps is None else steps
+    count = len(compiled.prompts)
+    progress.say(f"folding {count} instructions on {len(fitting.texts)} texts; this takes minutes on a CPU")
     if rows is None:
         # A third of the steps, on one instruction, tells the counts apart.
         first = next(iter(compiled.prompts))

@@ -134,13 +134,19 @@ def teach(
             "data.texts, or smaller batches"
         )
     instructions = teacher_instructions(settings, data, default)
+    if Path(settings.teacher).expanduser().resolve().is_relative_to(output.resolve()):
+        raise PromptEmbedderError(f"training.teacher {settings.teacher} lies in training.output, which is replaced")
     model = open_teacher(settings.teacher, None)
-    known = digest(dict(model.named_parameters()))
+    known = digest(dict(model.state_dict()))
+    if resume and _teacher_of(output) not in (None, known):
+        raise PromptEmbedderError(f"{output} began with another training.teacher; give the one it had")
     embedded_INF = _kept(output, known, texts, instructions) if resume else None
     if embedded_INF is None:
         embedded_INF = embeddings(model, texts, instructions)
         if workers.number() == 0:
             _keep(output, known, texts, instructions, embedded_INF)
+    if not all(np.isfinite(embedded_NF).all() for embedded_NF in embedded_INF):
+        raise PromptEmbedderError(f"training.teacher {settings.teacher} gives embeddings that are not numbers")
     _warn_of_flat(embedded_INF[0], settings.teacher)
     return _joined(data, texts, instructions, embedded_INF, draws, settings), known
 
@@ -222,6 +228,15 @@ def _keep(
         raise PromptEmbedderError(f"{output / TEACHER_FILE} cannot be written: {reason}") from error
 
 
+def _teacher_of(output: Path) -> str | None:
+    """The fingerprint of the teacher whose embeddings are kept, if there are some."""
+    try:
+        with safe_open(output / TEACHER_FILE, "numpy") as file:
+            return (file.metadata() or {}).get("teacher")
+    except (OSError, SafetensorError):
+        return None
+
+
 def _kept(
     output: Path, known: str, texts: Sequence[str], instructions: Sequence[str]
 ) -> list[NDArray[np.float32]] | None:
@@ -231,7 +246,8 @@ def _kept(
         with safe_open(path, "numpy") as file:
             if (file.metadata() or {}) != _identity(known, texts, instructions):
                 return None
-            found: list[Any] = [file.get_tensor(name) for name in sorted(file.keys())]
+            names = sorted(file.keys(), key=lambda name: int(name.rpartition("_")[2]))
+            found: list[Any] = [file.get_tensor(name) for name in names]
     except (OSError, SafetensorError):
         return None
     return found * len(instructions) if len(found) == 1 else found
