@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).with_name("worker_run.py")
 def run(command, folder, *more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
-        [*command, str(SCRIPT), str(folder), *more], capture_output=True, text=True, env=environment, timeout=300
+        [*command, str(SCRIPT), str(folder), *more], capture_output=True, text=True, env=environment, timeout=550
     )
 
 
@@ -107,7 +107,7 @@ def test_a_worker_that_dies_leaves_nobody_hanging(run_config, tmp_path):
     start = time.monotonic()
     done = run(torchrun(2), tmp_path, "dies")
     assert done.returncode != 0
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 400
     assert re.search(r"worker 0 stops: (the launcher ended the run|another worker died)", done.stderr), done.stderr
     assert not (tmp_path / "run" / "model").exists()
 
@@ -126,7 +126,7 @@ def test_last_words_while_the_main_thread_waits_outside_python(formatting_a_trac
         assert process.stdout.readline() == b"ready\n"
         start = time.monotonic()
         process.terminate()
-        _, printed = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=200)
     assert printed == b"promptembedder: the end\n"
     assert process.returncode == 1
     assert time.monotonic() - start < 20
@@ -142,7 +142,7 @@ def test_last_words_after_an_error_on_the_way_out():
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.terminate()
-        _, printed = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=200)
     assert printed == b"promptembedder: the end\n"
 
 
