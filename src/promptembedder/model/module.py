@@ -200,8 +200,9 @@ class SoftPromptTransformer(InputModule):
         Returns:
             Embeddings (B, E) float32 under each instruction.
         """
+        soft_prompts = self.soft_prompts(instructions)
         ids = [self.instruction_ids(instruction) for instruction in instructions]
-        return self.embed_under(ids_BT, mask_BT, self.soft_prompts(instructions), ids)
+        return self.embed_under(ids_BT, mask_BT, soft_prompts, ids)
 
     def embed_under(
         self, ids_BT: Tensor, mask_BT: Tensor, soft_prompts: Sequence[Tensor], instruction_ids: Sequence[Tensor]
