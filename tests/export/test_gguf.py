@@ -122,6 +122,8 @@ def test_precisions(tiny_model, exported, precision, kinds):
     expected = model[0].backbone.lm.layers[1].mlp.up_proj.weight.detach().numpy()
     np.testing.assert_allclose(dequantize(up.data, up.tensor_type), expected, atol=0.004)
     assert precision in (folder / "README.md").read_text()
+    if precision == "q8_0":  # those that lose most keep float16
+        assert {tensors[f"blk.0.{part}.weight"].tensor_type for part in ("attn_v", "ffn_down")} == {Kind.F16}
 
 
 def test_scaled_rotary_embeddings(tiny_model, exported):

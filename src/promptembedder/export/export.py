@@ -69,12 +69,14 @@ class Exported:
         digests: of each instruction's embeddings, by its name.
         parity: how it compares with the model.
         facts: content of `promptembedder_export.json`.
+        compiled: what was written, after a fold.
     """
 
     folder: Path
     digests: dict[str, str]
     parity: Parity
     facts: dict[str, Any] = field(repr=False)
+    compiled: Compiled = field(repr=False)
 
 
 def check_named(instructions: Mapping[str, str]) -> None:
@@ -160,7 +162,7 @@ def export(
         parity = _compared(form, compiled, model, list(compiled.prompts), scratch, runs_in)
         facts = _facts(compiled, model, to, name, runs_in, parity, folded) | {"files": _files(scratch)}
         atomic.write_json(scratch / FACTS_FILE, facts)
-    return Exported(target, _digests(facts), parity, facts)
+    return Exported(target, _digests(facts), parity, facts, compiled)
 
 
 def add(
@@ -222,7 +224,7 @@ def add(
         facts["parity"] = _parity_facts(parity)
         facts["files"] = _files(scratch)
         atomic.write_json(scratch / FACTS_FILE, facts)
-    return Exported(target, _digests(facts), parity, facts)
+    return Exported(target, _digests(facts), parity, facts, compiled)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:

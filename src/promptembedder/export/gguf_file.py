@@ -40,6 +40,8 @@ _FILE_TYPES = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
 _ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+# Matrices that q8_0 leaves in float16: with them in eight bits, embeddings fall below the bound of the check.
+_SENSITIVE = ("attn_k", "attn_v", "attn_output", "ffn_down")
 # What llama.cpp turns by freq_factors; it has those of llama alone.
 _STATIC_ROPES = {"llama": ("default", "linear", "llama3"), "qwen2": ("default",)}
 HOLDS_HEAD = False
@@ -183,17 +185,18 @@ def _tensors(
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         turned = heads if config.model_type == "llama" else None
-        yield found, tuple(weight.shape), _kind(weight, precision), _maker(weight, turned)
+        yield found, tuple(weight.shape), _kind(found, weight, precision), _maker(weight, turned)
     factors = _rope_factors(decoder)
     if factors is not None:
         yield "rope_freqs.weight", factors.shape, Kind.F32, lambda: factors
 
 
-def _kind(weight: torch.Tensor, precision: Precision) -> Kind:
+def _kind(name: str, weight: torch.Tensor, precision: Precision) -> Kind:
     if weight.dim() == 1:
         return Kind.F32  # llama.cpp has norms and biases in nothing else
-    if precision == "q8_0" and weight.shape[-1] % gguf.GGML_QUANT_SIZES[Kind.Q8_0][0]:
-        return Kind.F16
+    if precision == "q8_0":
+        uneven = weight.shape[-1] % gguf.GGML_QUANT_SIZES[Kind.Q8_0][0]
+        return Kind.F16 if uneven or any(f".{part}." in name for part in _SENSITIVE) else Kind.Q8_0
     return _KINDS[precision]
 
 
