@@ -19,7 +19,9 @@ def transfer(
         list[str] | None,
         typer.Argument(metavar="[SECTION.NAME=VALUE]...", help="Further settings, such as training.max_steps=75."),
     ] = None,
-    backbone: Annotated[str, typer.Option(help="The new Embedding LLM: short name, folder, .gguf file, hub id.")] = "",
+    backbone: Annotated[
+        str, typer.Option(help="The new LLM, which reads texts: name, folder, .gguf file, hub id.")
+    ] = "",
     train: Annotated[list[str] | None, typer.Option(help="File of labelled rows; may be repeated.")] = None,
     texts: Annotated[list[str] | None, typer.Option(help="File of plain texts, before any rows; repeatable.")] = None,
     dev: Annotated[str | None, typer.Option(help="Scored pairs to choose and report by.")] = None,

@@ -33,6 +33,7 @@ from promptembedder.model.encode import encode
 from promptembedder.model.folder import CONFIG_FILE, may_be_hub_id, saved_model, shipped_folder
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.store import load
+from promptembedder.progress import say
 from promptembedder.training import workers
 from promptembedder.training.distillation import texts_with_embeddings
 from promptembedder.training.settings import TrainingConfig
@@ -142,6 +143,7 @@ def teach(
         raise PromptEmbedderError(f"{output} began with another training.teacher; give the one it had")
     embedded_INF = _kept(output, known, texts, instructions) if resume else None
     if embedded_INF is None:
+        say(f"the teacher embeds {len(texts)} texts")
         embedded_INF = embeddings(model, texts, instructions)
         if workers.number() == 0:
             _keep(output, known, texts, instructions, embedded_INF)
