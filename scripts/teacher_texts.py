@@ -59,9 +59,10 @@ def main() -> None:
     known = os.environ.get("PROMPTEMBEDDER_DATA")
     parser.add_argument("--data", type=Path, default=known, required=known is None, help="folder of training rows")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--most", type=int, default=8500, help="texts at most")
     parser.add_argument("--seed", type=int, default=13)
     arguments = parser.parse_args()
-    texts = draw(arguments.data, arguments.seed)
+    texts = draw(arguments.data, arguments.seed)[: arguments.most]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(arguments.output) as scratch:
         Path(scratch).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
