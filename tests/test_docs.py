@@ -24,7 +24,7 @@ def test_command_reference_is_up_to_date():
 def test_recipes_are_valid(recipe):
     config = load_run(recipe)
     assert config.data.files
-    assert config.training.max_steps * config.training.batch_size <= 300 * 48
+    assert config.training.max_steps * config.training.batch_size <= 400 * 64
 
 
 def anchors(page):
