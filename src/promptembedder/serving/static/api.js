@@ -45,7 +45,7 @@ async function inWords(answer, key) {
   }
   if (!message) return `The server answered with status ${answer.status}.`;
   // The API counts from 0, the page from 1.
-  const named = message.replace(/input\[(\d+)\]:?/g, (_, n) => `Text ${Number(n) + 1}:`)
+  const named = message.replace(/input\[(\d+)\]/g, (_, n) => `text ${Number(n) + 1}`)
     .replace(/^instruction ([01]):/, (_, n) => `Instruction ${"AB"[n]}:`);
   return `${named[0].toUpperCase()}${named.slice(1)}${/[.!?]$/.test(named) ? "" : "."}`;
 }

@@ -107,7 +107,7 @@ export function table(name, view, other, state, select) {
   return [
     heading(name, view.instruction),
     html("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": `Similarity under ${name.toUpperCase()}` },
-      html("table", { class: order.length > 14 ? "heat many" : "heat" },
+      html("table", { class: order.length > 14 ? "heat many" : "heat", "--columns": String(order.length) },
         html("caption", { class: "hidden" }, `Cosine of every two texts under instruction ${name.toUpperCase()}`),
         html("thead", {}, html("tr", {},
           html("td", {}),

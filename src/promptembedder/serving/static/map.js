@@ -5,7 +5,7 @@ import { hull } from "./geometry.js";
 
 const RADIUS = 11;
 const MARGIN = 30;
-const LINE = 15;
+const LINE = 16;
 const measure = document.createElement("canvas").getContext("2d");
 
 // Places in the picture: as large as fits, marks pushed apart where they would overlap.
@@ -51,8 +51,8 @@ const around = ([x, y], r) => ({ left: x - r, right: x + r, top: y - r, bottom: 
 function boxes(text, words, [x, y], chosen) {
   const long = measure.measureText(words).width * (chosen ? 1.1 : 1.03) + 2;
   const gap = RADIUS + (chosen ? 8 : 4);
-  const starts = [[x + gap, y], [x - gap - long, y], [x - long / 2, y - gap - 6], [x - long / 2, y + gap + 6],
-    [x + 5, y - gap - 6], [x + 5, y + gap + 6], [x - long - 5, y - gap - 6], [x - long - 5, y + gap + 6]];
+  const starts = [[x + gap, y], [x - gap - long, y], [x - long / 2, y - gap - 8], [x - long / 2, y + gap + 8],
+    [x + 5, y - gap - 8], [x + 5, y + gap + 8], [x - long - 5, y - gap - 8], [x - long - 5, y + gap + 8]];
   return starts.map(([left, middle]) =>
     ({ text, words, left, right: left + long, top: middle - LINE / 2, bottom: middle + LINE / 2 }));
 }
@@ -61,7 +61,7 @@ function boxes(text, words, [x, y], chosen) {
 function labelled(points, texts, selected, width, height, font) {
   measure.font = font;
   const lengths = [1, 0.6].map((share) => Math.round((share * width) / 14));
-  const taken = points.map((point) => around(point, RADIUS + 1));
+  const taken = points.map((point) => around(point, RADIUS + 3));
   const found = [];
   for (const text of [selected, ...points.keys()]) {
     if (found.some((label) => label.text === text)) continue;
