@@ -18,7 +18,7 @@ WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
 ENGINES := $(patsubst tests/engines/requirements-%.txt,%,$(wildcard tests/engines/requirements-*.txt)) node
 UNWANTED := benchmarks/|runs/|\.png
 
-.PHONY: demo test test-wrappers test-serve test-engines check lint types docs wheel clean
+.PHONY: demo test test-page pictures test-wrappers test-serve test-engines check lint types docs wheel clean
 
 demo: $(READY)
 	$(BIN)/promptembedder demo
@@ -30,8 +30,16 @@ test: $(READY)
 test-wrappers: $(WRAPPERS_READY)
 	$(WRAPPERS)/bin/python -m pytest -rsp --timeout 1800 tests/wrappers
 
+# The page of the server in Chromium; `make test` runs these tests, too.
+test-page: $(READY)
+	$(BIN)/python -m pytest -rs -m "browser and not real"
+
+# Those of docs/serve.md, with the shipped model.
+pictures: $(READY)
+	PROMPTEMBEDDER_PICTURES=$(CURDIR)/docs/images $(BIN)/python -m pytest -rs tests/serving/test_page.py -k pictures
+
 # The server with the clients that people use, and under load.
-test-serve: $(CLIENTS_READY)
+test-serve: $(CLIENTS_READY) test-page
 	$(CLIENTS)/bin/python -m pytest -rsp tests/clients
 
 # Exports in the engines that serve them. Each engine has an environment of its own; one that cannot be installed is

@@ -10,7 +10,8 @@ Every part starts a server of its own and prints one JSON object.
 - `stop`: SIGTERM while 16 clients wait; requests that the server has taken (its metrics say so) and not answered.
 - `new`: seconds of requests with a known instruction from 4 clients, without and with a new instruction a second.
 - `throughput`: 32 clients of one text each, beside `model.encode` of the same texts in one batch; in turn, `--rounds`
-  times; texts a second and the median ratio.
+  times; texts a second and the median ratio. With `--infinity PROGRAM` beside infinity, too, which serves the same
+  backbone and reads the instruction in words before each text.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 
+import infinity_server
 import promptembedder
 
 WORDS = [
@@ -101,14 +103,14 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 async def closed_loop(
-    server: Server, count: int, seconds: float, ask: Callable[[httpx.AsyncClient, int], Awaitable[Any]]
+    address: str, count: int, seconds: float, ask: Callable[[httpx.AsyncClient, int], Awaitable[Any]]
 ) -> int:
     """Clients that ask again when they are answered, until the time is over; how many requests."""
     until, asked = time.monotonic() + seconds, 0
 
     async def one(number: int) -> None:
         nonlocal asked
-        async with httpx.AsyncClient(base_url=server.address, timeout=600) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=600) as client:
             while time.monotonic() < until:
                 await ask(client, number)
                 asked += 1
@@ -165,7 +167,7 @@ def overload(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with serving(arguments.model) as server:
         before, started = server.metric("tokens_total"), time.monotonic()
-        asyncio.run(closed_loop(server, 8, 15, lambda client, n: posted(client, body(n))))
+        asyncio.run(closed_loop(server.address, 8, 15, lambda client, n: posted(client, body(n))))
         seconds = time.monotonic() - started
         tokens_per_second = (server.metric("tokens_total") - before) / seconds
         requests_per_second = server.metric("answers_total") / seconds
@@ -240,7 +242,7 @@ def stop(arguments: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(6)
             server.process.send_signal(signal.SIGTERM)
 
-        await asyncio.gather(closed_loop(server, 16, 6.3, ask), end())
+        await asyncio.gather(closed_loop(server.address, 16, 6.3, ask), end())
 
     with serving(arguments.model) as server:
         asyncio.run(run(server))
@@ -275,7 +277,7 @@ def new(arguments: argparse.Namespace) -> dict[str, Any]:
                     await asyncio.sleep(1)
                 written.extend([spent for _, spent, _ in await asyncio.gather(*tasks)])
 
-        loop = closed_loop(server, 4, arguments.seconds, ask)
+        loop = closed_loop(server.address, 4, arguments.seconds, ask)
         await (asyncio.gather(loop, ask_new()) if fresh else loop)
         return known, written
 
@@ -292,30 +294,49 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     given = texts(32, 24, 4)
     model = promptembedder.load(arguments.model, dtype="float32")
     model.encode(given, batch_size=32)
-    rates: dict[str, list[float]] = {"server": [], "encode": []}
-    with serving(arguments.model) as server:
+    instruction = model.prompts["query"]
+    rates: dict[str, list[float]] = {"server": [], "encode": [], "infinity": []}
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(arguments.model))
+        bodies = {"server": [{"model": arguments.name, "input": text, "encoding_format": "base64"} for text in given]}
+        addresses = {"server": server.address}
+        if arguments.infinity:
+            addresses["infinity"] = stack.enter_context(infinity_server.infinity(arguments.infinity, model))
+            bodies["infinity"] = [
+                {
+                    "model": infinity_server.NAME,
+                    "input": f"Instruct: {instruction}\nQuery: {text}",
+                    "encoding_format": "base64",
+                }
+                for text in given
+            ]
 
-        async def ask(client: httpx.AsyncClient, n: int) -> None:
-            await posted(client, {"model": arguments.name, "input": given[n], "encoding_format": "base64"})
+        def asking(name: str) -> Callable[[httpx.AsyncClient, int], Awaitable[Any]]:
+            async def ask(client: httpx.AsyncClient, n: int) -> None:
+                status, _, content = await posted(client, bodies[name][n])
+                assert status == 200, content
 
-        asyncio.run(closed_loop(server, 32, 5, ask))
+            return ask
+
+        for name, address in addresses.items():
+            asyncio.run(closed_loop(address, 32, 5, asking(name)))
         for _ in range(arguments.rounds):
-            started = time.monotonic()
-            asked = asyncio.run(closed_loop(server, 32, arguments.seconds, ask))
-            rates["server"].append(asked / (time.monotonic() - started))
+            for name, address in addresses.items():
+                started = time.monotonic()
+                asked = asyncio.run(closed_loop(address, 32, arguments.seconds, asking(name)))
+                rates[name].append(asked / (time.monotonic() - started))
             started, done = time.monotonic(), 0
             while time.monotonic() < started + arguments.seconds:
                 model.encode(given, batch_size=32)
                 done += 32
             rates["encode"].append(done / (time.monotonic() - started))
         per_batch = server.metric("texts_total") / server.metric("batch_texts_count")
-    ratios = [ours / theirs for ours, theirs in zip(rates["server"], rates["encode"], strict=True)]
-    return {
-        "server_texts_per_second": round(statistics.median(rates["server"]), 1),
-        "encode_texts_per_second": round(statistics.median(rates["encode"]), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "texts_per_batch": round(per_batch, 1),
-    }
+    found = {f"{name}_texts_per_second": round(statistics.median(of), 1) for name, of in rates.items() if of}
+    for name in ("encode", *addresses):
+        if name != "server":
+            ratios = [ours / theirs for ours, theirs in zip(rates["server"], rates[name], strict=True)]
+            found[f"ratio_to_{name}"] = round(statistics.median(ratios), 3)
+    return found | {"texts_per_batch": round(per_batch, 1)}
 
 
 PARTS = {"same": same, "overload": overload, "stop": stop, "new": new, "throughput": throughput}
@@ -328,6 +349,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of overload")
     parser.add_argument("--seconds", type=float, default=30, help="of one measurement of the last two")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--infinity", metavar="PROGRAM", help="infinity_emb of an environment that has it")
     parser.add_argument("--requests", type=int, default=1000)
     arguments = parser.parse_args()
     arguments.name = os.path.basename(os.path.normpath(arguments.model))

@@ -361,12 +361,16 @@ def test_no_text_is_logged(client, caplog):
     assert not [record for record in caplog.records if "secret" in record.getMessage()]
 
 
-def test_documentation_needs_no_network(client):
+def test_pages_need_no_network(client):
     server = client("plain")
     page = server.get("/docs")
     assert "openapi.json" in page.text
     assert "http://" not in page.text + server.get("/").text
     assert "https://" not in page.text + server.get("/").text
+    for address in ("/", "/docs", "/static/page.js"):
+        policy = server.get(address).headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self';")
+        assert "unsafe" not in policy
     described = server.get("/openapi.json").json()
     assert set(described["paths"]) == {
         URL,

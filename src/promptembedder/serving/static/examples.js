@@ -1,0 +1,58 @@
+// What a first visit shows, and what buttons fill in. `instructions`: A and B. Every set crosses two aspects.
+
+export const EXAMPLES = [
+  {
+    name: "Action or room",
+    instructions: ["Group the requests by what is to be done.", "Group the requests by the room that they name."],
+    texts: [
+      "Play some jazz in the kitchen.",
+      "Play the radio in the bedroom.",
+      "Put on a rock song in the garden.",
+      "Turn the kitchen lights off.",
+      "Dim the lamp in the bedroom.",
+      "Switch on the garden lights.",
+      "Make it warmer in the kitchen.",
+      "The bedroom is too cold, heat it.",
+      "How warm is it in the garden?",
+      "Clean the kitchen floor.",
+      "Vacuum the bedroom carpet.",
+      "Sweep the leaves in the garden.",
+    ],
+  },
+  {
+    name: "Topic or feeling",
+    instructions: ["Identify the topic of the text.", "Identify the feeling of the text."],
+    texts: [
+      "The soup was wonderful, we ate all of it.",
+      "What a lovely dinner, thank you.",
+      "The soup was cold and tasted awful.",
+      "The dinner made me sick.",
+      "Our train was on time and comfortable.",
+      "A pleasant flight with friendly staff.",
+      "The train was late again and dirty.",
+      "The flight was cancelled, I am furious.",
+      "The new phone is great, I love it.",
+      "This laptop is fast and a joy to use.",
+      "The phone broke after two days.",
+      "The laptop is slow and keeps crashing.",
+    ],
+  },
+  {
+    name: "Meaning or language",
+    instructions: ["Retrieve sentences that mean the same.", "Identify the language of the text."],
+    texts: [
+      "The dog sleeps in the sun.",
+      "Le chien dort au soleil.",
+      "Der Hund schläft in der Sonne.",
+      "El perro duerme al sol.",
+      "The bank raised its rates.",
+      "La banque a relevé ses taux.",
+      "Die Bank hat die Zinsen erhöht.",
+      "El banco subió los tipos.",
+      "It will rain tomorrow.",
+      "Il va pleuvoir demain.",
+      "Morgen wird es regnen.",
+      "Mañana va a llover.",
+    ],
+  },
+];
