@@ -168,10 +168,8 @@ def _urls(plan: Plan, todo: Sequence[SourceFile]) -> list[str]:
 
 
 def _nothing_new(plan: Plan) -> Outcome:
-    rows = sum(record["rows"] for record in plan.recorded.values())
-    written = sum(record["written"] for record in plan.recorded.values())
-    rejected = sum(record["rejected"] for record in plan.recorded.values())
-    return Outcome(rows, written, rejected, 0, written, True)
+    counts = plan.counts
+    return Outcome(counts["rows"], counts["written"], counts["rejected"], 0, counts["written"], True)
 
 
 def _ranges(plan: Plan, runner: Runner) -> dict[str, NDArray[np.float32]]:
@@ -211,13 +209,7 @@ class _File:
 
     def record(self, version: str) -> dict[str, Any]:
         blocks = [self.parts[number] for number in sorted(self.parts)]
-        return {
-            "version": version,
-            "parts": [one.part for one in blocks],
-            "rows": sum(one.rows for one in blocks),
-            "rejected": sum(one.rejected for one in blocks),
-            "written": sum(one.written for one in blocks),
-        }
+        return {"version": version, "parts": [one.part for one in blocks]}
 
 
 class _Run:

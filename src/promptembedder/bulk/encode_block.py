@@ -28,7 +28,6 @@ class Done:
         part: name of its part.
         rows: rows of the corpus in it.
         rejected: rows that were left out.
-        written: rows of the part; more than `rows` where texts are in chunks.
         embedded: rows whose text was read by the model.
         end: no block of the file comes after it.
         share: of the file that has been read by its end.
@@ -39,7 +38,6 @@ class Done:
     part: str
     rows: int
     rejected: int
-    written: int
     embedded: int
     end: bool
     share: float
@@ -64,7 +62,7 @@ def done_before(block: Block, digest: str) -> Done:
     """What there is to say of a block whose part is there already."""
     part = part_name(block.file.key, block.number, digest)
     rows, rejected = block.table.num_rows, len(block.rejects)
-    return Done(block.file.url, block.number, part, rows, rejected, rows, 0, block.end, block.share)
+    return Done(block.file.url, block.number, part, rows, rejected, 0, block.end, block.share)
 
 
 class BlockEncoder:
@@ -107,10 +105,7 @@ class BlockEncoder:
         }
         self._output.write_part(part, pa.table(columns), facts)
         rows_of_corpus, rejected = block.table.num_rows, len(block.rejects)
-        return Done(
-            *(block.file.url, block.number, part, rows_of_corpus, rejected, len(texts), embedded),
-            *(block.end, block.share),
-        )
+        return Done(block.file.url, block.number, part, rows_of_corpus, rejected, embedded, block.end, block.share)
 
     def _without_unreadable(self, block: Block) -> Block:
         texts = block.table["text"].to_pylist()

@@ -36,6 +36,7 @@ class Plan:
         parts: names of the parts that are there.
         recorded: by file, what an earlier run finished.
         state: of the earlier run; unset: there was none.
+        counts: of rows, by an earlier run that has ended.
     """
 
     job: Job
@@ -47,6 +48,7 @@ class Plan:
     parts: frozenset[str]
     recorded: Mapping[str, Any]
     state: str | None
+    counts: Mapping[str, int]
 
     def is_done(self, file: SourceFile) -> bool:
         """Whether an earlier run has finished a file, and neither the file nor its parts have changed since."""
@@ -74,7 +76,7 @@ def make_plan(
         _refuse_other(output, manifest["job"], wanted)
     return Plan(
         *(job, output, tuple(files), columns, part_rows, wanted, frozenset(output.names(PARTS))),
-        *((manifest or {}).get("files", {}), None if manifest is None else manifest["state"]),
+        *((manifest or {}).get("files", {}), (manifest or {}).get("state"), (manifest or {}).get("counts") or {}),
     )
 
 

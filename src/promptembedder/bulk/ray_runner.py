@@ -87,12 +87,6 @@ class RayRunner:
         self, files: Sequence[SourceFile], reader: Reader, known: Known | None, ranges: Ranges, limit: int | None
     ) -> Generator[Done | Failed | Digests, None, None]:
         """Read files and write the parts that are missing."""
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.target_max_block_size = 1  # a row each
-        context.max_consecutive_actor_init_deaths = _DEATHS
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         size = -(-len(files) // _MOST_READS)
         # The first rows of a corpus are known to one who reads it in order.
         groups = [list(files)] if limit is not None else [list(files[n : n + size]) for n in range(0, len(files), size)]
@@ -100,26 +94,26 @@ class RayRunner:
         lent = None
         if known is not None:  # by reference: every node has it once
             lent = (known.output, known.names, [ray.put(np.asarray(a)) for a in (known.keys_N, known.places_N)])
-        blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _read,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={"reader": reader, "limit": limit},
-            compute=ray.data.TaskPoolStrategy(size=self._workers + 1),
-            num_cpus=0,
-            max_retries=-1,
-        )
-        done = blocks.map_batches(
-            _BlockActor,
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_constructor_args=(self._job, self._output, lent, dict(ranges)),
-            compute=ray.data.ActorPoolStrategy(size=self._workers),
-            max_restarts=-1,
-            max_task_retries=-1,
-            **self._needs,
-        )
-        with _as_one_line():
+        with _as_one_line(), _settings():
+            blocks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                _read,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_kwargs={"reader": reader, "limit": limit},
+                compute=ray.data.TaskPoolStrategy(size=self._workers + 1),
+                num_cpus=0,
+                max_retries=-1,
+            )
+            done = blocks.map_batches(
+                _BlockActor,
+                batch_size=1,
+                batch_format="pyarrow",
+                fn_constructor_args=(self._job, self._output, lent, dict(ranges)),
+                compute=ray.data.ActorPoolStrategy(size=self._workers),
+                max_restarts=-1,
+                max_task_retries=-1,
+                **self._needs,
+            )
             for row in done.iter_rows():
                 yield from _told(row)
 
@@ -255,6 +249,28 @@ def _embed_sample(job: Job, texts: list[str]) -> dict[str, NDArray[np.float32]]:
     from promptembedder.bulk.text_embedder import TextEmbedder
 
     return TextEmbedder(job).embed(texts)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """While inside, what Ray Data has to be set to; afterwards what it was, since the process may use it otherwise."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    wanted = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "target_max_block_size": 1,  # bytes: a row each
+        "max_consecutive_actor_init_deaths": _DEATHS,
+    }
+    before, level = {name: getattr(context, name) for name in wanted}, logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        logger.setLevel(level)
 
 
 @contextmanager
