@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,20 @@ def test_a_bad_row_stops_a_strict_job(command, saved, tmp_path, name):
     assert_refused(outcome, "a.jsonl, line 6: ", reason)
 
 
+def test_bad_rows_of_parquet(saved, tmp_path):
+    texts = pa.array([b"one", b"\xff\xfe", b" ", None, b"five"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"id": [1, 2, 3, 4, None], "text": texts}), tmp_path / "a.parquet")
+    done = encode_corpus(job_of(saved), [tmp_path / "a.parquet"], tmp_path / "out")
+    assert (done.rows, done.rejected) == (1, 4)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["reason"]) for one in rejects] == [
+        (2, "text is not valid UTF-8"),
+        (3, "text is empty"),
+        (4, "text is missing"),
+        (5, "id is missing"),
+    ]
+
+
 def test_the_first_row_of_an_id_stays_whatever_its_file(saved, tmp_path):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows_of(texts_of(200)))
     write_jsonl(tmp_path / "corpus" / "b.jsonl", rows_of(texts_of(150, 1), 150))
@@ -511,6 +526,13 @@ def test_a_file_of_another_schema_than_the_first(command, saved, tmp_path):
 )
 def test_options_of_a_corpus_need_a_folder(command, saved, tmp_path, options, told):
     assert_refused(command("encode", saved, "a.txt", *options, "-o", tmp_path / "v.npy"), told)
+
+
+def test_ray_is_an_extra(command, saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "promptembedder.bulk.ray_runner", raising=False)
+    outcome = command("encode", saved, "a.txt", "-o", f"{tmp_path}/out/", "--ray=auto")
+    assert_refused(outcome, "--ray needs ray, which is not installed: pip install 'promptembedder[bulk]'")
 
 
 def test_the_output_may_lie_in_the_corpus(saved, tmp_path):

@@ -73,7 +73,7 @@ def test_faiss(place, monkeypatch):
 def test_a_pipeline_of_ones_own(capsys):
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     try:
         run("In a pipeline of your own", "ray")
     finally:

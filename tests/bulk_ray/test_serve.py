@@ -26,7 +26,7 @@ INSTRUCTION = "Find the topic."
 def served(tmp_path, tiny_settings):
     folder = tmp_path / "tiny"
     save(build(tiny_settings(), device="cpu"), folder)
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20)
+    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=200 << 20)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": 8765})
         serve.run(application([folder], device="cpu", num_replicas=2, ray_actor_options={"num_cpus": 1}))

@@ -218,17 +218,17 @@ def _is_words(kind: pa.DataType) -> bool:
 
 def _parquet_block(file: SourceFile, columns: Columns, taken: pa.Table, first: int, end: bool, share: float) -> Block:
     text = _cast(taken[columns.text], pa.large_string())
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0)
     reasons: dict[int, str] = dict.fromkeys(_true(pc.is_null(text)), "text is missing")
-    reasons |= dict.fromkeys(_true(blank), "text is empty")
     try:
         text.validate(full=True)
     except pa.ArrowInvalid:
-        for n, value in enumerate(text.cast(pa.large_binary()).to_pylist()):
-            try:
-                (value or b"").decode()
-            except UnicodeDecodeError:
-                reasons[n] = "text is not valid UTF-8"
+        values = text.cast(pa.large_binary()).to_pylist()
+        broken = [n for n, value in enumerate(values) if value is not None and not _is_utf8(value)]
+        reasons |= dict.fromkeys(broken, "text is not valid UTF-8")
+        readable = [None if n in reasons else value.decode() for n, value in enumerate(values)]
+        text = pa.chunked_array([pa.array(readable, pa.large_string())])
+    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0)
+    reasons |= dict.fromkeys(_true(blank), "text is empty")
     if columns.id is None:
         ids = pa.chunked_array([_made_up(file, range(first, first + len(taken)))], pa.string())
     else:
@@ -240,6 +240,14 @@ def _parquet_block(file: SourceFile, columns: Columns, taken: pa.Table, first: i
     rejects = [Reject(first + n + 1, reason) for n, reason in sorted(reasons.items())]
     table = table if not rejects else table.take(good)
     return Block(file, 0, table, [first + n + 1 for n in good], rejects, end, share)
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:

@@ -138,7 +138,8 @@ def encode_corpus(
             runner.open(plan)
         if place.local is not None:
             stack.enter_context(lock.held(place.local))
-        run = _Run(plan, {url: plan.recorded[url] for url in _urls(plan, todo)})
+        reread = {file.url for file in todo}
+        run = _Run(plan, {file.url: plan.recorded[file.url] for file in plan.files if file.url not in reread})
         run.write_manifest(RUNNING)
         ranges = _ranges(plan, runner) if todo else {}
         known = None
@@ -148,23 +149,17 @@ def encode_corpus(
         if todo:
             with closing(runner.run(todo, reader, known, ranges, limit)) as found:
                 run.follow(found, todo, limit)
-        return run.finish(strict, limit)
+        return run.finish(strict)
 
 
 def _todo(plan: Plan) -> list[SourceFile]:
     """Files to read."""
-    todo = [file for file in plan.files if not plan.is_done(file)]
-    gone = set(plan.recorded) - {file.url for file in plan.files}
-    if not todo and not gone:
+    new = {file.url for file in plan.files if not plan.is_done(file)}
+    if not new and plan.recorded.keys() <= {file.url for file in plan.files}:
         return []
     # A row that was left out because of another one's id may be the only one now.
     less = {url for url, record in plan.recorded.items() if any(n.endswith(settle.LESS) for n in record["parts"])}
-    return [file for file in plan.files if file in todo or file.url in less]
-
-
-def _urls(plan: Plan, todo: Sequence[SourceFile]) -> list[str]:
-    """Files that are done."""
-    return [file.url for file in plan.files if file not in todo]
+    return [file for file in plan.files if file.url in new | less]
 
 
 def _nothing_new(plan: Plan) -> Outcome:
@@ -274,7 +269,7 @@ class _Run:
             },
         )
 
-    def finish(self, strict: bool, limit: int | None) -> Outcome:
+    def finish(self, strict: bool) -> Outcome:
         """Settle what several parts have to agree on, and say how it went."""
         output = self.plan.output
         whole = not self.failed and len(self.records) == len(self.plan.files)

@@ -38,7 +38,7 @@ def encode(
     model: ModelPath,
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SOURCE...]", help="File of texts, - is standard input; or a corpus, see -o."),
+        typer.Argument(metavar="SOURCE", help="File of texts, - is standard input; or a corpus, see -o."),
     ] = None,
     output: Annotated[
         str,
