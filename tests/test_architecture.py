@@ -26,7 +26,7 @@ BELOW = {
     "evaluation": {"model", "data", "llms", "ground"},
     "export": {"model", "data", "llms", "ground"},
     "serving": {"export", "model", "data", "llms", "ground"},
-    "bulk": {"model", "data", "llms", "ground"},
+    "bulk": {"export", "model", "data", "llms", "ground"},
 }
 BELOW["demo"] = set(BELOW)
 BELOW["cli"] = set(BELOW)

@@ -47,6 +47,11 @@ PARAMETERS = {
         "model texts output *instruction *document *kind *text_field *id_field *batch_size *max_text_tokens "
         "*truncate_dim *precision *bridge *device"
     ),
+    "promptembedder.bulk:encode_corpus": "job sources output *kind *text_field *id_field *limit *strict *runner",
+    "promptembedder.bulk:encoder": "model instructions *text_field *batch_tokens *device",
+    "promptembedder.bulk:Job": (
+        "model instructions precision max_text_tokens truncate_dim chunk_tokens overlap batch_tokens device keep"
+    ),
     "promptembedder.serving:serve": "models settings *named *instructions *device *dtype",
     "promptembedder.bulk.bridge:Bridge": "weight_DF facts probe_D",
     "promptembedder.bulk.bridge:fit": "new_ND old_NF *probe_D *seed",

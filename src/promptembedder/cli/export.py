@@ -43,10 +43,11 @@ def export(
     check_instruction(instruction)
     from promptembedder.atomic import refuse_input
     from promptembedder.export.export import add as add_to
-    from promptembedder.export.export import check_named, format_module, read_facts
     from promptembedder.export.export import export as write
+    from promptembedder.export.export import format_module, read_facts
     from promptembedder.model.folder import folder_of
     from promptembedder.model.instructions import instruction_for
+    from promptembedder.model.named import check_named
     from promptembedder.model.store import load
 
     if show:

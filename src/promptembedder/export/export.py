@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +25,10 @@ from promptembedder.export.parity import Parity, compare, running_precision
 from promptembedder.model.folder import read_json
 from promptembedder.model.known import KnownInstructions
 from promptembedder.model.module import soft_prompt_module
+from promptembedder.model.named import check_named
 from promptembedder.model.prompter import trained_state
 from promptembedder.progress import say
-from promptembedder.text import is_blank, is_unicode
+from promptembedder.text import is_unicode
 
 FACTS_FILE = "promptembedder_export.json"
 NOTICE_FILE = "NOTICE-promptembedder.txt"
@@ -39,9 +39,6 @@ FORMATS = {
     "gguf": "gguf_file",
     "onnx": "onnx_graph",
 }
-# Rows of a vocabulary can be called by their name, so it is usable as a token.
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_LONGEST_NAME = 64
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 
 
@@ -77,30 +74,6 @@ class Exported:
     parity: Parity
     facts: dict[str, Any] = field(repr=False)
     compiled: Compiled = field(repr=False)
-
-
-def check_named(instructions: Mapping[str, str]) -> None:
-    """Refuse names that are no tokens, and instructions that are no sentences or given twice.
-
-    Raises:
-        PromptEmbedderError: one is.
-    """
-    if not isinstance(instructions, Mapping):
-        raise PromptEmbedderError(f"instructions must be a mapping of names to sentences, found {instructions!r:.40}")
-    seen: dict[str, str] = {}
-    for name, text in instructions.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
-            raise PromptEmbedderError(
-                f"name {name!r} of an instruction: use lower-case letters, digits, - and _, such as 'query', "
-                f"at most {_LONGEST_NAME}"
-            )
-        if not isinstance(text, str) or is_blank(text) or not is_unicode(text):
-            raise PromptEmbedderError(f"instruction {name!r} must be a sentence of valid Unicode, found {text!r:.40}")
-        if text in seen:
-            raise PromptEmbedderError(f"instructions {seen[text]!r} and {name!r} are the same")
-        if text in instructions:
-            raise PromptEmbedderError(f"{text!r} is the name of an instruction and the words of instruction {name!r}")
-        seen[text] = name
 
 
 def format_module(name: str) -> Any:

@@ -12,10 +12,10 @@ import torch
 
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.export.compiled import DOCUMENT, compile_model
-from promptembedder.export.export import check_named
 from promptembedder.model.instructions import instruction_for
 from promptembedder.model.known import KnownInstructions
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
+from promptembedder.model.named import check_named
 from promptembedder.paths import expanded
 from promptembedder.serving.errors import RequestError
 
