@@ -161,7 +161,7 @@ def vllm(python: Path, folder: Path, dtype: str) -> Iterator[Callable[[Sequence[
         server.wait()
 
 
-def in_vllm(python: Path, job: dict[str, Any], dtype: str) -> tuple[np.ndarray, float, float]:
+def in_vllm(python: Path, job: dict[str, Any], dtype: str) -> tuple[np.ndarray, float, float | None]:
     """As `ran`."""
     with vllm(python, Path(job["folder"]) / job["name"], dtype) as embed:
         embed(job["texts"])
@@ -190,7 +190,7 @@ def measured(model: Any, arguments: Any, form: str, precision: str | None, texts
         seconds = time.perf_counter() - start
         expected = embed_compiled(model, done.compiled, NAME, texts).float().cpu().numpy()
         size = sum(p.stat().st_size for p in done.folder.rglob("*") if p.is_file()) / 1e6
-        job = {
+        job: dict[str, Any] = {
             "folder": str(done.folder),
             "name": NAME,
             "texts": [composed(text) for text in texts],

@@ -51,8 +51,8 @@ def main() -> None:
         [opened(place, instruction) for place in (arguments.model, arguments.export)] for _ in range(arguments.rounds)
     ]
     figures = {
-        name: [statistics.median(one[side][place] for one in found) for side in (0, 1)]
-        for place, name in enumerate(("seconds", "mb"))
+        "seconds": [statistics.median(one[side][0] for one in found) for side in (0, 1)],
+        "mb": [statistics.median(one[side][1] for one in found) for side in (0, 1)],
     }
     apart = max(abs(a - b) for a, b in zip(found[0][0][2], found[0][1][2], strict=True))
     ratios = {name: round(export / model, 3) for name, (model, export) in figures.items()}
