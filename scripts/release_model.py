@@ -1,6 +1,9 @@
 """Prepare a trained model for the package: half precision, no paths, a model card.
 
     python scripts/release_model.py runs/general/model smollm2-135m --recipe general.yaml
+    python scripts/release_model.py runs/general-teacher/model smollm2-135m --recipe general-teacher.yaml
+
+The second line releases a model whose training started from the one that was released before.
 
 Writes `src/promptembedder/models/NAME`. Its texts are truncated at `--max-text-tokens`. The card takes its figures from
 `--results`, the folder that `promptembedder evaluate NAME` wrote: release without, evaluate, release again with it.
@@ -28,6 +31,9 @@ from promptembedder.model.settings import ModelConfig
 from promptembedder.training.curves import read_facts
 from promptembedder.training.settings import RunConfig, load_run
 
+# What a recipe's teacher is, with its licence.
+TEACHERS = {"general-teacher.yaml": "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)"}
+
 # Training file: source, licence as stated there.
 LICENCES = {
     "snli_triplets": ("SNLI, development and test parts", "not stated for the data (repository MIT)"),
@@ -54,16 +60,54 @@ LICENCES = {
 }
 
 
-def card(
-    name: str, recipe: str, run: RunConfig, facts: dict[str, Any], results: Path | None, *, reduced: bool = False
-) -> str:
+def staged(last: dict[str, Any], recipe: str, run: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Facts of a training, and of the one that it started from, as stages."""
+    stages = [
+        {
+            "recipe": recipe,
+            **{key: value for key, value in last.items() if key != "start"},
+            "batch_size": run.training.batch_size,
+            "contrast_rows": run.data.contrast_rows,
+            "max_text_tokens": run.data.max_text_tokens or run.model.max_text_tokens,
+            "teacher": None if run.training.teacher is None else TEACHERS[recipe],
+            "teacher_share": run.training.teacher_share,
+            "train_prompter": run.training.train_prompter,
+        }
+    ]
+    if "start" in last:
+        if before is None or "stages" not in before:
+            sys.exit(f"{last['start']}: release the model that this training started from before")
+        stages.insert(0, before["stages"][0])
+    whole = {key: sum(stage[key] for stage in stages) for key in ("steps", "examples", "seconds")}
+    return {"trained_parameters": max(stage["trained_parameters"] for stage in stages), **whole, "stages": stages}
+
+
+def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
+    """What the card says of each training."""
+    lines = []
+    for number, stage in enumerate(stages, 1):
+        lines += [f"Stage {number} is the recipe `recipes/{stage['recipe']}`.", ""] if len(stages) > 1 else []
+        lines += [] if len(stages) > 1 else [f"The recipe is `recipes/{stage['recipe']}`.", ""]
+        lines += [
+            f"- {stage['steps']} steps of {stage['batch_size']} rows; {stage['seconds'] / 60:.0f} minutes on two cores",
+            f"- {stage['contrast_rows']:,} of the rows are made up (`data.contrast_rows`)",
+            f"- texts truncated at {stage['max_text_tokens']} tokens",
+            f"- {stage['trained_parameters']:,} trained parameters"
+            + ("" if stage["train_prompter"] else "; the prompter is frozen"),
+        ]
+        if stage["teacher"]:
+            lines.append(f"- {stage['teacher_share']:.0%} of the batches learn the similarities of {stage['teacher']}")
+        lines.append("")
+    return lines
+
+
+def card(name: str, run: RunConfig, facts: dict[str, Any], results: Path | None, *, reduced: bool = False) -> str:
     """The model's README; `reduced`: the rank of its deep soft prompt was reduced after the training."""
     stems = [Path(source.path).name.split(".")[0] for source in run.data.files]
     if unknown := [stem for stem in stems if stem not in LICENCES]:
         sys.exit(f"no licence is known for {', '.join(unknown)}; add it to LICENCES")
     rank = run.model.deep_rank
     deep = [f"The deep soft prompt has rank {rank}{', reduced after the training' if reduced else ''}."] if rank else []
-    read = run.data.max_text_tokens or run.model.max_text_tokens
     lines = [
         "---",
         "library_name: sentence-transformers",
@@ -89,13 +133,9 @@ def card(
         "",
         "## Training",
         "",
-        f"The recipe is `recipes/{recipe}`.",
-        f"The model has layout `{run.model.layout}`, {run.model.num_soft_tokens} soft tokens and "
-        f"{facts['trained_parameters']:,} trained parameters.",
-        f"It was trained for {facts['steps']} steps of {run.training.batch_size} rows, each with "
-        f"{run.data.max_negatives} hard negative.",
-        f"The training rows include {run.data.contrast_rows:,} made-up rows (`data.contrast_rows`).",
-        f"Texts were truncated at {read} tokens during training.",
+        f"The model has layout `{run.model.layout}` and {run.model.num_soft_tokens} soft tokens.",
+        "",
+        *stage_lines(facts["stages"]),
         "Weights are stored in float16.",
         *deep,
         "",
@@ -124,9 +164,10 @@ def card(
         "",
         "The model reads English.",
         "A 135M LLM knows little: sentence similarity and intents work, knowledge-heavy retrieval works less well.",
-        "The model was trained on few rows for minutes.",
+        "The model was trained on few rows.",
         "It follows instructions that differ much from those of the training less well.",
-        f"It was trained on texts of {read} tokens, so it truncates texts at {run.model.max_text_tokens} tokens.",
+        f"It was trained on texts of {facts['stages'][-1]['max_text_tokens']} tokens.",
+        f"It truncates texts at {run.model.max_text_tokens} tokens.",
         "`model.max_seq_length` raises this limit.",
         "Split long documents into parts for better results.",
         "",
@@ -197,19 +238,22 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--recipe", required=True, help="the recipe of the model, a file name below recipes/")
     parser.add_argument("--max-text-tokens", type=int, default=128)
+    parser.add_argument("--reduced", action="store_true", help="the first stage's deep soft prompt was reduced")
     parser.add_argument("--deep-rank", type=int, help="reduce the rank of the deep soft prompt")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     facts = read_facts(arguments.model)
-    if facts is None or "start" in facts:
-        sys.exit(f"{arguments.model}: needs the facts of one whole training (training.json)")
+    if facts is None:
+        sys.exit(f"{arguments.model}: needs the facts of a training (training.json)")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(arguments.model, Path(scratch) / arguments.name))
         if arguments.deep_rank:
             thin(folder, arguments.deep_rank)
         run = neutral(folder, arguments.max_text_tokens)
-        reduced = arguments.deep_rank is not None
-        text = card(arguments.name, arguments.recipe, run, facts, arguments.results, reduced=reduced)
+        reduced = arguments.deep_rank is not None or (facts.get("start") == arguments.name and arguments.reduced)
+        facts = staged(facts, arguments.recipe, run, read_facts(PLACE / arguments.name))
+        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        text = card(arguments.name, run, facts, arguments.results, reduced=reduced)
         (folder / "README.md").write_text(text)
         shutil.rmtree(PLACE / arguments.name, ignore_errors=True)
         shutil.copytree(folder, PLACE / arguments.name)
