@@ -72,7 +72,7 @@ test-engines: $(READY)
 
 # What to run while working: minutes less than `make test`.
 check: lint types
-	$(PYTEST) -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real and not browser"
 
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)

@@ -5,7 +5,7 @@ import { hull } from "./geometry.js";
 
 const RADIUS = 11;
 const MARGIN = 30;
-const LINE = 16;
+const LINE = 15;
 const measure = document.createElement("canvas").getContext("2d");
 
 // Places in the picture: as large as fits, marks pushed apart where they would overlap.
@@ -61,7 +61,7 @@ function boxes(text, words, [x, y], chosen) {
 function labelled(points, texts, selected, width, height, font) {
   measure.font = font;
   const lengths = [1, 0.6].map((share) => Math.round((share * width) / 14));
-  const taken = points.map((point) => around(point, RADIUS + 3));
+  const taken = points.map((point) => around(point, RADIUS + 1));
   const found = [];
   for (const text of [selected, ...points.keys()]) {
     if (found.some((label) => label.text === text)) continue;
