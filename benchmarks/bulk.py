@@ -66,6 +66,7 @@ class Place:
             write_corpus(folder, count)
         elif not folder.exists():
             folder.mkdir()
+            assert words is not None
             rows = enumerate(made_up_texts(count, least=words, most=words))
             with (folder / "a.jsonl").open("w") as file:
                 file.writelines(json.dumps({"id": n, "text": text}) + "\n" for n, text in rows)
@@ -300,7 +301,7 @@ PARTS |= {"peer": peer, "again": again}
 def tiny_model(folder: Path) -> str:
     """A random model of two layers, saved."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from conftest import write_tiny_lm
+    from conftest import write_tiny_lm  # type: ignore[import-not-found]
     from promptembedder import ModelConfig, build, save
 
     lm = str(write_tiny_lm(folder / "lm", "llama"))

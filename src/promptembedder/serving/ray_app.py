@@ -134,7 +134,7 @@ _KEPT = (
 
 
 async def _whole_body(receive: Receive) -> bytes | None:
-    found = b""
+    found: bytes = b""
     while True:
         message = await receive()
         found += message.get("body", b"")
