@@ -294,6 +294,23 @@ def again(place: Place) -> dict[str, Any]:
     }
 
 
+def report(entries: list[dict[str, Any]]) -> str:
+    """The results as Markdown: figures, command and hardware of every part."""
+    lines = ["# Corpora in bulk", ""]
+    for entry in entries:
+        machine = ", ".join(f"{name} {value}" for name, value in entry["hardware"].items())
+        lines += [f"## {entry['part']}, {entry['model']}", "", f"`python {entry['command']}` on {machine}", ""]
+        figures = {name: value for name, value in entry.items() if name not in ("part", "model", "command", "hardware")}
+        lines += ["| figure | value |", "| --- | --- |"]
+        lines += [
+            f"| {name} | {len(value) if name == 'runs' else json.dumps(value)} |" for name, value in figures.items()
+        ]
+        for run in entry.get("runs", []):
+            lines += [f"| a run | {', '.join(f'{name}: {value}' for name, value in run.items())} |"]
+        lines += [""]
+    return "\n".join(lines)
+
+
 PARTS = {"same": same, "memory": memory, "kills": kills, "overhead": overhead, "instructions": instructions}
 PARTS |= {"peer": peer, "again": again}
 
@@ -343,6 +360,7 @@ def main() -> None:
                 before = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 arguments.output.write_text(json.dumps([*before, entry], indent=2) + "\n")
+                arguments.output.with_suffix(".md").write_text(report([*before, entry]))
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ class JobProgress:
         self._sizes = {file.url: file.size for file in files}
         self._shares: dict[str, float] = {}
         self._limit = limit
-        self._rows = self._embedded = 0
+        self._rows = self._first = self._embedded = 0
         self._said = False
 
     def __enter__(self) -> JobProgress:
         self._bar = bar(unit=" texts", desc="Encoding", total=None)
         self._bar.__enter__()
-        self._started = time.monotonic()
+        self._entered = time.monotonic()
         return self
 
     def __exit__(
@@ -48,15 +48,16 @@ class JobProgress:
         """Count a block."""
         self._shares[one.url] = max(one.share, self._shares.get(one.url, 0.0))
         rows = one.rows + one.rejected
+        if not self._rows:  # measured from here on: before, workers have started
+            self._first, self._started = rows, time.monotonic()
         self._rows, self._embedded = self._rows + rows, self._embedded + one.embedded
         total = self._total()
         self._bar.total = min(total, self._limit or total)
         self._bar.update(rows)
-        seconds = time.monotonic() - self._started
-        left = self._left(seconds, total)
-        if not self._said and self._limit is None and seconds > _MEASURED_SECONDS and self._embedded:
+        measured = time.monotonic() - self._started > _MEASURED_SECONDS
+        if not self._said and self._limit is None and measured and self._embedded:
             self._said = True
-            if left > _LONG_SECONDS:
+            if (total - self._rows) / self._rate() > _LONG_SECONDS:
                 self._say("what is left", 1 - self._rows / total)
 
     def _total(self) -> int:
@@ -65,12 +66,14 @@ class JobProgress:
         whole = sum(self._sizes.values())
         return max(self._rows, round(self._rows * whole / read)) if read else self._rows
 
-    def _left(self, seconds: float, total: int) -> float:
-        return seconds * (total - self._rows) / max(1, self._rows)
+    def _rate(self) -> float:
+        """Rows a second after the first block, or with it where it is the only one."""
+        if self._rows == self._first:
+            return self._rows / (time.monotonic() - self._entered)
+        return (self._rows - self._first) / (time.monotonic() - self._started)
 
     def _say(self, what: str, share: float) -> None:
-        seconds, total = time.monotonic() - self._started, self._total()
-        rate = self._rows / max(seconds, 1e-9)
+        total, rate = self._total(), self._rate()
         say(f"about {total:,} texts, {rate:,.0f} texts a second: {what} takes about {duration(share * total / rate)}")
 
 

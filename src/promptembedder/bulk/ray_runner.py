@@ -100,18 +100,15 @@ class RayRunner:
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_kwargs={"reader": reader, "limit": limit},
-                compute=ray.data.TaskPoolStrategy(size=self._workers + 1),
+                compute=ray.data.TaskPoolStrategy(size=min(self._workers + 1, len(items))),
                 num_cpus=0,
-                max_retries=-1,
             )
             done = blocks.map_batches(
                 _BlockActor,
                 batch_size=1,
                 batch_format="pyarrow",
                 fn_constructor_args=(self._job, self._output, lent, dict(ranges)),
-                compute=ray.data.ActorPoolStrategy(size=self._workers),
-                max_restarts=-1,
-                max_task_retries=-1,
+                compute=ray.data.ActorPoolStrategy(size=self._workers),  # which starts again whatever dies
                 **self._needs,
             )
             for row in done.iter_rows():
