@@ -65,7 +65,7 @@ class Server:
     def metric(self, name: str) -> float:
         """A figure of /metrics; labels of a name are added up."""
         page = httpx.get(f"{self.address}/metrics", timeout=60).text
-        found = re.findall(rf"^promptembedder_{name}(?:{{[^}}]*}})? (\\S+)$", page, re.M)
+        found = re.findall(rf"^promptembedder_{name}(?:{{[^}}]*}})? (\S+)$", page, re.M)
         return sum(map(float, found))
 
 
@@ -330,6 +330,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
                 model.encode(given, batch_size=32)
                 done += 32
             rates["encode"].append(done / (time.monotonic() - started))
+            print({name: round(of[-1], 1) for name, of in rates.items() if of}, file=sys.stderr, flush=True)
         per_batch = server.metric("texts_total") / server.metric("batch_texts_count")
     found = {f"{name}_texts_per_second": round(statistics.median(of), 1) for name, of in rates.items() if of}
     for name in ("encode", *addresses):

@@ -55,7 +55,12 @@ def test_no_request_makes_the_server_fail(server, tmp_path):
     while sum(answers(address).values()) < REQUESTS:
         seed += 1
         command = [TOOL, "run", f"{address}/openapi.json", f"--checks={CHECKS}", f"--seed={seed}", "--max-examples=400"]
-        done = subprocess.run([*command, "--no-color", "--workers=4"], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--no-color", "--workers=4", "--request-timeout=120"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         memory.append((sum(answers(address).values()), psutil.Process(process.pid).memory_info().rss))
         print(memory[-1], answers(address), flush=True)
