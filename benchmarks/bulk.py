@@ -104,7 +104,8 @@ def cluster(cpus: int = 2) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "object_store_memory": 300 << 20})
+    head = {"num_cpus": cpus, "object_store_memory": 300 << 20, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=head)
     found.second = found.add_node(num_cpus=cpus, object_store_memory=300 << 20)
     found.wait_for_nodes()
     try:

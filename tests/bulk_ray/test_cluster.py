@@ -33,6 +33,7 @@ from promptembedder.bulk.ray_runner import RayRunner
 TOPIC, TONE = "Find the topic.", "Find the tone."
 TEXTS = int(os.environ.get("BULK_TEXTS", "6000"))
 KILLS = int(os.environ.get("BULK_KILLS", "3"))
+HEAD = {"num_cpus": 2, "object_store_memory": 200 << 20, "include_dashboard": False}
 RANDOM = random.Random(int(os.environ.get("BULK_SEED", "1")))
 
 
@@ -65,7 +66,7 @@ def alone(saved, corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def head():
     """A cluster of one node."""
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200 << 20})
+    found = Cluster(initialize_head=True, head_node_args=HEAD)
     yield found
     found.shutdown()
 
