@@ -31,6 +31,8 @@ from promptembedder.model.settings import ModelConfig
 from promptembedder.training.curves import read_facts
 from promptembedder.training.settings import RunConfig, load_run
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+
 # What a recipe's teacher is, with its licence.
 TEACHERS = {"general-teacher.yaml": "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)"}
 
@@ -62,13 +64,14 @@ LICENCES = {
 
 def staged(last: dict[str, Any], recipe: str, run: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
     """Facts of a training, and of the one that it started from, as stages."""
+    most = run.model.max_text_tokens
     stages = [
         {
             "recipe": recipe,
             **{key: value for key, value in last.items() if key != "start"},
             "batch_size": run.training.batch_size,
             "contrast_rows": run.data.contrast_rows,
-            "max_text_tokens": run.data.max_text_tokens or run.model.max_text_tokens,
+            "max_text_tokens": min(run.data.max_text_tokens or most, most),
             "teacher": None if run.training.teacher is None else TEACHERS[recipe],
             "teacher_share": run.training.teacher_share,
             "train_prompter": run.training.train_prompter,
@@ -89,7 +92,7 @@ def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
         lines += [f"Stage {number} is the recipe `recipes/{stage['recipe']}`.", ""] if len(stages) > 1 else []
         lines += [] if len(stages) > 1 else [f"The recipe is `recipes/{stage['recipe']}`.", ""]
         lines += [
-            f"- {stage['steps']} steps of {stage['batch_size']} rows; {stage['seconds'] / 60:.0f} minutes on two cores",
+            f"- {stage['steps']} steps of {stage['batch_size']} rows, {stage['seconds'] / 60:.0f} minutes on two cores",
             f"- {stage['contrast_rows']:,} of the rows are made up (`data.contrast_rows`)",
             f"- texts truncated at {stage['max_text_tokens']} tokens",
             f"- {stage['trained_parameters']:,} trained parameters"
@@ -207,7 +210,7 @@ def thin(folder: Path, rank: int) -> None:
     settings_at.write_text(json.dumps(saved, indent=2) + "\n")
 
 
-def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
+def neutral(folder: Path, max_text_tokens: int, recipe: str) -> RunConfig:
     """Store half precision, remove local paths, set the text limit; returns the run's settings."""
     saved = json.loads((folder / CONFIG_FILE).read_text())
     if saved["model"]["layout"] != "suffix" or SHARED_PROMPTER in saved:
@@ -220,12 +223,13 @@ def neutral(folder: Path, max_text_tokens: int) -> RunConfig:
     adapter = folder / "prompter" / "adapter_config.json"
     settings = json.loads(adapter.read_text()) | {"base_model_name_or_path": saved["base_models"]["prompter"]}
     adapter.write_text(json.dumps(settings, indent=2) + "\n")
-    run = load_run(folder / "config.yaml")
+    run, known = load_run(folder / "config.yaml"), load_run(RECIPES / recipe)
+    places = {name: getattr(known.training, name) for name in ("output", "teacher", "text_state_folder")}
     run = replace(
         run,
         model=parse(ModelConfig, saved["model"], where=str(folder)),
-        data=replace(run.data, root=None),
-        training=replace(run.training, output="runs/general"),
+        data=replace(run.data, root=None, texts=known.data.texts),
+        training=replace(run.training, **places),
     )
     (folder / "config.yaml").write_text(dump_yaml(run))
     return run
@@ -249,7 +253,7 @@ def main() -> None:
         folder = Path(shutil.copytree(arguments.model, Path(scratch) / arguments.name))
         if arguments.deep_rank:
             thin(folder, arguments.deep_rank)
-        run = neutral(folder, arguments.max_text_tokens)
+        run = neutral(folder, arguments.max_text_tokens, arguments.recipe)
         reduced = arguments.deep_rank is not None or (facts.get("start") == arguments.name and arguments.reduced)
         facts = staged(facts, arguments.recipe, run, read_facts(PLACE / arguments.name))
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
