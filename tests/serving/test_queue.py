@@ -248,6 +248,8 @@ def test_an_instruction_that_nobody_waits_for_is_not_written(served_models, prom
     prompts, model = SoftPrompts(9, 9), served_models["plain"]
     try:
         prompts.ask(model, "Slow 1.", "anna")
+        while "Slow 1." not in prompter.read:
+            time.sleep(0.001)
         shared = prompts.ask(model, "Shared.", "anna")
         prompts.ask(model, "Shared.", "bert")
         prompts.ask(model, "Dropped.", "anna")
