@@ -67,7 +67,7 @@ def encode(
         list[str] | None, typer.Option(metavar="COLUMN", help="Corpus: column to pass through; may be repeated.")
     ] = None,
     chunk_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Corpus: a row for each part of a text, of so many tokens.")
+        int | None, typer.Option(min=1, help="Corpus: a row for each part of a text; tokens of a part.")
     ] = None,
     overlap: Annotated[int, typer.Option(min=0, help="Tokens that a part shares with the one before.")] = 0,
     batch_size: Annotated[
@@ -88,7 +88,7 @@ def encode(
     bridge: Annotated[
         Path | None, typer.Option(help="Map the embeddings into an older model's space. Not for a corpus.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Corpus: stop after so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Corpus: stop after this number of rows.")] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Corpus: stop at a row that cannot be used, instead of leaving it out.")
     ] = False,
@@ -108,25 +108,22 @@ def encode(
     places = [expanded_text(source) for source in sources or ["-"]]
     for source in places:
         check_input(source)
+    shared: dict[str, Any] = {
+        "instruction": instruction,
+        "document": document,
+        "kind": kind,
+        "text_field": text_field,
+        "id_field": id_field,
+        "max_text_tokens": max_text_tokens,
+        "truncate_dim": truncate_dim,
+        "precision": precision,
+        "device": device,
+    }
     if output.endswith("/") or "://" in output or (os.path.isdir(output) and not output.endswith((".npy", ".parquet"))):
         for option, value in (("--bridge", bridge), ("--batch-size", batch_size)):
             if value is not None:
                 raise PromptEmbedderError(f"{option} is not for a corpus")
-        _encode_corpus(
-            model,
-            places,
-            output,
-            instruction=instruction,
-            document=document,
-            kind=kind,
-            text_field=text_field,
-            id_field=id_field,
-            max_text_tokens=max_text_tokens,
-            truncate_dim=truncate_dim,
-            precision=precision,
-            device=device,
-            **given,
-        )
+        _encode_corpus(model, places, output, **shared, **given)
         return
     for option, name in _CORPUS_OPTIONS.items():
         if given[name]:
@@ -141,16 +138,8 @@ def encode(
         model,
         places[0],
         Path(output),
-        instruction=instruction,
-        document=document,
-        kind=kind,
-        text_field=text_field,
-        id_field=id_field,
-        max_text_tokens=max_text_tokens,
-        truncate_dim=truncate_dim,
-        precision=precision,
         bridge=bridge,
-        device=device,
+        **shared,
         **({} if batch_size is None else {"batch_size": batch_size}),
     )
     say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision}")
