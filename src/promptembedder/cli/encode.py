@@ -134,13 +134,14 @@ def encode(
         raise PromptEmbedderError("csv, int8 and binary are for a corpus: give a folder as output, such as -o vectors/")
     from promptembedder.bulk.encode_file import encode_file
 
+    if batch_size is not None:
+        shared["batch_size"] = batch_size
     count, width = encode_file(
         model,
         places[0],
         Path(output),
         bridge=bridge,
         **shared,
-        **({} if batch_size is None else {"batch_size": batch_size}),
     )
     say(f"wrote {output}: {count} embeddings of {width} dimensions, {precision}")
 
