@@ -8,8 +8,9 @@ Every part prints one JSON object.
 - `same`: on a cluster of two nodes, and in one process; the largest difference of vectors, and whether ids agree.
 - `memory`: peak of the whole process tree, shared memory (Ray's object store) counted once, at the texts and a tenth.
 - `kills`: kill -9 of an actor, of a node and of the driver in turn, at random moments; ids must be complete and unique.
-- `overhead`: texts a second in one process, on a cluster with one actor, and with two of one thread each. The rate
-  is that between the first and the last part, so that neither opening the model nor starting Ray counts.
+- `overhead`: texts a second in one process, on a cluster with one actor, with one of one thread, and with two of one
+  thread each. The rate is that between the first and the last part, so that neither opening the model nor starting
+  Ray counts.
 - `instructions`: two instructions beside one.
 - `peer`: a sentence-transformers pool of two processes with the instruction in words, over the same backbone, beside
   two actors under one and two instructions. Startup is left out on both sides.
@@ -220,17 +221,20 @@ def kills(place: Place, runs: int = 10, seed: int = 1) -> dict[str, Any]:
 
 
 def overhead(place: Place, rounds: int = 1) -> dict[str, Any]:
-    corpus, rates = place.corpus(), {"process": [], "one_actor": [], "two_actors": []}  # type: ignore[var-annotated]
+    corpus = place.corpus()
+    rates: dict[str, list[float]] = {"process": [], "one_actor": [], "one_of_one_thread": [], "two_of_one_thread": []}
     for _ in range(rounds):
         rates["process"].append(place.run(corpus)["rate"])
         rates["one_actor"].append(place.run(corpus, "--ray=local", "--workers=1")["rate"])
-        rates["two_actors"].append(place.run(corpus, "--ray=local", "--workers=2")["rate"])
+        for name, workers in (("one_of_one_thread", 1), ("two_of_one_thread", 2)):
+            options = ("--ray=local", f"--workers={workers}", "--devices-per-worker=1")
+            rates[name].append(place.run(corpus, *options)["rate"])
     middle = {name: float(np.median(values)) for name, values in rates.items()}
     return {
         "texts": place.count,
         "texts_a_second": rates,
         "one_actor_to_process": round(middle["one_actor"] / middle["process"], 3),
-        "two_actors_to_one": round(middle["two_actors"] / middle["one_actor"], 3),
+        "two_to_one_of_one_thread": round(middle["two_of_one_thread"] / middle["one_of_one_thread"], 3),
     }
 
 

@@ -52,7 +52,8 @@ class RayRunner:
     Args:
         address: of the cluster; `auto`: the one that runs here; `local`: start one.
         workers: actors that hold the model.
-        devices: GPUs of each, or a part of one; unset: 1 where the cluster has any.
+        devices: GPUs of each, or a part of one; where the cluster has none, or with 0, CPU cores of each.
+            Unset: one GPU, or an equal share of the cores.
     """
 
     def __init__(self, address: str = "auto", workers: int = 1, devices: float | None = None) -> None:
@@ -66,11 +67,10 @@ class RayRunner:
         self._job = replace(plan.job, model=str(folder.absolute())) if named else plan.job
         self._output = plan.output
         resources = ray.cluster_resources()
-        if self._devices is None:
-            self._devices = 1.0 if resources.get("GPU") else 0.0
-        # Reading needs no CPU of its own, so that actors may have all of them.
-        self._needs: dict[str, float] = {"num_gpus": self._devices} if self._devices else {"num_cpus": 1}
-        kind, each = ("GPU", self._devices) if self._devices else ("CPU", 1.0)
+        kind = "GPU" if resources.get("GPU") and self._devices != 0 else "CPU"
+        each = self._devices or (1.0 if kind == "GPU" else float(_share_of_cores(self._workers)))
+        # Reading needs no CPU of its own, so that actors may have all of them. Ray gives each as many threads as cores.
+        self._needs: dict[str, float] = {"num_gpus" if kind == "GPU" else "num_cpus": each}
         if each * self._workers > resources.get(kind, 0):
             raise PromptEmbedderError(
                 f"{self._workers} workers need {each * self._workers:g} {kind}s, the cluster has "
@@ -112,11 +112,11 @@ class RayRunner:
                 **self._needs,
             )
             for row in done.iter_rows():
-                yield from _told(row)
+                yield from _results(row)
 
 
-def _told(row: Mapping[str, Any]) -> Iterator[Done | Failed | Digests]:
-    found = json.loads(row["told"])
+def _results(row: Mapping[str, Any]) -> Iterator[Done | Failed | Digests]:
+    found = json.loads(row["message"])
     if "error" in found:
         raise PromptEmbedderError(found["error"])
     if found.get("digests"):
@@ -139,8 +139,8 @@ def _read(batch: pa.Table, *, reader: Reader, limit: int | None) -> Iterator[pa.
         yield _row({"error": str(error)})
 
 
-def _row(told: Mapping[str, Any], table: bytes = b"") -> pa.Table:
-    return pa.table({"told": [json.dumps(told)], "table": pa.array([table], pa.large_binary())})
+def _row(message: Mapping[str, Any], table: bytes = b"") -> pa.Table:
+    return pa.table({"message": [json.dumps(message)], "table": pa.array([table], pa.large_binary())})
 
 
 class _BlockActor:
@@ -164,21 +164,21 @@ class _BlockActor:
             self._digests = embedder.digests()
             known = None if lent is None else Known(lent[0], lent[1], *ray.get(lent[2]))
             self._encoder = BlockEncoder(embedder, output, known)
-        except PromptEmbedderError as error:  # told by the first call, because Ray would start such an actor again
+        except PromptEmbedderError as error:  # reported by the first call, because Ray would start such an actor again
             self._error = f"worker on {socket.gethostname()}: {error}"
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write the part of a block."""
-        told = json.loads(batch["told"][0].as_py())
-        if self._error is not None and "block" in told:
-            told = {"error": self._error}
-        elif "block" in told:
+        message = json.loads(batch["message"][0].as_py())
+        if self._error is not None and "block" in message:
+            message = {"error": self._error}
+        elif "block" in message:
             try:
-                block = Block.unpacked(told["block"], batch["table"][0].as_py())
-                told = {"done": asdict(self._encoder.encode(block, told["digest"])), "digests": self._digests}
+                block = Block.unpacked(message["block"], batch["table"][0].as_py())
+                message = {"done": asdict(self._encoder.encode(block, message["digest"])), "digests": self._digests}
             except PromptEmbedderError as error:
-                told = {"error": str(error)}
-        return pa.table({"told": [json.dumps(told)]})
+                message = {"error": str(error)}
+        return pa.table({"message": [json.dumps(message)]})
 
 
 # -- the cluster ------------------------------------------------------------------------------------------------
@@ -200,6 +200,12 @@ def _connect(address: str, workers: int) -> None:
         ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         raise PromptEmbedderError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _share_of_cores(workers: int) -> int:
+    """The most cores that each worker can have while all workers find a place; at least 1."""
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return next((each for each in range(max(cores), 1, -1) if sum(n // each for n in cores) >= workers), 1)
 
 
 def _check_nodes(job: Job, kind: str) -> None:

@@ -98,7 +98,8 @@ def encode(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Models on the cluster; unset: 1.")] = None,
     devices_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each, or a part of one; unset: 1 where there are any.")
+        float | None,
+        typer.Option(min=0, help="GPUs of each, or a part of one, or else CPU cores; unset: 1, or all cores."),
     ] = None,
     device: Device = None,
 ) -> None:
