@@ -102,6 +102,7 @@ def assert_refused(outcome: Outcome, *parts: str) -> None:
 # -- in a process of its own ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_encode_reads_standard_input(
     run_cli: Callable[..., Any], saved: Path, model: SentenceTransformer, tmp_path: Path
 ) -> None:
@@ -113,6 +114,7 @@ def test_encode_reads_standard_input(
     np.testing.assert_allclose(np.load(output), model.encode(TEXTS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_prints_scores_last_and_keeps_its_settings(
     run_cli: Callable[..., Any], run_file: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +131,7 @@ def test_train_prints_scores_last_and_keeps_its_settings(
     assert load(folder, device="cpu").encode(TEXTS).shape == (5, WIDTH)
 
 
+@pytest.mark.slow
 def test_train_starts_from_a_saved_model(
     command: Callable[..., Outcome], run_file: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +172,7 @@ def test_start_that_is_not_there(command: Callable[..., Outcome], run_file: Path
     assert_refused(command("train", run_file, "--from", "nowhere"), "no model at nowhere")
 
 
+@pytest.mark.slow
 def test_bad_input_of_a_real_process(run_cli: Callable[..., Any], saved: Path, tmp_path: Path) -> None:
     output = tmp_path / "vectors.npy"
     done = run_cli("encode", saved, "-o", output, stdin="a text\n \nmore\n", OMP_NUM_THREADS="1")
@@ -659,6 +663,7 @@ def test_no_command_shows_help(command):
     assert "Commands:" in done.out
 
 
+@pytest.mark.slow
 def test_quiet_and_output_to_a_file_show_no_bars(run_cli, saved, tmp_path):
     options = ("encode", saved, "-o", tmp_path / "vectors.npy")
     loud, quiet = run_cli(*options, stdin="a text\n"), run_cli("--quiet", *options, stdin="a text\n")
@@ -674,6 +679,7 @@ def test_encode_describes_the_model_once(command, saved, texts, monkeypatch):
     assert asked == [saved]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("absent", "arguments", "told"),
     [
@@ -699,6 +705,7 @@ def home(copied: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copied.parent
 
 
+@pytest.mark.slow
 def test_the_home_folder_in_arguments(home: Path, command: Callable[..., Outcome]) -> None:
     """Shells replace `~` in an argument of its own, not within one."""
     assert command("info", "~/model", "--json").out == command("info", home / "model", "--json").out

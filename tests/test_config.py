@@ -217,6 +217,7 @@ def test_root_is_taken_as_it_is(tmp_path: Path) -> None:
     assert (config.data.root, config.data.max_negatives) == ("2024 #1", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value", ["!!timestamp x", "!!bool x", "!!int ''", "!!float ''", "[" * 3000], ids=lambda value: value[:12]
 )

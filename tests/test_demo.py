@@ -31,6 +31,7 @@ def halves(small_corpus):
     return corpus.split(small_corpus, test_per_topic=4)
 
 
+@pytest.mark.slow
 def test_demo_writes_all_it_promises(halves, tiny_lm, tmp_path):
     text = run_demo(tmp_path / "demo", steps=2, llm=str(tiny_lm()), articles=halves)
     made = {p.name for p in (tmp_path / "demo").iterdir()}
@@ -66,6 +67,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(halves, tiny_lm, tmp_path):
     assert (tmp_path / "mine" / "data" / "years.txt").read_text() == "of work"
 
 
+@pytest.mark.slow
 def test_a_shipped_model_is_compared_and_regroups_requests(halves, tiny_model, tmp_path):
     model = tiny_model()
     promptembedder.save(model, tmp_path / "shipped")

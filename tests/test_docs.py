@@ -87,6 +87,7 @@ def test_versions_of_wrappers_are_those_under_test():
     assert set(shown) <= set(pinned)
 
 
+@pytest.mark.slow
 def test_import_needs_no_extra():
     """All but `evaluation`, `serving` and what runs on Ray opens where no such extra is; so does every public name."""
     script = """

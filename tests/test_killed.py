@@ -38,6 +38,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     return {(line["scenario"], line["how"]): line for line in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "stopped", "full", "limit"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_write_cut_short(outcomes, scenario, how):

@@ -48,6 +48,7 @@ def test_closed_standard_output(arguments, command, monkeypatch, capsys):
     assert ended.err == "promptembedder: standard output is closed\n"
 
 
+@pytest.mark.slow
 def test_a_shell_that_closes_them():
     ended = in_shell(
         "$P info smollm2-135m >&-; echo $?; $P encode smollm2-135m <&-; echo $?; $P info no-model 2>&-; echo $?"

@@ -92,6 +92,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_commands(tiny_model, tiny_lm, tmp_path, command):
     new = tiny_model("qwen2", backbone=str(tiny_lm("qwen2", 48, 5)), alignment_start="random")
     save(tiny_model("llama"), tmp_path / "old")

@@ -80,6 +80,7 @@ def assert_refused(outcome, *parts):
 # -- what is written --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_folder_under_two_instructions(command, saved, model, tmp_path):
     texts = texts_of(300)
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows_of(texts[:170]))
@@ -225,6 +226,7 @@ def test_a_stopped_job_goes_on(saved, tmp_path, kind):
     ]
 
 
+@pytest.mark.slow
 def test_a_grown_corpus_is_embedded_where_it_is_new(saved, tmp_path):
     """Rows added in front, changed, moved to another file and removed; the output is that of a first run."""
     texts = texts_of(600)
@@ -318,6 +320,7 @@ def test_bad_rows_are_left_out(command, saved, tmp_path):
     assert f"skipped 9 known ones, {len(bad)} rows left out" in command(*options).err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["blank", "repeated id"])
 def test_a_bad_row_stops_a_strict_job(command, saved, tmp_path, name):
     row, reason = BAD_ROWS[name]
@@ -340,6 +343,7 @@ def test_bad_rows_of_parquet(saved, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_first_row_of_an_id_stays_whatever_its_file(saved, tmp_path):
     write_jsonl(tmp_path / "corpus" / "a.jsonl", rows_of(texts_of(200)))
     write_jsonl(tmp_path / "corpus" / "b.jsonl", rows_of(texts_of(150, 1), 150))
@@ -374,6 +378,7 @@ def corrupt(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl.gz"])
 def test_one_corrupt_file_among_many(command, saved, tmp_path, kind):
     corpus = tmp_path / "corpus"
@@ -543,6 +548,7 @@ def test_the_output_may_lie_in_the_corpus(saved, tmp_path):
         assert done.rows == 1
 
 
+@pytest.mark.slow
 def test_addresses_of_any_file_system(saved, tmp_path):
     import fsspec
 

@@ -154,6 +154,7 @@ def try_all(
     )(given(content)(once))()
 
 
+@pytest.mark.slow
 def test_training_rows(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
         for row in read_rows(DataFile(path=path), None):
@@ -163,6 +164,7 @@ def test_training_rows(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     try_all(request, tmp_path, files(["jsonl", "jsonl.gz", "parquet"], ROWS), read)
 
 
+@pytest.mark.slow
 def test_scored_pairs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
         first, second, scores = read_scored_pairs(path, None)
@@ -171,6 +173,7 @@ def test_scored_pairs(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     try_all(request, tmp_path, files(["jsonl", "jsonl.gz", "parquet"], PAIRS), read)
 
 
+@pytest.mark.slow
 def test_texts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     def read(path: str) -> None:
         parquet_id_type(path, None)
@@ -180,6 +183,7 @@ def test_texts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     try_all(request, tmp_path, files(["txt", "txt.gz", "jsonl", "ndjson.gz", "parquet", "csv"], TEXTS), read)
 
 
+@pytest.mark.slow
 def test_settings(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     valid = dump_yaml(RunConfig(data=DataConfig(files=(DataFile(path="rows.jsonl"),)))).encode()
     short = (

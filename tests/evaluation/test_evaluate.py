@@ -129,6 +129,7 @@ def test_an_interrupted_evaluation_is_held_to_its_instructions_too(task_folder, 
     assert [path.name for path in result.folder.glob(".*")] == [lock.LOCK_FILE]
 
 
+@pytest.mark.slow
 def test_two_labels_may_be_words(task_folder, tmp_path, encoder):
     scores = []
     for labels in (0, 1), ("money", "sport"):
@@ -143,6 +144,7 @@ def test_two_labels_may_be_words(task_folder, tmp_path, encoder):
     assert scores[0]["ap"] == pytest.approx(scores[1]["ap"])
 
 
+@pytest.mark.slow
 def test_instructions_for_tasks_that_are_not_there_are_said(task_folder, tmp_path, tiny_model, command, caplog):
     save(tiny_model(), tmp_path / "model")
     (task_folder / "other.json").write_text('{"Simila": "Find.", "Similar": "Find."}')

@@ -140,6 +140,7 @@ def test_files_that_are_no_tasks(task_folder):
         evaluation.local_tasks(task_folder)
 
 
+@pytest.mark.slow
 def test_tasks_of_the_hub_have_instructions(encoder):
     (given, bare) = evaluation.hub_tasks(["ArguAna", "STS15"])
     assert encoder.made_with(given.metadata)["instruction"] == given.metadata.prompt["query"]

@@ -30,6 +30,7 @@ def deep(tiny_model):
     return model
 
 
+@pytest.mark.slow
 def test_a_fold_comes_closer_to_the_deep_model(deep):
     compiled = compile_model(deep, {"query": INSTRUCTION})
     pairs = (TEXTS[:4], TEXTS[1:], [1.0, 2.0, 3.0, 4.0])
@@ -49,6 +50,7 @@ def test_a_fold_comes_closer_to_the_deep_model(deep):
         assert by_hand.sum(-1).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_count_that_measures_best_is_taken(deep, monkeypatch):
     monkeypatch.setattr(folding, "COUNTS", (1, 6))
     compiled = compile_model(deep, {})
@@ -66,6 +68,7 @@ def test_few_texts_and_odd_rows_are_refused(deep):
         fold(deep, compiled, PLAIN, rows=0)
 
 
+@pytest.mark.slow
 def test_a_fold_is_exported_and_added_to(deep, tmp_path, monkeypatch):
     monkeypatch.setattr(folding, "STEPS", 10)
     done = export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="soft-prompt", folding=FoldData(PLAIN, rows=6))
@@ -94,6 +97,7 @@ def test_a_head_needs_texts_where_the_format_has_none(deep, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centred", [False, True])
 def test_similarities_are_folded_where_there_is_no_head(deep, centred):
     if centred:

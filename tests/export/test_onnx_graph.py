@@ -91,6 +91,7 @@ def _check_inputs(folder, expected):
         np.testing.assert_allclose(alone.run(None, inputs)[0], expected[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_further_instructions_join_an_export(tiny_model, tmp_path, monkeypatch):
     """A longer instruction than those held, and the weights are not written again."""
     model, folder = tiny_model(layout="prefix"), tmp_path / "out"

@@ -80,6 +80,7 @@ def test_embeds_as_the_model(tiny_model, exported, architecture, layout, head):
         np.testing.assert_allclose(reader(folder, name)(HARD), embed_compiled(model, compiled, name, HARD), atol=5e-6)
 
 
+@pytest.mark.slow
 def test_opens_where_the_package_is_not_installed(tiny_model, exported):
     model = tiny_model("qwen2")
     compiled, folder = exported(model)

@@ -49,6 +49,7 @@ def test_bitwise_the_same_embeddings(tiny_model, tmp_path, architecture, dtype, 
     assert torch.equal(found, without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_in_other_company(tiny_model, architecture):
     """Found and new texts in one batch, longest first or last, windows shorter than texts among them."""

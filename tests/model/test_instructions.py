@@ -68,6 +68,7 @@ def test_they_agree_in_copies(tiny_model, expected):
         assert_ways_agree(changed(made), expected)
 
 
+@pytest.mark.slow
 def test_they_agree_in_a_saved_model(tiny_model, expected, tmp_path, command):
     model = changed(tiny_model())
     promptembedder.save(model, tmp_path / "model")

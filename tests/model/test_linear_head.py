@@ -11,6 +11,7 @@ from promptembedder import build, load
 from promptembedder.training.train import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bfloat16 without instructions for it"])
 @pytest.mark.parametrize(
     "option",

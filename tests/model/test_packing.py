@@ -26,6 +26,7 @@ def embeddings(module, texts, instructions=(INSTRUCTION,)):
         return torch.stack(module.embed(features["input_ids"], features["attention_mask"], instructions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "qwen3", "mistral"])
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
 @pytest.mark.parametrize("readout", ["last", "mean"])

@@ -32,6 +32,7 @@ def few_classes(folder, own_negatives):
     return DataConfig(root=str(folder), files=(DataFile(path="classes.jsonl", in_batch_negatives=not own_negatives),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_negatives", [True, False])
 def test_batches_of_rows_that_share_texts(run_config, tmp_path, monkeypatch, caplog, own_negatives):
     """Whole where rows have only their own negatives; else a text stands in a batch once, which is said."""
@@ -67,6 +68,7 @@ def test_one_text_in_many_rows(caplog, monkeypatch, often, small):
     assert rows_for_batches(data, 400) == {"task (Answer.)": 1000 if often == 100 else 301}
 
 
+@pytest.mark.slow
 def test_batches_smaller_than_asked_for_are_said(run_config, caplog):
     train(run_config("small", max_steps=1))
     assert "training.batch_size" not in caplog.text
@@ -74,6 +76,7 @@ def test_batches_smaller_than_asked_for_are_said(run_config, caplog):
     assert "training.batch_size is 4000, but batches hold" in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_are_cut_and_dev_is_not(run_config, monkeypatch):
     seen = []
     tokenise = SoftPromptTransformer.preprocess

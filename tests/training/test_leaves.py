@@ -21,6 +21,7 @@ from promptembedder.training.settings import TrainingConfig
 from promptembedder.training.train import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [{"deep_rank": 3}, {"linear_head": True}, {"layout": "prefix"}])
 def test_training_equals_plain_steps_of_the_optimizer(tiny_settings, tmp_path, option):
     """Written out without leaves: backward, clip all trained weights together, those after pooling too, AdamW."""
@@ -55,6 +56,7 @@ def test_training_equals_plain_steps_of_the_optimizer(tiny_settings, tmp_path, o
     assert any((p - start[name]).abs().max() > 1e-3 for name, p in fitted.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "cached", "accumulated"])
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
 def test_leaf_gives_the_same_gradients(tiny_model, kind, layout):
@@ -80,6 +82,7 @@ def test_leaf_gives_the_same_gradients(tiny_model, kind, layout):
     assert max(float(g.abs().max()) for g in found[0].values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_prompter_runs_once_per_instruction_and_step(run_config, monkeypatch):
     calls, original = [], SoftPromptTransformer.soft_tokens
 

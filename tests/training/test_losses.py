@@ -84,6 +84,7 @@ def test_only_the_sources_that_say_so_do_without_in_batch_negatives(tiny_model, 
     assert isinstance(make_losses(tiny_model(), TrainingConfig(), alone), OpposedLoss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["infonce", "cached_infonce"])
 def test_opposed_rows_have_the_mean_of_both_rows_losses(tiny_model, kind):
     """Gradients too, beside two losses computed one after the other."""
@@ -106,6 +107,7 @@ def test_opposed_rows_have_the_mean_of_both_rows_losses(tiny_model, kind):
     torch.testing.assert_close(together, weight.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matryoshka", [(), (8, 32)])
 def test_training_with_both_kinds(run_config, tmp_path, monkeypatch, matryoshka):
     """Both losses are in use, and every weight has its own learning rate, as with one loss."""
@@ -142,6 +144,7 @@ def test_prefixes_are_trained_besides_the_whole_embedding(tiny_model):
     assert found == pytest.approx(naive, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_masking_takes_one_hard_negative(run_config, tmp_path):
     rows = [
         {"query": text, "pos": [f"{text} {n}"], "neg": TEXTS[:2], "instruction": INSTRUCTION}

@@ -133,6 +133,7 @@ def test_arguments_that_cannot_be_set(run_config, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_arguments_reach_the_trainer(run_config, tmp_path):
     arguments = {"lr_scheduler_type": "constant", "logging_steps": 2, "save_steps": 1, "save_total_limit": 9}
     result = train(run_config(max_steps=4, warmup=0, prompter_learning_rate=1e-4, arguments=arguments))

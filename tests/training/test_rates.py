@@ -27,6 +27,7 @@ def test_rate_factor_makes_a_step_as_long_in_the_backbones_words(prompter, backb
     assert math.log2(rates.rate_factor(words_SP, words_SD)).is_integer()
 
 
+@pytest.mark.slow
 def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):
     option = {"deep_rank": 3, "linear_head": True}
     config = run_config(model=option, prompter_learning_rate=1e-5, alignment_learning_rate=1e-2, max_steps=1, warmup=0)
@@ -42,6 +43,7 @@ def test_all_but_the_prompter_learn_at_the_alignments_rate(run_config):
     assert max(slow) < 2e-5
 
 
+@pytest.mark.slow
 def test_only_the_alignments_rate_is_scaled_by_the_words(run_config, monkeypatch, caplog):
     monkeypatch.setattr(rates, "rate_factor", lambda *_: 4.0)
     option = {"deep_rank": 3, "linear_head": True}

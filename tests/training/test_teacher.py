@@ -83,6 +83,7 @@ def test_a_sampler_goes_neighbourhood_by_neighbourhood(draws):
         assert sum(a != b for a, b in itertools.pairwise(places)) <= 2
 
 
+@pytest.mark.slow
 def test_a_model_learns_the_teachers_similarities(teacher, plain, tiny_lm, tmp_path):
     lm = str(tiny_lm("llama"))
     settings = settings_of(teacher, tmp_path, max_steps=30, alignment_learning_rate=5e-3, warm_start={"steps": 0})

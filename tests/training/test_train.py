@@ -25,6 +25,7 @@ def state_of(model, kind):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad == (kind == "trained")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
 def test_training_moves_prompter_and_alignment_and_nothing_else(run_config, layout):
     config = run_config(model={"layout": layout})
@@ -43,6 +44,7 @@ def test_training_moves_prompter_and_alignment_and_nothing_else(run_config, layo
     assert_same_embeddings(loaded.encode(TEXTS, prompt=INSTRUCTION), model.encode(TEXTS, prompt=INSTRUCTION))
 
 
+@pytest.mark.slow
 def test_alignment_alone(run_config):
     config = run_config(train_prompter=False)
     before = dict(build(config.model, device="cpu", seed=config.training.seed).named_parameters())
@@ -51,6 +53,7 @@ def test_alignment_alone(run_config):
     assert moved == ["0.alignment.weight"]
 
 
+@pytest.mark.slow
 def test_full_prompter_leaves_the_backbone_alone(run_config):
     config = run_config(model={"prompter_training": "full"})
     start = build(config.model, device="cpu", seed=config.training.seed)[0]
@@ -77,6 +80,7 @@ def test_training_lowers_the_loss(run_config):
     assert min(norms) > 0
 
 
+@pytest.mark.slow
 def test_what_a_saved_model_keeps_of_its_own_is_said(run_config, caplog):
     start = train(run_config("first", max_steps=1)).folder
     caplog.clear()
@@ -86,6 +90,7 @@ def test_what_a_saved_model_keeps_of_its_own_is_said(run_config, caplog):
     assert f"{start} keeps its own num_soft_tokens; the run's section model is not taken" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
     start = train(run_config("first", max_steps=1)).folder
     anew = {
@@ -109,6 +114,7 @@ def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
         train(run_config("fifth"), start=start, anew={"max_text_tokens": 0})
 
 
+@pytest.mark.slow
 def test_what_has_learnt_before_has_no_warm_start(run_config):
     start = train(run_config("first", max_steps=1)).folder
     tiny = {"prompter_learning_rate": 1e-9, "alignment_learning_rate": 1e-9}
@@ -119,6 +125,7 @@ def test_what_has_learnt_before_has_no_warm_start(run_config):
         train(run_config("anew"), anew={"max_text_tokens": 3})
 
 
+@pytest.mark.slow
 def test_fit_trains_a_model_in_place(run_config, tmp_path):
     """The loop that runs and transfers share, on rows and pairs that are handed in, with a loss of one's own."""
     config = run_config(evaluation={"dev": "pairs.jsonl"})
@@ -144,11 +151,13 @@ def test_fit_trains_a_model_in_place(run_config, tmp_path):
     assert model[0].training_state == TrainingState()
 
 
+@pytest.mark.slow
 def test_other_users_may_read_a_saved_model(run_config):
     folder = train(run_config(max_steps=1)).folder
     assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o644}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -164,6 +173,7 @@ def test_variants_run(run_config, changes):
     assert all(np.isfinite(line["loss"]) for line in result.history if "loss" in line)
 
 
+@pytest.mark.slow
 def test_documents_have_the_instruction_of_the_model_that_is_trained(run_config, tiny_model, tmp_path, monkeypatch):
     save(tiny_model(document_instruction="Be found."), tmp_path / "start")
     config = run_config(max_steps=1)

@@ -48,6 +48,7 @@ def test_warm_start_writes_each_instructions_aspect(tiny_model, monkeypatch):
         assert [word.words[0][0] for word in explain(model, text)] == [f" {aspect}", " and"]
 
 
+@pytest.mark.slow
 def test_training_hands_the_aspects_of_the_settings_on(run_config, monkeypatch):
     given = {}
     # The module: `promptembedder.training.train` names its function, too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from conftest import INSTRUCTION, SECOND, TEXTS
@@ -48,6 +49,7 @@ def test_rows_are_centred_on_under_their_instructions(run_config):
     assert torch.allclose(module.centre_E, torch.stack(every).mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_has_learnt_with_a_centre_keeps_it(run_config, tiny_model, tmp_path):
     model = tiny_model()
     model[0].subtract(torch.linspace(0.0, 0.1, 32))

@@ -16,6 +16,7 @@ from promptembedder.training.curves import read_facts
 from promptembedder.transfer.transfer import transfer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["prefix", "suffix"])
 @pytest.mark.parametrize("kind", ["rows", "texts"])
 def test_only_the_alignment_is_trained_and_the_result_opens_alone(tiny_model, transfer_config, tmp_path, layout, kind):
@@ -48,6 +49,7 @@ def test_starts_are_chosen_by_dev_or_else_by_reconstruction(tiny_model, transfer
     assert fitted == sorted(fitted, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_old_model_stays_as_it_was(tiny_model, transfer_config, monkeypatch, fails):
     model = tiny_model("llama")
@@ -63,6 +65,7 @@ def test_the_old_model_stays_as_it_was(tiny_model, transfer_config, monkeypatch,
     assert np.array_equal(model.encode(TEXTS, prompt=INSTRUCTION), expected)
 
 
+@pytest.mark.slow
 def test_without_a_shared_vocabulary(tiny_model, transfer_config, tmp_path, monkeypatch, caplog):
     nothing = torch.zeros(0, dtype=torch.long)
     monkeypatch.setattr("promptembedder.transfer.closed_forms.shared_vocabulary", lambda *a: (nothing, nothing))
@@ -77,6 +80,7 @@ def test_without_a_shared_vocabulary(tiny_model, transfer_config, tmp_path, monk
     assert transfer(tiny_model("llama"), asked).model[0].centred
 
 
+@pytest.mark.slow
 def test_command(tiny_model, tiny_lm, tmp_path, command, run_config):
     run_config()
     save(tiny_model("llama"), tmp_path / "model")
@@ -100,6 +104,7 @@ def test_command(tiny_model, tiny_lm, tmp_path, command, run_config):
     assert (wrong.code, wrong.err.strip()) == (2, "promptembedder: give the new backbone: --backbone NAME")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "steps"), [(False, 4), (True, 0), (True, 4)])
 def test_what_belongs_to_the_old_backbone_starts_anew(tiny_model, transfer_config, rows, steps, caplog):
     old = tiny_model("llama", deep_rank=3, linear_head=True)
@@ -123,6 +128,7 @@ def test_prompts_and_a_shorter_embedding_are_handed_on(tiny_model, transfer_conf
         assert moved.encode(["A text."]).shape == (1, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_transfer_leaves_the_old_models_weights_alone(tiny_model, transfer_config, dtype):
     old = tiny_model("llama", dtype=dtype, linear_head=True)

@@ -80,6 +80,7 @@ def test_a_backbone_too_big_is_refused_before_it_is_loaded(tiny_model, transfer_
         transfer(model, transfer_config())
 
 
+@pytest.mark.slow
 def test_the_model_to_be_moved_is_not_overwritten(tiny_model, transfer_config, tmp_path):
     save(tiny_model("llama"), tmp_path / "moved" / "model")
     before = (tmp_path / "moved" / "model" / "alignment.safetensors").read_bytes()
