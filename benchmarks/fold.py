@@ -1,0 +1,103 @@
+"""What a fold keeps of a deep model: the quick suite deep, with its soft tokens alone, and folded.
+
+    python benchmarks/fold.py smollm2-135m --texts FILE --rows 5 10 20 --report benchmarks/results/fold-cpu
+
+Every task's instruction, and the one of documents, is folded on the same plain texts, which are of no task. Seconds
+are those of all instructions, folded one after the other in one call, divided by their number. Every column is kept in `--output` and not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+import promptembedder
+from kept_results import command, kept, parsed, parser_of, say
+from promptembedder import atomic, evaluation
+from promptembedder.data.texts import read_texts
+from promptembedder.export.compiled import DOCUMENT, Compiled, compile_model
+from promptembedder.export.fold import fold
+from promptembedder.export.soft_prompt import compiled_model
+
+
+def column(
+    model: SentenceTransformer, compiled: Compiled, name: str, arguments: Any, texts: list[str]
+) -> dict[str, Any]:
+    """Scores of the tasks, and facts of the fold."""
+    facts: dict[str, Any] = {}
+    if name == "rows alone":
+        bare = {key: replace(prompt, deep_JKD=None) for key, prompt in compiled.prompts.items()}
+        model = compiled_model(compiled.with_prompts(bare), model)
+    elif name != "deep":
+        start = time.perf_counter()
+        found = fold(model, compiled, texts, rows=int(name.split()[-1]))
+        facts = found.facts | {"seconds": (time.perf_counter() - start) / len(compiled.prompts)}
+        say(f"{name}: {facts}")
+        model = compiled_model(found.compiled, model)
+    slug = name.replace(" ", "-")
+    encoder = evaluation.InstructedEncoder(model, f"fold/{slug}", "1")
+    result = evaluation.evaluate(encoder, arguments.tasks, arguments.output, batch_size=64)
+    return {"scores": result.scores, "mean": result.mean, **facts}
+
+
+def report(columns: dict[str, Any]) -> str:
+    """Markdown."""
+    names = list(columns)
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for task in columns[names[0]]["scores"]:
+        scores = " | ".join(f"{columns[name]['scores'][task]:.2f}" for name in names)
+        lines += [f"| {task} | {scores} |"]
+    lines.append("| **mean** | " + " | ".join(f"{columns[name]['mean']:.2f}" for name in names) + " |")
+    deep = columns["deep"]["mean"] if "deep" in columns else float("nan")
+    lines.append(
+        "| of the deep mean, % | " + " | ".join(f"{100 * columns[n]['mean'] / deep:.1f}" for n in names) + " |"
+    )
+    for key in ("cosine", "neighbours_kept"):
+        of = [
+            statistics.mean(one[key] for one in columns[name]["kept"].values()) if "kept" in columns[name] else None
+            for name in names
+        ]
+        lines.append(f"| {key} | " + " | ".join("-" if one is None else f"{one:.3f}" for one in of) + " |")
+    seconds = [columns[name].get("seconds") for name in names]
+    lines.append("| seconds an instruction | " + " | ".join("-" if s is None else f"{s:.0f}" for s in seconds) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = parser_of(__doc__, "runs/fold")
+    parser.add_argument("model")
+    parser.add_argument("--texts", required=True, help="plain texts to fold on")
+    parser.add_argument("--rows", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--tasks", nargs="+", help="unset: all of the quick suite")
+    arguments = parsed(parser)
+    texts = [text for _, text in read_texts(arguments.texts, None, ids=False)]
+    given = evaluation.read_instructions(arguments.data / "instructions.json")
+    arguments.tasks = evaluation.local_tasks(arguments.data, arguments.tasks, instructions=given, quick=True)
+    model = promptembedder.load(arguments.model, device="cpu", dtype="float32")
+    encoder = evaluation.InstructedEncoder(model, "fold/deep", "1")
+    read = {task.metadata.name: encoder.made_with(task.metadata)["instruction"] for task in arguments.tasks}
+    own = {text: name for name, text in reversed(read.items())}  # tasks may share an instruction
+    document = encoder.made_with(arguments.tasks[0].metadata)["document_instruction"]
+    compiled = compile_model(model, {name: text for text, name in own.items() if text != document})
+    assert compiled.prompts[DOCUMENT].instruction == document
+    columns: dict[str, Any] = {}
+    for name in ["deep", "rows alone", *(f"folded, {rows}" for rows in arguments.rows)]:
+        place = arguments.output / "columns" / (name.replace(" ", "-").replace(",", "") + ".json")
+        columns[name] = kept(place, lambda name=name: column(model, compiled, name, arguments, texts))
+        print(report(columns), flush=True)
+    if arguments.report:
+        arguments.report.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(arguments.report / "report.md", f"# Folds\n\n`{command()}`\n\n{report(columns)}\n")
+        figures = json.dumps({"command": command(), "columns": columns}, indent=1)
+        atomic.write_text(Path(arguments.report) / "fold.json", figures + "\n")
+
+
+if __name__ == "__main__":
+    main()
