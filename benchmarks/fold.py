@@ -2,8 +2,9 @@
 
     python benchmarks/fold.py smollm2-135m --texts FILE --rows 5 10 20 --report benchmarks/results/fold-cpu
 
-Every task's instruction, and the one of documents, is folded on the same plain texts, which are of no task. Seconds
-are those of all instructions, folded one after the other in one call, divided by their number. Every column is kept in `--output` and not made again.
+Every task's instruction, and the one of documents, is folded on the same plain texts, which are of no task.
+Seconds are those of all instructions, folded one after the other in one call, divided by their number.
+Every column is kept in `--output` and not made again.
 """
 
 from __future__ import annotations
