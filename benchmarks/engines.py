@@ -33,8 +33,10 @@ import promptembedder
 from kept_results import command, kept, parser_of, say
 from promptembedder import atomic
 from promptembedder.data.texts import read_texts
-from promptembedder.export.compiled import embed_compiled
-from promptembedder.export.export import FoldData, export
+from promptembedder.export.compiled import compile_model, embed_compiled
+from promptembedder.export.export import export, format_module
+from promptembedder.export.fold import fold
+from promptembedder.export.soft_prompt import compiled_model
 from promptembedder.llms.tokens import plain_ids
 from promptembedder.model.module import soft_prompt_module
 from promptembedder.text import composed
@@ -173,10 +175,24 @@ def in_vllm(python: Path, job: dict[str, Any], dtype: str) -> tuple[np.ndarray, 
         return found, ours, time.perf_counter() - start
 
 
+def folded(model: Any, arguments: Any, form: str) -> tuple[Any, dict[str, Any] | None]:
+    """The model that a format can hold, and what its fold kept; a fold is made once for all precisions."""
+    if not arguments.folding or form == "onnx":
+        return model, None
+    if form not in arguments.folds:
+        compiled = compile_model(model, {NAME: arguments.instruction})
+        headless = not getattr(format_module(form), "HOLDS_HEAD", True) and compiled.head_ED is not None
+        start = time.perf_counter()
+        found = fold(model, compiled, arguments.folding, rows=arguments.rows, headless=headless)
+        facts = found.facts | {"seconds": time.perf_counter() - start}
+        arguments.folds[form] = compiled_model(found.compiled, model), facts
+    return arguments.folds[form]  # type: ignore[no-any-return]
+
+
 def measured(model: Any, arguments: Any, form: str, precision: str | None, texts: list[str]) -> list[dict[str, Any]]:
     """Export once, and run every engine of the format on it."""
     lines = []
-    folding = FoldData(list(arguments.folding), arguments.rows) if arguments.folding and form != "onnx" else None
+    model, fold_facts = folded(model, arguments, form)
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         done = export(
@@ -185,7 +201,6 @@ def measured(model: Any, arguments: Any, form: str, precision: str | None, texts
             Path(scratch) / "export",
             to=form,
             precision=precision,
-            folding=folding,
         )
         seconds = time.perf_counter() - start
         expected = embed_compiled(model, done.compiled, NAME, texts).float().cpu().numpy()
@@ -215,7 +230,7 @@ def measured(model: Any, arguments: Any, form: str, precision: str | None, texts
             found = found / np.linalg.norm(found, axis=1, keepdims=True)
             lines.append(
                 {
-                    "format": form + (" (folded)" if folding else ""),
+                    "format": form + (" (folded)" if fold_facts else ""),
                     "engine": engine,
                     "precision": done.facts["precision"],
                     "cosine": float((found * expected).sum(1).min()),
@@ -223,7 +238,7 @@ def measured(model: Any, arguments: Any, form: str, precision: str | None, texts
                     "to_bare": None if bare is None else bare / ours,
                     "mb": size,
                     "export_seconds": seconds,
-                    "fold": done.facts["fold"],
+                    "fold": fold_facts,
                 }
             )
     return lines
@@ -259,6 +274,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", help="unset: all that are installed")
     arguments = parser.parse_args()
     arguments.folding = [text for _, text in read_texts(arguments.fold, None, ids=False)] if arguments.fold else []
+    arguments.folds = {}
     model = promptembedder.load(arguments.model, device="cpu", dtype="float32")
     limit = soft_prompt_module(model).settings.max_text_tokens
     texts = [text for _, text in read_texts(arguments.texts, None, ids=False)]
