@@ -24,7 +24,15 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:
     """Token ids of words in composed form (NFC), without special tokens."""
-    return list(tokenizer(composed(words), add_special_tokens=False, verbose=False)["input_ids"])
+    return batch_ids(tokenizer, [words])[0]
+
+
+def batch_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """As `plain_ids` of each text, in one call: tokenizers read many texts on all cores."""
+    if not texts:
+        return []
+    read = tokenizer([composed(text) for text in texts], add_special_tokens=False, verbose=False)
+    return [list(ids) for ids in read["input_ids"]]
 
 
 def continuing_ids(tokenizer: PreTrainedTokenizerBase, words: str) -> list[int]:

@@ -6,14 +6,14 @@ Shapes: B texts, T text tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids, without_embedding
+from promptembedder.llms.tokens import batch_ids, check_ids, opening_ids, plain_ids, without_embedding
 from promptembedder.model.settings import Layout
 from promptembedder.text import BLANK_READ_AS, check_text, is_blank
 
@@ -58,17 +58,23 @@ class TextReader:
         Raises:
             PromptEmbedderError: a text is no string, or holds a token that the backbone has no embedding for.
         """
-        return padded([self.framed(self.text_ids(text), limit) for text in texts])
+        return padded([self.framed(ids, limit) for ids in self.ids_of(list(texts))])
 
     def text_ids(self, text: Any) -> list[int]:
         """Token ids of a text alone, all of them; errors as in `features`."""
-        check_text(text)
-        ids = [] if is_blank(text) else plain_ids(self.tokenizer, text)
-        if not ids:  # some tokenizers drop characters
-            ids = plain_ids(self.tokenizer, BLANK_READ_AS)
-            self._warn_once("an empty text is read as %r (warned once)", BLANK_READ_AS)
-        self._check(ids, "a text")
-        return ids
+        return self.ids_of([text])[0]
+
+    def ids_of(self, texts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of each text alone, read by the tokenizer in one call; errors as in `features`."""
+        for text in texts:
+            check_text(text)
+        found = batch_ids(self.tokenizer, [BLANK_READ_AS if is_blank(text) else text for text in texts])
+        for n, text in enumerate(texts):
+            if is_blank(text) or not found[n]:  # some tokenizers drop characters
+                found[n] = plain_ids(self.tokenizer, BLANK_READ_AS)
+                self._warn_once("an empty text is read as %r (warned once)", BLANK_READ_AS)
+            self._check(found[n], "a text")
+        return found
 
     def framed(self, ids: list[int], limit: int) -> list[int]:
         """What the backbone reads for a text of these token ids: truncated to `limit`, in the template."""
