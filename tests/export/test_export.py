@@ -210,6 +210,22 @@ def test_additions_that_do_not_fit(tiny_model, tmp_path, double, monkeypatch):
         add(model, {"topic": SECOND}, tmp_path / "none")
 
 
+def test_of_two_additions_at_once_none_is_lost(tiny_model, tmp_path, monkeypatch):
+    model, folder, own = tiny_model(), tmp_path / "out", soft_prompt.add
+    export(model, {"query": INSTRUCTION}, folder, to="soft-prompt")
+
+    def slow(*arguments):
+        monkeypatch.setattr(soft_prompt, "add", own)
+        add(model, {"topic": SECOND}, folder)
+        own(*arguments)
+
+    monkeypatch.setattr(soft_prompt, "add", slow)
+    with pytest.raises(PromptEmbedderError, match="has changed meanwhile; run the command again"):
+        add(model, {"tone": "Find the tone."}, folder)
+    add(model, {"tone": "Find the tone."}, folder)
+    assert [entry["name"] for entry in read_facts(folder)["instructions"]] == ["query", "document", "topic", "tone"]
+
+
 # -- the command ------------------------------------------------------------------------------------------------
 
 

@@ -197,6 +197,8 @@ def add(
         facts["parity"] = _parity_facts(parity)
         facts["files"] = _files(scratch)
         atomic.write_json(scratch / FACTS_FILE, facts)
+        if {entry["name"] for entry in read_facts(target)["instructions"]} != set(held):  # two `add` at once
+            raise PromptEmbedderError(f"{target} has changed meanwhile; run the command again")
     return Exported(target, _digests(facts), parity, facts, compiled)
 
 
