@@ -110,7 +110,11 @@ class _Front:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray."""
-        return self._app
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app(scope, receive, send)
+
+        return app  # a function: uvicorn takes a bound method for an application of ASGI 2
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
