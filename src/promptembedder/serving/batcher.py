@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 Embed = Callable[[SentenceTransformer, Sequence[Row]], list[NDArray[np.float32]]]
 
 # Clients that have just been answered send their next texts at about the same time. A batch waits for them, but no
-# longer than this, and ends when none comes for a while.
-_SETTLE_SECONDS = 0.006
-_GAP_SECONDS = 0.002
+# longer than this share of what the last batch took, within bounds, and ends when none comes for a third of that.
+_SETTLE_SHARE = 0.03
+_SETTLE_SECONDS = (0.006, 0.1)
 _MOST_RETRY_SECONDS = 60
 
 
@@ -81,6 +81,7 @@ class Batcher:
         self._line: deque[Job] = deque()
         self._in_line = 0  # texts
         self._last_batch = 0  # texts
+        self._last_seconds = 0.0
         self._closed = False
         self._tokens_per_second = 0.0
         self.tokens = 0
@@ -150,7 +151,7 @@ class Batcher:
             except Exception as error:
                 logger.exception("a batch of %d texts failed", len(rows))
                 found = [error] * len(rows)
-            seconds = time.monotonic() - started
+            self._last_seconds = seconds = time.monotonic() - started
             self._finish(batch, found, tokens, seconds)
             self._ran(len(rows), tokens, seconds)
 
@@ -197,10 +198,12 @@ class Batcher:
             return batch
 
     def _settle(self) -> None:
-        until = time.monotonic() + _SETTLE_SECONDS
+        least, most = _SETTLE_SECONDS
+        settle = min(max(least, _SETTLE_SHARE * self._last_seconds), most)
+        until = time.monotonic() + settle
         while not self._closed and 0 < self._in_line < self._last_batch:
             before, left = self._in_line, until - time.monotonic()
-            if left <= 0 or not self._changed.wait(min(left, _GAP_SECONDS)) or self._in_line <= before:
+            if left <= 0 or not self._changed.wait(min(left, settle / 3)) or self._in_line <= before:
                 return
 
     def _finish(self, batch: list[tuple[Job, int]], found: Sequence[Any], tokens: int, seconds: float) -> None:
