@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import MANY, TEXTS
+from promptembedder.serving import batcher as batcher_module
 from promptembedder.serving import soft_prompts as soft_prompts_module
 from promptembedder.serving.app import create_app, gated
 from promptembedder.serving.batcher import Batcher, Job
@@ -44,6 +45,17 @@ class Device:
         assert self.open.wait(20)
         self.batches.append([row.ids[0] for row in rows])
         return [np.full((1, 1), row.ids[0], np.float32) for row in rows]
+
+
+class Waits:
+    """Notes for how long a condition is waited for."""
+
+    def __init__(self, wait):
+        self.limits, self._wait = [], wait
+
+    def __call__(self, timeout=None):
+        self.limits.append(timeout)
+        return self._wait(timeout)
 
 
 @pytest.fixture
@@ -114,6 +126,36 @@ def test_a_full_queue_refuses_and_takes_again(device, batcher):
     second = job([1])
     put(queue, second)
     assert numbers(second) == [1]
+
+
+def test_a_batch_waits_for_clients_that_ask_again(device, monkeypatch):
+    """Else two halves of the clients would take turns for ever."""
+    monkeypatch.setattr(batcher_module, "_SETTLE_SECONDS", (2.0, 2.0))
+    queue, first, waiting, later = Batcher(80, 10_000, device), job([0]), job([1]), job([2])
+    put(queue, first)
+    assert device.begun.wait(20)
+    put(queue, waiting)
+    device.open.set()
+    numbers(first)
+    time.sleep(0.05)  # its client reads the answer
+    put(queue, later)
+    assert numbers(waiting) + numbers(later) == [1, 2]
+    assert device.batches == [[0], [1, 2]]
+    queue.close()
+
+
+def test_nobody_waits_for_clients_of_long_ago(device, monkeypatch):
+    monkeypatch.setattr(batcher_module, "_SETTLE_SECONDS", (0.3, 0.3))
+    queue, first, later = Batcher(80, 10_000, device), job([0, 1, 2]), job([3])
+    device.open.set()
+    put(queue, first)
+    numbers(first)
+    time.sleep(0.5)
+    monkeypatch.setattr(queue._changed, "wait", waits := Waits(queue._changed.wait))
+    put(queue, later)
+    assert numbers(later) == [3]
+    assert waits.limits in ([], [None])
+    queue.close()
 
 
 def test_work_of_clients_that_are_gone_is_dropped(device, batcher):

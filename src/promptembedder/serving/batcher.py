@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 Embed = Callable[[SentenceTransformer, Sequence[Row]], list[NDArray[np.float32]]]
 
-# Clients that have just been answered send their next texts at about the same time. A batch waits for them, but no
-# longer than this share of what the last batch took, within bounds, and ends when none comes for a third of that.
-_SETTLE_SHARE = 0.03
-_SETTLE_SECONDS = (0.006, 0.1)
+# Clients that have just been answered send their next texts at about the same time. The next batch waits for as many,
+# but no longer than this share of what the last one took, within bounds, and ends when none comes for a third of that.
+_SETTLE_SHARE = 0.05
+_SETTLE_SECONDS = (0.006, 0.15)
 _MOST_RETRY_SECONDS = 60
 
 
@@ -80,8 +80,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._line: deque[Job] = deque()
         self._in_line = 0  # texts
-        self._last_batch = 0  # texts
-        self._last_seconds = 0.0
+        self._expected = 0  # texts in line when the clients of the last batch have asked again
+        self._ended = self._last_seconds = 0.0
         self._closed = False
         self._tokens_per_second = 0.0
         self.tokens = 0
@@ -194,14 +194,13 @@ class Batcher:
                     self._line.append(job)
             self._line.extendleft(reversed(others))  # their turn is next
             self._in_line -= len(batch)
-            self._last_batch = len(batch)
             return batch
 
     def _settle(self) -> None:
         least, most = _SETTLE_SECONDS
         settle = min(max(least, _SETTLE_SHARE * self._last_seconds), most)
-        until = time.monotonic() + settle
-        while not self._closed and 0 < self._in_line < self._last_batch:
+        until = self._ended + settle  # where the last batch is long ago, nobody is waited for
+        while not self._closed and 0 < self._in_line < self._expected and self.tokens < self._batch_tokens:
             before, left = self._in_line, until - time.monotonic()
             if left <= 0 or not self._changed.wait(min(left, settle / 3)) or self._in_line <= before:
                 return
@@ -219,6 +218,7 @@ class Batcher:
                 job.found[n] = one
                 if job.done == len(job.ids) and not job.dropped:
                     answered.append(job)
+            self._ended, self._expected = time.monotonic(), self._in_line + sum(len(job.ids) for job in answered)
         for job in answered:
             failed = next((one for one in job.found if isinstance(one, Exception)), None)
             if failed is not None:
