@@ -128,6 +128,15 @@ def test_a_full_queue_refuses_and_takes_again(device, batcher):
     assert numbers(second) == [1]
 
 
+def test_what_the_queue_never_holds_is_too_large(device, batcher):
+    queue = batcher(queue_tokens=10 * COST)
+    with pytest.raises(RequestError, match="send fewer texts or instructions") as refused:
+        queue.admit(job(range(11)))
+    assert (refused.value.status, refused.value.code, refused.value.param) == (413, "too_many_tokens", "input")
+    assert "Retry-After" not in refused.value.headers
+    assert queue.tokens == COST
+
+
 def test_a_batch_waits_for_clients_that_ask_again(device, monkeypatch):
     """Else two halves of the clients would take turns for ever."""
     monkeypatch.setattr(batcher_module, "_SETTLE_SECONDS", (2.0, 2.0))

@@ -47,7 +47,7 @@ class Job:
     """
 
     def __init__(self, model: Served, ids: Sequence[list[int]], instructions: int) -> None:
-        self.model, self.ids = model, ids
+        self.model, self.ids, self.instructions = model, ids, instructions
         beside = instructions * model.module.settings.num_soft_tokens
         self.costs = [max(len(one) + beside, LEAST_TEXT_TOKENS) for one in ids]
         self.tokens = sum(self.costs)
@@ -92,8 +92,16 @@ class Batcher:
         """Take room for a request; `put` or `drop` follows.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is none now, or never will be.
         """
+        if job.tokens > self._queue_tokens:
+            raise RequestError(
+                413,
+                f"the request takes {job.tokens} tokens with template and those of {job.instructions} instructions, "
+                f"and the queue holds {self._queue_tokens}; send fewer texts or instructions",
+                "too_many_tokens",
+                "input",
+            )
         with self._changed:
             beyond = self.tokens + job.tokens - self._queue_tokens
             if beyond > 0:

@@ -34,6 +34,8 @@ _LOOPBACK = ("127.", "localhost", "::1")
 # been connected is told so.
 _LEAST_STOP_SECONDS = 0.5
 _TICK_SECONDS = 0.05
+# After the queue is empty; clients that have not read their answers by then do not get them.
+_UNREAD_SECONDS = 30
 # Longer than that of most clients, which therefore close idle connections themselves.
 _KEEP_ALIVE_SECONDS = 75
 # The head of a request must be there by then; looked at now and then.
@@ -171,6 +173,12 @@ class _Stop:
 
     async def _drain(self) -> None:
         least = time.monotonic() + _LEAST_STOP_SECONDS
+        busy = time.monotonic()
         while self._gate.open_requests or time.monotonic() < least:
+            if self._service.batcher.tokens:
+                busy = time.monotonic()
+            elif time.monotonic() - busy > _UNREAD_SECONDS:  # all is computed: these clients do not read
+                self._server.force_exit = True
+                break
             await asyncio.sleep(_TICK_SECONDS)
         self._server.should_exit = True
