@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def main() -> None:
     columns: dict[str, Any] = {}
     for name in ["deep", "rows alone", *(f"folded, {rows}" for rows in arguments.rows)]:
         place = arguments.output / "columns" / (name.replace(" ", "-").replace(",", "") + ".json")
-        columns[name] = kept(place, lambda name=name: column(model, compiled, name, arguments, texts))
+        columns[name] = kept(place, partial(column, model, compiled, name, arguments, texts))
         print(report(columns), flush=True)
     if arguments.report:
         arguments.report.mkdir(parents=True, exist_ok=True)
