@@ -115,7 +115,7 @@ def read_blocks(file: SourceFile, columns: Columns, rows: int, limit: int | None
         file: to read.
         columns: of all files.
         rows: R, of a block.
-        limit: stop after so many rows of the file.
+        limit: stop after this number of rows of the file.
 
     Raises:
         BadFileError: it cannot be read, or lacks a column.

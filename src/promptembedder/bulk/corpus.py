@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # The manifest is written so often while a job runs; what is not in it is found in the parts.
 _MANIFEST_SECONDS = 30.0
-# Texts that the ranges of int8 are from: so many of a file, of so many files.
+# Texts that the ranges of int8 are from: most texts of a file, most files.
 _RANGE_TEXTS, _RANGE_FILES = 128, 8
 
 
@@ -117,13 +117,13 @@ def encode_corpus(
         kind: format of all files; unset: by their endings.
         text_field: column of the text.
         id_field: column of the id; unset: `id`, or ids made up of file and row where the first row has none.
-        limit: stop after so many rows.
+        limit: stop after this number of rows.
         strict: stop at the first row that cannot be used; else it goes to `rejects.jsonl`.
         runner: where the job runs; unset: in this process.
 
     Raises:
         PromptEmbedderError: options contradict each other; model or corpus cannot be read; the output holds another
-            job; a file cannot be read to its end, which is told after all others are done, unless `strict`.
+            job; a file cannot be read to its end, which is reported after all others are done, unless `strict`.
     """
     runner = runner or LocalRunner()
     place = Output(whole_address(str(output)))
@@ -180,7 +180,7 @@ def _ranges(plan: Plan, runner: Runner) -> dict[str, NDArray[np.float32]]:
         for file in plan.files[::step]:
             try:
                 block = next(read_blocks(file, plan.columns, _RANGE_TEXTS, _RANGE_TEXTS))
-            except PromptEmbedderError:  # told when its turn comes
+            except PromptEmbedderError:  # reported when its turn comes
                 continue
             texts += block.table["text"].to_pylist()
         if not texts:

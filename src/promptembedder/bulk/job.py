@@ -25,9 +25,9 @@ class Job:
         model: folder, name or hub id of a saved model.
         instructions: by name; each has a column of that name in the output.
         precision: how values are stored.
-        max_text_tokens: texts are truncated to so many tokens; unset: the model's limit.
+        max_text_tokens: most tokens of a text; longer ones are truncated; unset: the model's limit.
         truncate_dim: keep this many dimensions, the first ones, at length 1 again; unset: all.
-        chunk_tokens: a row for each part of a text of so many tokens; unset: a row for each text.
+        chunk_tokens: tokens of a part of a text, each of which makes a row; unset: a row for each text.
         overlap: tokens that a part shares with the one before.
         batch_tokens: of one forward; unset: 2,048 on a CPU, 16,384 on an accelerator.
         device: where the model runs; unset: the accelerator, if there is one.

@@ -170,7 +170,7 @@ class Reader:
 
         Args:
             files: one after the other.
-            limit: stop after so many rows.
+            limit: stop after this number of rows.
 
         Raises:
             PromptEmbedderError: with `strict`, what else would be left out.

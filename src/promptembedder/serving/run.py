@@ -103,7 +103,7 @@ def serve(
 def _share_one_heap() -> None:
     """Let all threads of the process take memory from one heap, and keep what is freed.
 
-    With the C library's own settings a forward in a thread gives its memory back and asks for it anew, page by page.
+    With the C library's own settings a forward in a thread gives its memory back and asks for it again, page by page.
     """
     with suppress(OSError, AttributeError):  # there is no such function elsewhere than in glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
