@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 
 import promptembedder
 from conftest import TEXTS
 from promptembedder import PromptEmbedderError
+from promptembedder.serving import run
 from promptembedder.serving.settings import ServeSettings
 
 
@@ -100,3 +106,40 @@ def test_serves_until_sigterm(tiny_model, tmp_path):
         assert server.wait(30) == 0
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_clients_that_do_not_read_do_not_hold_up_the_end(signals, monkeypatch):
+    """Their connections are closed some time after a signal, and at once after another."""
+    monkeypatch.setattr(run, "_UNREAD_SECONDS", 0.5 if signals == 1 else 60)
+    asked: queue.Queue[str] = queue.Queue()
+
+    async def app(scope, receive, send):
+        if scope["type"] == "lifespan":
+            for phase in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{phase}.complete"})
+            return
+        asked.put(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(50_000_000)})  # more than a system holds for a client
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    service = SimpleNamespace(stopping=False, batcher=SimpleNamespace(tokens=0))
+    stop = run._Stop(server, service, SimpleNamespace(open_requests=1))
+    with closing(asyncio.new_event_loop()) as loop, socket.socket() as listening, socket.socket() as client:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        client.connect(listening.getsockname())
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 2)  # the second answer waits before its first byte
+        serving = threading.Thread(target=loop.run_until_complete, args=[server.serve([listening])], daemon=True)
+        serving.start()
+        assert [asked.get(timeout=30) for _ in range(2)] == ["/", "/"]
+        for _ in range(signals):
+            loop.call_soon_threadsafe(stop.on_signal, signal.SIGTERM, None)
+        serving.join(20)
+        assert not serving.is_alive()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()  # as the process does when it ends
+            with suppress(asyncio.CancelledError):
+                loop.run_until_complete(asyncio.wait_for(task, 10))

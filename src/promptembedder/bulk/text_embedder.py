@@ -67,7 +67,7 @@ class TextEmbedder:
     def digests(self) -> dict[str, str | None]:
         """Identity of the embeddings under each instruction, as exports have it; None where there is none."""
         try:
-            compiled = compile_model(self.model, self.job.instructions)
+            compiled = compile_model(self.model, self.job.instructions, with_document=False)
         except PromptEmbedderError:  # such as a module that no export can hold
             return dict.fromkeys(self.job.instructions)
         return {name: compiled.digest(name) for name in self.job.instructions}

@@ -139,12 +139,15 @@ class Compiled:
 
 
 @torch.no_grad()
-def compile_model(model: SentenceTransformer, instructions: Mapping[str, str]) -> Compiled:
+def compile_model(
+    model: SentenceTransformer, instructions: Mapping[str, str], *, with_document: bool = True
+) -> Compiled:
     """Let the prompter read instructions, and collect what embeddings depend on beside the backbone.
 
     Args:
         model: made by `build` or `load`.
-        instructions: by short name. The model's document instruction is added as `document`.
+        instructions: by short name.
+        with_document: add the model's document instruction as `document`.
 
     Raises:
         PromptEmbedderError: a name or an instruction is blank, the name `document` is given to another instruction,
@@ -154,7 +157,7 @@ def compile_model(model: SentenceTransformer, instructions: Mapping[str, str]) -
     document = instruction_for(model, None, document=True)
     if instructions.get(DOCUMENT, document) != document:
         raise PromptEmbedderError(f"the name {DOCUMENT!r} stands for the model's document instruction, {document!r}")
-    named = {**instructions, DOCUMENT: document}
+    named = {**instructions, DOCUMENT: document} if with_document else dict(instructions)
     for name, instruction in named.items():
         if is_blank(name) or is_blank(instruction):
             raise PromptEmbedderError(f"instruction {name!r} is {instruction!r}, expected a short name and a sentence")

@@ -155,14 +155,15 @@ class _Stop:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Begin to stop."""
-        if self._service.stopping:
-            self._server.force_exit = self._server.should_exit = True
-            return
-        self._service.stopping = True
+        again, self._service.stopping = self._service.stopping, True
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # not begun yet
             self._server.should_exit = True
+            return
+        if again:
+            self._server.force_exit = self._server.should_exit = True
+            loop.call_soon_threadsafe(self._abandon)
         else:
             loop.call_soon_threadsafe(self._begin, loop, signal.Signals(number).name)
 
@@ -178,7 +179,14 @@ class _Stop:
             if self._service.batcher.tokens:
                 busy = time.monotonic()
             elif time.monotonic() - busy > _UNREAD_SECONDS:  # all is computed: these clients do not read
+                logger.warning("%d requests are given up: their clients do not read", self._gate.open_requests)
+                self._abandon()
                 self._server.force_exit = True
                 break
             await asyncio.sleep(_TICK_SECONDS)
         self._server.should_exit = True
+
+    def _abandon(self) -> None:
+        """Close connections and send nothing more; nothing else ends a task that waits for its client to read."""
+        for connection in list[Any](self._server.server_state.connections):
+            connection.transport.abort()
