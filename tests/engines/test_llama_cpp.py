@@ -100,6 +100,17 @@ def test_tiny_models(tiny_model, tmp_path, architecture, layout):
     assert min(compared(model, tmp_path, texts, "float32")) >= 0.99999
 
 
+def test_gemma(tiny_lm, tmp_path):
+    """Windows of 12 tokens in every layer, as in the first five of Gemma's six."""
+    place = shutil.copytree(tiny_lm("gemma3"), tmp_path / "llm")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "layer_types": ["sliding_attention"] * 2}))
+    settings = ModelConfig(prompter=str(place), backbone=str(place), dtype="float32", lora_rank=4)
+    model = promptembedder.build(settings, device="cpu")
+    texts = [*_MORE, *_NUMBERS, *parity_texts(model, model[0].settings.max_text_tokens)]
+    assert min(compared(model, tmp_path / "export", texts, "float32")) >= 0.99999
+
+
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"

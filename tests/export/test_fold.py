@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,21 @@ def test_a_fold_comes_closer_to_the_deep_model(deep):
         assert {"spearman", "spearman_deep"} <= kept.keys()
         by_hand = embed_compiled(deep, found.compiled, name, TEXTS) * embed_compiled(deep, compiled, name, TEXTS)
         assert by_hand.sum(-1).mean() > 0.9
+
+
+def test_instructions_that_read_the_same_are_folded_once(deep, monkeypatch):
+    fitted, fit = [], folding._Fitting.fit
+    monkeypatch.setattr(
+        folding._Fitting, "fit", lambda self, name, *more: fitted.append(name) or fit(self, name, *more)
+    )
+    compiled = compile_model(deep, {"query": INSTRUCTION, "again": INSTRUCTION})
+    document = compiled.prompts["document"]
+    others = {**compiled.prompts, "document": replace(document, soft_KD=document.soft_KD.flip(0))}
+    found = fold(deep, compiled.with_prompts(others), PLAIN, rows=5, steps=2)
+    assert fitted == ["query", "document"]
+    assert torch.equal(found.compiled.prompts["again"].soft_KD, found.compiled.prompts["query"].soft_KD)
+    assert not torch.equal(found.compiled.prompts["document"].soft_KD, found.compiled.prompts["query"].soft_KD)
+    assert found.facts["kept"]["again"] == found.facts["kept"]["query"]
 
 
 @pytest.mark.slow

@@ -138,7 +138,8 @@ def test_scaled_rotary_embeddings(tiny_model, exported):
 @pytest.mark.parametrize(
     ("architecture", "changes", "said"),
     [
-        ("gemma3", {}, r"architecture 'gemma3_text' cannot be exported as GGUF, expected llama or qwen2"),
+        ("qwen3", {}, r"architecture 'qwen3' cannot be exported as GGUF, expected llama or qwen2 or gemma3_text"),
+        ("gemma3", {}, r"other windows, attention or rotary embeddings than those of Gemma 3"),  # layers take turns
         ("llama", {"readout": "mean"}, r"read-out 'mean' .* soft-prompt"),
         (
             "llama",
@@ -168,10 +169,62 @@ def test_a_weight_beyond_float16_is_refused(tiny_model, exported):
         exported(model)
 
 
-def test_a_tokenizer_of_another_kind_is_refused(tiny_model):
+@pytest.fixture
+def gemma(tiny_model):
+    """A tiny model whose windows are where llama.cpp has them: two layers of the five before a full one."""
     model = tiny_model("gemma3")
-    with pytest.raises(PromptEmbedderError, match="no byte-level BPE"):
-        grown_words(model.tokenizer, compile_model(model, {}))
+    model[0].backbone.lm.config.layer_types = ["sliding_attention"] * 2
+    return model
+
+
+def test_gemma(gemma, exported):
+    """Norms hold what is multiplied by, words have scores in the order of merges, and every byte is a word."""
+    compiled, folder = exported(gemma, precision="float32")
+    facts, tensors = opened(folder)
+    assert (facts["general.architecture"], facts["tokenizer.ggml.model"]) == ("gemma3", "llama")
+    assert facts["gemma3.attention.sliding_window"] == 12
+    assert facts["tokenizer.ggml.add_space_prefix"] is False
+    layer = gemma[0].backbone.lm.layers[0]
+    for name, norm in (("attn_norm", layer.input_layernorm), ("attn_q_norm", layer.self_attn.q_norm)):
+        np.testing.assert_array_equal(tensors[f"blk.0.{name}.weight"].data, 1 + norm.weight.detach().numpy())
+    words, scores = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.scores"]
+    learnt = json.loads(gemma.tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    places = [words.index("".join(merge)) for merge in learnt]
+    assert len(set(places)) > 100
+    assert [scores[place] for place in places] == sorted((scores[place] for place in places), reverse=True)
+    kinds = dict(zip(words, facts["tokenizer.ggml.token_type"], strict=True))
+    assert {kinds[f"<0x{n:02X}>"] for n in range(256)} == {TokenType.BYTE}
+    assert (kinds["<unk>"], kinds["<bos>"]) == (TokenType.UNKNOWN, TokenType.CONTROL)
+    rows_WD = tensors["token_embd.weight"].data
+    first = words.index(re.findall(r"<\|pe:topic.*?\|>", around(folder, "topic")["suffix"])[0])
+    scale = gemma[0].backbone.lm.config.hidden_size ** 0.5
+    np.testing.assert_allclose(rows_WD[first] * scale, compiled.prompts["topic"].soft_KD[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("query_pre_attn_scalar", 16),
+        ("use_bidirectional_attention", True),
+        ("attn_logit_softcapping", 30.0),
+        ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}),
+    ],
+)
+def test_another_gemma_is_refused(gemma, exported, setting, value):
+    config = gemma[0].backbone.lm.config
+    if setting == "rope_parameters":
+        value = {**value, "sliding_attention": {"rope_type": "default", "rope_theta": 5e4}}
+    setattr(config, setting, value)
+    with pytest.raises(PromptEmbedderError, match="than those of Gemma 3 cannot be exported"):
+        exported(gemma)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(gemma):
+    """As Llama 2 has it: a space is put before a text."""
+    backend = gemma.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    with pytest.raises(PromptEmbedderError, match="neither a byte-level BPE nor one of SentencePiece's"):
+        grown_words(gemma.tokenizer, compile_model(gemma, {}))
 
 
 def test_the_engine_is_named_where_it_is_missing(tiny_model, exported, monkeypatch):

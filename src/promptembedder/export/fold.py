@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from promptembedder import progress
 from promptembedder.errors import PromptEmbedderError, needs_extra
-from promptembedder.export.compiled import Compiled, embed_compiled
+from promptembedder.export.compiled import Compiled, CompiledInstruction, embed_compiled
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.model.backbone import Backbone
 from promptembedder.model.module import soft_prompt_module
@@ -40,6 +40,8 @@ _TEMPERATURE = 0.05
 _TEXT_TOKENS = 128
 _CACHE_BYTES = 2 * 2**30
 _NEIGHBOURS = 10
+# Mean cosine of the deep model's embeddings from which two instructions are folded as one; a fold loses far more.
+_SAME = 0.999
 
 ScoredPairs = tuple[Sequence[str], Sequence[str], Sequence[float]]
 
@@ -99,9 +101,12 @@ def fold(
             soft_RD = fitting.fit(first, count, max(1, steps // 3))
             tried[count] = fitting.kept(first, soft_RD)["similarity" if headless else "cosine"]
         rows = max(tried, key=lambda count: tried[count])
-    prompts, kept = {}, {}
+    prompts: dict[str, CompiledInstruction] = {}
+    kept: dict[str, dict[str, float]] = {}
     for name, prompt in compiled.prompts.items():
-        soft_RD = fitting.fit(name, rows, steps)
+        # The prompter often reads the same in two instructions, such as those of queries and documents.
+        alike = next((other for other in prompts if fitting.agreement(name, other) > _SAME), None)
+        soft_RD = fitting.fit(name, rows, steps) if alike is None else prompts[alike].soft_KD
         prompts[name] = replace(prompt, soft_KD=soft_RD, deep_JKD=None)
         kept[name] = fitting.kept(name, soft_RD)
     folded = fitting.target.with_prompts(prompts)
@@ -139,6 +144,10 @@ class _Fitting:
         if name not in self._deep:
             self._deep[name] = embed_compiled(self.model, self._short, name, self.texts)
         return self._deep[name]
+
+    def agreement(self, name: str, other: str) -> float:
+        """Mean cosine of the deep model's embeddings under two instructions."""
+        return float((self.deep(name) * self.deep(other)).sum(-1).mean())
 
     def fit(self, name: str, rows: int, steps: int) -> Tensor:
         """Soft tokens (R, D) that embed the texts that are not held back as the deep model does."""

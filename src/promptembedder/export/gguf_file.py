@@ -39,11 +39,17 @@ _FILE_TYPES = {
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+_ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
 # Matrices that q8_0 leaves in float16: with them in eight bits, embeddings fall below the bound of the check.
 _SENSITIVE = ("attn_k", "attn_v", "attn_output", "ffn_down")
 # What llama.cpp turns by freq_factors; it has those of llama alone.
-_STATIC_ROPES = {"llama": ("default", "linear", "llama3"), "qwen2": ("default",)}
+_STATIC_ROPES = {"llama": ("default", "linear", "llama3"), "qwen2": ("default",), "gemma3_text": ("default",)}
+# What llama.cpp takes for granted in Gemma 3: one layer in six sees all tokens, the others turn by this base.
+_GEMMA_FULL_EVERY, _GEMMA_LOCAL_BASE = 6, 10_000.0
 HOLDS_HEAD = False
 _OTHERS = "export in format sentence-transformers or soft-prompt"
 
@@ -102,7 +108,7 @@ def write(compiled: Compiled, model: SentenceTransformer, folder: Path, *, preci
     config = decoder.config
     _check_architecture(config)
     words = grown_words(model.tokenizer, compiled)
-    writer = gguf.GGUFWriter(folder / MODEL_FILE, config.model_type)
+    writer = gguf.GGUFWriter(folder / MODEL_FILE, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
     _add_shape(writer, config, precision)
     words.add_to(writer)
     tensors = list(_tensors(decoder, compiled, words, precision))
@@ -141,10 +147,31 @@ def _check_architecture(config: Any) -> None:
         raise PromptEmbedderError(f"rotary embeddings of type {rope!r} in {kind} cannot be exported as GGUF; {_OTHERS}")
     if getattr(config, "use_sliding_window", False):
         raise PromptEmbedderError(f"sliding windows in {kind} cannot be exported as GGUF; {_OTHERS}")
+    if kind == "gemma3_text" and not _is_plain_gemma(config):
+        raise PromptEmbedderError(
+            f"a backbone of architecture {kind!r} with other windows, attention or rotary embeddings than those of "
+            f"Gemma 3 cannot be exported as GGUF; {_OTHERS}"
+        )
+
+
+def _is_plain_gemma(config: Any) -> bool:
+    """Whether llama.cpp, which knows Gemma 3 by name, would run a backbone as its settings say."""
+    layers = config.num_hidden_layers
+    full = [n for n, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    local = config.rope_parameters["sliding_attention"]
+    return (
+        full == list(range(_GEMMA_FULL_EVERY - 1, layers, _GEMMA_FULL_EVERY))
+        and (local["rope_type"], local["rope_theta"]) == ("default", _GEMMA_LOCAL_BASE)
+        and config.query_pre_attn_scalar == _head_width(config)
+        and not config.use_bidirectional_attention
+        and config.attn_logit_softcapping is None
+    )
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    return dict(config.rope_parameters or {})
+    """Rotary embeddings, of Gemma those of the layers that see all tokens."""
+    rope = dict(config.rope_parameters or {})
+    return dict(rope.get("full_attention", rope))
 
 
 def _head_width(config: Any) -> int:
@@ -165,6 +192,8 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, precision: Precision) -> No
     writer.add_rope_dimension_count(_head_width(config))
     writer.add_rope_freq_base(_rope(config)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
     writer.add_pooling_type(gguf.PoolingType.LAST)
 
 
@@ -185,7 +214,9 @@ def _tensors(
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         turned = heads if config.model_type == "llama" else None
-        yield found, tuple(weight.shape), _kind(found, weight, precision), _maker(weight, turned)
+        # transformers multiplies by one more than Gemma's norms hold, llama.cpp by what the file holds.
+        added = float(config.model_type == "gemma3_text" and name.endswith("norm.weight"))
+        yield found, tuple(weight.shape), _kind(found, weight, precision), _maker(weight, turned, added)
     factors = _rope_factors(decoder)
     if factors is not None:
         yield "rope_freqs.weight", factors.shape, Kind.F32, lambda: factors
@@ -200,9 +231,11 @@ def _kind(name: str, weight: torch.Tensor, precision: Precision) -> Kind:
     return _KINDS[precision]
 
 
-def _maker(weight: torch.Tensor, heads: int | None) -> Callable[[], NDArray[np.float32]]:
+def _maker(weight: torch.Tensor, heads: int | None, added: float) -> Callable[[], NDArray[np.float32]]:
     def make() -> NDArray[np.float32]:
         array: NDArray[np.float32] = weight.detach().float().cpu().numpy()
+        if added:
+            array = array + np.float32(added)
         if heads is not None:
             # llama.cpp turns neighbours in a head of llama, transformers turns halves.
             parts = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])

@@ -6,6 +6,7 @@ Shapes: W words of the grown vocabulary, V rows of the backbone's word embedding
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from promptembedder.export.compiled import Compiled
 from promptembedder.export.grown_tokenizer import TEXT, soft_words
 
 _OTHERS = "export in format sentence-transformers or soft-prompt"
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of the patterns by which words are parted, and of whether a word of the vocabulary is left whole.
@@ -39,7 +42,7 @@ class Words:
         tokens: W spellings; the place is the id.
         kinds: of each, as GGUF names them.
         merges: of the byte-pair encoding.
-        pre: llama.cpp's name of how words are parted.
+        pre: llama.cpp's name of how words are parted; None: they are not, as in SentencePiece's models.
         special: ids of `bos`, `eos`, `unk` and `pad`, as far as there are.
         copies: ids of copies, by the id of the token they stand for.
         soft_ids: ids of soft tokens, by instruction.
@@ -51,7 +54,7 @@ class Words:
     tokens: list[str]
     kinds: list[int]
     merges: list[str]
-    pre: str
+    pre: str | None
     special: Mapping[str, int]
     copies: Mapping[int, int]
     soft_ids: Mapping[str, tuple[int, ...]]
@@ -67,15 +70,27 @@ class Words:
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Write the vocabulary; llama.cpp is to add no token of its own."""
         writer.add_vocab_size(self.count)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.kinds)
-        writer.add_token_merges(self.merges)
+        if self.pre is None:
+            writer.add_tokenizer_model("llama")
+            writer.add_token_scores(self.scores())
+            writer.add_add_space_prefix(False)
+        else:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(self.pre)
+            writer.add_token_merges(self.merges)
         for name, token_id in self.special.items():
             getattr(writer, f"add_{name}_token_id")(token_id)
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(False)
+
+    def scores(self) -> list[float]:
+        """Of each token, as SentencePiece has them: the sooner two parts become it, the higher."""
+        places: dict[str, int] = {}
+        for place, merge in enumerate(self.merges):
+            places.setdefault(merge.replace(" ", ""), place)
+        return [-float(places.get(token, len(self.merges))) for token in self.tokens]
 
     def rows(self, table_VD: torch.Tensor, compiled: Compiled) -> NDArray[np.float32]:
         """The word embeddings (W, D)."""
@@ -104,6 +119,9 @@ def grown_words(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> Words
     for added in state["added_tokens"]:
         spelled[added["id"]] = added["content"]
         kind_of[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if pre is None:
+        kind_of |= {i: gguf.TokenType.BYTE for i, word in spelled.items() if _BYTE.fullmatch(word)}
+        kind_of[state["model"]["vocab"][state["model"]["unk_token"]]] = gguf.TokenType.UNKNOWN
     ids = range(max(spelled) + 1)
     tokens = [spelled.get(i, f"[PAD{i}]") for i in ids]
     kinds = [int(kind_of.get(i, gguf.TokenType.UNUSED)) for i in ids]
@@ -133,10 +151,14 @@ def grown_words(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> Words
     return Words(tokens, kinds, merges, pre, known, copies, soft, before, after, around)
 
 
-def _pre(state: Mapping[str, Any]) -> str:
+def _pre(state: Mapping[str, Any]) -> str | None:
     """llama.cpp's name of a way to part words: of the tokenizer as it is, whatever its LLM is called."""
+    if _is_sentence_piece(state):
+        return None
     if state["model"].get("type") != "BPE" or state["model"].get("byte_fallback"):
-        raise PromptEmbedderError(f"the backbone's tokenizer is no byte-level BPE; {_OTHERS}")
+        raise PromptEmbedderError(
+            f"the backbone's tokenizer is neither a byte-level BPE nor one of SentencePiece's; {_OTHERS}"
+        )
     normalizer = (state["normalizer"] or {"type": "NFC"})["type"]
     if normalizer != "NFC":  # which clients do themselves
         raise PromptEmbedderError(f"the backbone's tokenizer has a normalizer {normalizer}, llama.cpp none; {_OTHERS}")
@@ -155,3 +177,20 @@ def _pre(state: Mapping[str, Any]) -> str:
         if found is not None:
             return found
     raise PromptEmbedderError(f"the backbone's tokenizer parts words as llama.cpp does not; {_OTHERS}")
+
+
+def _is_sentence_piece(state: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer is a BPE of SentencePiece that adds no space before a text, such as Gemma's."""
+    model, normalizer, parted = state["model"], state["normalizer"] or {}, state["pre_tokenizer"] or {}
+    # Where spaces are already replaced, nothing is parted at them.
+    whole = not parted or (parted.get("type") == "Split" and parted["pattern"] == {"String": " "})
+    spaces = normalizer.get("type") == "Replace" and normalizer["pattern"] == {"String": " "}
+    return bool(
+        model.get("type") == "BPE"
+        and model.get("byte_fallback")
+        and model.get("unk_token") is not None
+        and not model.get("ignore_merges")
+        and spaces
+        and normalizer["content"] == _SPACE
+        and whole
+    )
