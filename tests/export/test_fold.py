@@ -51,29 +51,41 @@ def test_a_fold_comes_closer_to_the_deep_model(deep):
         assert by_hand.sum(-1).mean() > 0.9
 
 
-def test_instructions_that_read_the_same_are_folded_once(deep, monkeypatch):
-    fitted, fit = [], folding._Fitting.fit
-    monkeypatch.setattr(
-        folding._Fitting, "fit", lambda self, name, *more: fitted.append(name) or fit(self, name, *more)
-    )
+@pytest.fixture
+def fits(monkeypatch):
+    """Every fit that is made: name, start, steps, and what it found."""
+    made, fit = [], folding._Fitting.fit
+
+    def noted(self, name, start_RD, steps):
+        made.append((name, start_RD, steps, fit(self, name, start_RD, steps)))
+        return made[-1][-1]
+
+    monkeypatch.setattr(folding._Fitting, "fit", noted)
+    return made
+
+
+def test_instructions_that_read_the_same_are_folded_once(deep, fits):
     compiled = compile_model(deep, {"query": INSTRUCTION, "again": INSTRUCTION})
     document = compiled.prompts["document"]
     others = {**compiled.prompts, "document": replace(document, soft_KD=document.soft_KD.flip(0))}
     found = fold(deep, compiled.with_prompts(others), PLAIN, rows=5, steps=2)
-    assert fitted == ["query", "document"]
+    assert [name for name, *_ in fits] == ["query", "document"]
     assert torch.equal(found.compiled.prompts["again"].soft_KD, found.compiled.prompts["query"].soft_KD)
     assert not torch.equal(found.compiled.prompts["document"].soft_KD, found.compiled.prompts["query"].soft_KD)
     assert found.facts["kept"]["again"] == found.facts["kept"]["query"]
 
 
-@pytest.mark.slow
-def test_the_count_that_measures_best_is_taken(deep, monkeypatch):
-    monkeypatch.setattr(folding, "COUNTS", (1, 6))
-    compiled = compile_model(deep, {})
-    found = fold(deep, compiled, PLAIN, steps=30)
-    each = {rows: fold(deep, compiled, PLAIN, rows=rows, steps=10) for rows in (1, 6)}
-    best = max(each, key=lambda rows: each[rows].facts["kept"]["document"]["cosine"])
-    assert found.facts["rows"] == best == found.compiled.num_soft_tokens
+def test_further_instructions_start_from_what_the_first_fold_has_found(deep, fits):
+    compiled = compile_model(deep, {"query": INSTRUCTION})
+    document = compiled.prompts["document"]
+    turned = replace(document, soft_KD=document.soft_KD.flip(0))
+    found = fold(deep, compiled.with_prompts({**compiled.prompts, "document": turned}), PLAIN, steps=5)
+    assert found.facts["rows"] == found.compiled.num_soft_tokens == 10
+    (_, own_RD, steps, soft_RD), (_, later_RD, fewer, _) = fits
+    assert (steps, fewer) == (5, 3)
+    # Ten rows are the five of the model twice.
+    assert torch.equal(own_RD, compiled.prompts["query"].soft_KD.repeat(2, 1))
+    torch.testing.assert_close(later_RD - turned.soft_KD.repeat(2, 1), soft_RD - own_RD)
 
 
 def test_few_texts_and_odd_rows_are_refused(deep):
@@ -139,5 +151,5 @@ def test_a_folded_head_is_exported(deep, tmp_path, monkeypatch):
 
 def test_a_backbone_is_refused_before_the_fold(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "fold", lambda *_, **__: pytest.fail("folded"))
-    with pytest.raises(PromptEmbedderError, match="architecture 'gemma3_text' cannot be exported as GGUF"):
+    with pytest.raises(PromptEmbedderError, match="than those of Gemma 3 cannot be exported"):
         export(tiny_model("gemma3", deep_rank=2), {}, tmp_path / "out", to="gguf", folding=FoldData(PLAIN))

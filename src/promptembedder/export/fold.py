@@ -27,13 +27,15 @@ from promptembedder.model.backbone import Backbone
 from promptembedder.model.module import soft_prompt_module
 
 FEWEST_TEXTS = 100
-# More are not read: 150 steps of 32 see each of these some five times.
+# More are not read: the steps see each of these some two times.
 MOST_TEXTS = 1000
-COUNTS = (5, 10, 20)
-STEPS = 150
-_BATCH = 32
+ROWS = 10
+STEPS = 300
+# Small batches of many steps came closer to the deep model, in the same time, than large ones of few.
+_BATCH = 8
+_READ_BATCH = 32
 # Of the soft tokens' standard deviation, a step.
-_RATE = 0.05
+_RATE = 0.1
 # Of the softmaxes over similarities, as in training with a teacher.
 _TEMPERATURE = 0.05
 # Longer texts are truncated while fitting.
@@ -79,34 +81,34 @@ def fold(
         model: that the instructions were compiled with.
         compiled: deep, or with a head or centre that is to go.
         texts: plain texts of the kind to be embedded.
-        rows: R; unset: the one of `COUNTS` that comes closest to the deep model.
+        rows: R; unset: 10.
         dev: scored pairs, to report by.
         headless: leave out centre and linear head; similarities agree in place of embeddings.
-        steps: of the fit, for each instruction; unset: 150.
+        steps: of the first fit; unset: 300. Further instructions start from what it has found, and take half of them.
         seed: draws the texts held back, and the batches.
 
     Raises:
         PromptEmbedderError: fewer than 100 different texts; no such number of rows.
     """
-    if rows is not None and not 1 <= rows <= 512:
+    rows, steps = ROWS if rows is None else rows, STEPS if steps is None else steps
+    if not 1 <= rows <= 512:
         raise PromptEmbedderError(f"a fold has 1 to 512 rows, found {rows}")
-    fitting, steps = _Fitting(model, compiled, texts, seed, headless), STEPS if steps is None else steps
+    fitting = _Fitting(model, compiled, texts, seed, headless)
     count = len(compiled.prompts)
     progress.say(f"folding {count} instructions on {len(fitting.texts)} texts; this takes minutes on a CPU")
-    if rows is None:
-        # A third of the steps, on one instruction, tells the counts apart.
-        first = next(iter(compiled.prompts))
-        tried = {}
-        for count in COUNTS:
-            soft_RD = fitting.fit(first, count, max(1, steps // 3))
-            tried[count] = fitting.kept(first, soft_RD)["similarity" if headless else "cosine"]
-        rows = max(tried, key=lambda count: tried[count])
     prompts: dict[str, CompiledInstruction] = {}
     kept: dict[str, dict[str, float]] = {}
+    learnt_RD: Tensor | None = None
     for name, prompt in compiled.prompts.items():
         # The prompter often reads the same in two instructions, such as those of queries and documents.
         alike = next((other for other in prompts if fitting.agreement(name, other) > _SAME), None)
-        soft_RD = fitting.fit(name, rows, steps) if alike is None else prompts[alike].soft_KD
+        if alike is not None:
+            soft_RD = prompts[alike].soft_KD
+        elif learnt_RD is None:
+            soft_RD = fitting.fit(name, fitting.start(name, rows), steps)
+            learnt_RD = soft_RD - fitting.start(name, rows)
+        else:  # what a fold adds to the soft tokens is much the same under all instructions
+            soft_RD = fitting.fit(name, fitting.start(name, rows) + learnt_RD, -(-steps // 2))
         prompts[name] = replace(prompt, soft_KD=soft_RD, deep_JKD=None)
         kept[name] = fitting.kept(name, soft_RD)
     folded = fitting.target.with_prompts(prompts)
@@ -149,14 +151,17 @@ class _Fitting:
         """Mean cosine of the deep model's embeddings under two instructions."""
         return float((self.deep(name) * self.deep(other)).sum(-1).mean())
 
-    def fit(self, name: str, rows: int, steps: int) -> Tensor:
+    def start(self, name: str, rows: int) -> Tensor:
+        """The model's own soft tokens, repeated or cut to (R, D): the last one is read, so others go before."""
+        soft_KD = self.compiled.prompts[name].soft_KD
+        return soft_KD[torch.arange(-rows, 0) % len(soft_KD)]
+
+    def fit(self, name: str, start_RD: Tensor, steps: int) -> Tensor:
         """Soft tokens (R, D) that embed the texts that are not held back as the deep model does."""
-        deep_NE, prompt = self.deep(name), self.compiled.prompts[name]
-        K = len(prompt.soft_KD)
-        # The last token is the one that is read, so rows beyond the model's own go before.
-        start_RD = prompt.soft_KD[torch.arange(-rows, 0) % K].to(self.model.device)
-        soft_RD = nn.Parameter(start_RD.clone())
-        optimizer = torch.optim.AdamW([soft_RD], lr=_RATE * float(start_RD.std()), weight_decay=0.0)
+        deep_NE, prompt, rows = self.deep(name), self.compiled.prompts[name], len(start_RD)
+        soft_RD = nn.Parameter(start_RD.to(self.model.device, copy=True))
+        rate = _RATE * float(self.start(name, rows).std())
+        optimizer = torch.optim.AdamW([soft_RD], lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(self.seed)
         bar = progress.bar(range(steps), f"Folding {name!r} into {rows} soft tokens", unit="step")
@@ -187,8 +192,8 @@ class _Fitting:
     def kept(self, name: str, soft_RD: Tensor) -> dict[str, float]:
         """How close soft tokens are to the deep model, on the texts held back among all."""
         prompt, soft_RD = self.compiled.prompts[name], soft_RD.to(self.model.device)
-        places = range(0, len(self.texts), _BATCH)
-        chunks = [range(n, min(n + _BATCH, len(self.texts))) for n in places]
+        places = range(0, len(self.texts), _READ_BATCH)
+        chunks = [range(n, min(n + _READ_BATCH, len(self.texts))) for n in places]
         found_NE = torch.cat([self._embed(prompt.instruction, soft_RD, list(chunk)).cpu() for chunk in chunks])
         deep_NE = self.deep(name)
         near = [self._nearest(embeddings_NE) for embeddings_NE in (found_NE, deep_NE)]
