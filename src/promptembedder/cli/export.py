@@ -32,7 +32,7 @@ def export(
     texts: Annotated[
         str | None, typer.Option(help="File of plain texts to fold a deep soft prompt on, a few hundred.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Soft tokens of a fold; unset: 10.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Soft tokens of a fold; unset: 5.")] = None,
     dev: Annotated[str | None, typer.Option(help="Scored pairs to report the quality of a fold by.")] = None,
     device: Device = None,
 ) -> None:
