@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import promptembedder
-from conftest import INSTRUCTION
+from conftest import ARCHITECTURES, INSTRUCTION
 from promptembedder import PromptEmbedderError
 from promptembedder.model.explain import explain, readings_of
 from promptembedder.model.folder import read_saved
@@ -53,14 +53,27 @@ def test_the_command_needs_no_sentence_transformers():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("how", ["lora", "full"])
-def test_a_prompter_reopened_alone_writes_the_same(tiny_model, tmp_path, how):
-    model = tiny_model(prompter_training=how)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("how", "dtype", "merged"), [("lora", "float32", True), ("lora", "bfloat16", False), ("full", "float32", False)]
+)
+def test_a_prompter_reopened_alone_writes_the_same(tiny_model, tmp_path, architecture, how, dtype, merged):
+    """LoRA is merged into the weights where that loses no digits."""
+    model = tiny_model(architecture, prompter_training=how, dtype=dtype)
+    with torch.no_grad():
+        for name, weight in model[0].prompter.lm.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
     promptembedder.save(model, tmp_path / "model")
     prompter = reopen_prompter(read_saved(tmp_path / "model"))
+    assert hasattr(prompter.lm, "peft_config") == (how == "lora" and not merged)
     with torch.no_grad():
         written = prompter(*prompter.tokenize([INSTRUCTION]))
-    assert readings_of(prompter, written) == explain(model, INSTRUCTION)
+        expected = model[0].soft_tokens(INSTRUCTION)
+    torch.testing.assert_close(written.tokens_NKP, expected.tokens_NKP, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(written.weights_NKV, expected.weights_NKV, atol=1e-5, rtol=1e-5)
+    found, wanted = readings_of(prompter, written), explain(model, INSTRUCTION)
+    assert [[word for word, _ in one.words] for one in found] == [[word for word, _ in one.words] for one in wanted]
     config = tmp_path / "model" / "promptembedder.json"
     config.write_text(config.read_text().replace(model[0].base_models.prompter_fingerprint, "f" * 64))
     with pytest.raises(PromptEmbedderError, match=r"prompter .* has other weights"):

@@ -6,6 +6,8 @@ plus its number.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import math
 import os
@@ -43,6 +45,7 @@ from promptembedder.errors import PromptEmbedderError
 _UsageError: Any = typer.BadParameter.__base__
 
 _ONE_STOP_SECONDS = 2.0
+_GARBAGE_THRESHOLDS = (200_000, 20, 20)
 
 app = typer.Typer(
     add_completion=False,
@@ -84,6 +87,10 @@ def options(
 def main() -> None:
     """Entry point of the `promptembedder` command."""
     _prepare_streams()
+    # Libraries make a million objects that live to the end: looking for garbage among them takes seconds of a start,
+    # and as long again when the process ends.
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
+    atexit.register(gc.freeze)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Deprecations inside the libraries are for this project to follow up, not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)

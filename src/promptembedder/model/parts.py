@@ -6,9 +6,11 @@ Shapes: V vocabulary, P prompter width, D backbone width, S shared words.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +30,8 @@ from promptembedder.model.settings import ModelConfig
 from promptembedder.model.vocabulary import shared_vocabulary
 
 _LORA_TARGETS = "all-linear"
+# What the product of its matrices is multiplied by; peft's `lora_alpha` is this times the rank.
+_LORA_SCALE = 2
 
 
 class Parts(NamedTuple):
@@ -102,13 +106,57 @@ def make_prompter(
         config: the model's settings.
         seed: of LoRA's start.
     """
+    return bare_prompter(_trainable(lm, config, seed), tokenizer, config)
+
+
+def bare_prompter(lm: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Prompter:
+    """The prompter over an LLM as it is, with LoRA inside or merged."""
     return Prompter(
-        _trainable(lm, config, seed),
+        lm,
         tokenizer,
         num_soft_tokens=config.num_soft_tokens,
         temperature=config.softmax_temperature,
         max_request_tokens=config.max_instruction_tokens,
     )
+
+
+def merge_lora(lm: PreTrainedModel, weights: Path, config: ModelConfig) -> bool:
+    """Add the products of a saved LoRA to the weights of an LLM that nothing else uses.
+
+    That spares peft, whose import and wrapping take a second or two.
+
+    Args:
+        lm: the Prompting LLM, changed in place.
+        weights: LoRA as peft names it.
+        config: the model's settings.
+
+    Returns:
+        Whether it was done. Not in other precisions than float32, which would lose digits, and not where the file holds
+        something else than LoRA of linear layers, which peft is to judge; the LLM is as it was then.
+
+    Raises:
+        SafetensorError: the file is damaged.
+    """
+    state = load_file(weights)
+    modules = {f"base_model.model.{name}": module for name, module in lm.named_modules()}
+    products = []
+    for name in {key.rpartition(".lora_")[0] for key in state}:
+        factors = [state.pop(f"{name}.lora_{letter}.weight", None) for letter in "BA"]
+        linear = modules.get(name)
+        if type(linear) is not torch.nn.Linear or linear.weight.dtype != torch.float32 or None in factors:
+            return False
+        out_R, in_R = factors
+        fits = (out_R.shape[0], in_R.shape[1]) == linear.weight.shape
+        if not fits or {out_R.shape[1], in_R.shape[0]} != {config.lora_rank}:
+            return False
+        products.append((linear, out_R, in_R))
+    linears = sum(type(module) is torch.nn.Linear for module in modules.values())
+    if state or len(products) != linears - (lm.get_output_embeddings() is not None):
+        return False
+    with torch.no_grad():
+        for linear, out_R, in_R in products:
+            linear.weight.addmm_(out_R.float(), in_R.float(), alpha=_LORA_SCALE)
+    return True
 
 
 def open_backbone(
@@ -149,7 +197,10 @@ def _trainable(lm: PreTrainedModel, config: ModelConfig, seed: int) -> torch.nn.
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=_LORA_TARGETS, task_type="CAUSAL_LM"
+        r=config.lora_rank,
+        lora_alpha=_LORA_SCALE * config.lora_rank,
+        target_modules=_LORA_TARGETS,
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)

@@ -24,7 +24,15 @@ from promptembedder.llms.open import load_causal_lm, load_tokenizer
 from promptembedder.model.folder import BaseModels, SavedModel
 from promptembedder.model.handed import dtype_name
 from promptembedder.model.known import KnownInstructions, SoftPromptTable
-from promptembedder.model.parts import Parts, backbone_of, make_prompter, open_backbone, open_parts
+from promptembedder.model.parts import (
+    Parts,
+    backbone_of,
+    bare_prompter,
+    make_prompter,
+    merge_lora,
+    open_backbone,
+    open_parts,
+)
 from promptembedder.model.prompter import Prompter, load_trained_state
 from promptembedder.model.settings import ModelConfig
 from promptembedder.paths import check_readable, is_there
@@ -80,6 +88,8 @@ def reopen_prompter(saved: SavedModel) -> Prompter:
         whole = saved.config.prompter_training == "full"
         lm = load_causal_lm(located, torch.float32 if whole else resolve_dtype(saved.config.dtype, "cpu"))
         _check_identity(saved, "prompter", fingerprint(lm))
+        if not whole and merge_lora(lm, saved.prompter_weights, saved.config):
+            return bare_prompter(lm, load_tokenizer(located), saved.config)
         prompter = make_prompter(lm, load_tokenizer(located), saved.config)
         load_trained_state(prompter, saved.prompter_weights)
     return prompter
