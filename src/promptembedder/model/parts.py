@@ -141,11 +141,10 @@ def merge_lora(lm: PreTrainedModel, weights: Path, config: ModelConfig) -> bool:
     modules = {f"base_model.model.{name}": module for name, module in lm.named_modules()}
     products = []
     for name in {key.rpartition(".lora_")[0] for key in state}:
-        factors = [state.pop(f"{name}.lora_{letter}.weight", None) for letter in "BA"]
+        out_R, in_R = (state.pop(f"{name}.lora_{letter}.weight", None) for letter in "BA")
         linear = modules.get(name)
-        if type(linear) is not torch.nn.Linear or linear.weight.dtype != torch.float32 or None in factors:
+        if type(linear) is not torch.nn.Linear or linear.weight.dtype != torch.float32 or out_R is None or in_R is None:
             return False
-        out_R, in_R = factors
         fits = (out_R.shape[0], in_R.shape[1]) == linear.weight.shape
         if not fits or {out_R.shape[1], in_R.shape[0]} != {config.lora_rank}:
             return False
