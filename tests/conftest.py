@@ -65,6 +65,8 @@ CUE = 'said in a few short words, and as clearly as one can, which means in one 
 SECOND = "Given a question, retrieve questions that ask the same thing."
 MANY = [f"{text} {n}" for n in range(6) for text in TEXTS]
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
+# For tests that take about a second each: `make check` takes the first shape alone.
+FIRST_QUICK = ("llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gemma3")))
 
 _CORPUS = [
     *TEXTS,

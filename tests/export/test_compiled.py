@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import promptembedder
-from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from conftest import ARCHITECTURES, FIRST_QUICK, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
 from promptembedder.export.compiled import compile_model, embed_compiled
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FIRST_QUICK)
 @pytest.mark.parametrize(
     "changes", [{}, {"deep_rank": 2}, {"layout": "prefix"}, {"readout": "mean"}, {"linear_head": True}]
 )

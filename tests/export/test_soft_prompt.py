@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 import promptembedder
-from conftest import ARCHITECTURES, INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
+from conftest import FIRST_QUICK, INSTRUCTION, SECOND, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError
 from promptembedder.export.compiled import compile_model
 from promptembedder.export.export import export
@@ -45,7 +45,7 @@ def exported(tiny_model, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FIRST_QUICK)
 @pytest.mark.parametrize(
     "changes", [{"deep_rank": 2, "linear_head": True}, {"layout": "prefix", "readout": "mean"}, {"readout": "mean"}]
 )

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
+from conftest import ARCHITECTURES, FIRST_QUICK, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.llms.states import packed, unpacked
@@ -36,7 +36,7 @@ def opened(folder=None, budget=MIB, identity="one", **options):
     return open_text_cache(budget, identity=identity, folder=folder, **options)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FIRST_QUICK)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_bitwise_the_same_embeddings(tiny_model, tmp_path, architecture, dtype, where):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import promptembedder
-from conftest import ARCHITECTURES, INSTRUCTION
+from conftest import FIRST_QUICK, INSTRUCTION
 from promptembedder import PromptEmbedderError
 from promptembedder.model.explain import explain, readings_of
 from promptembedder.model.folder import read_saved
@@ -53,7 +53,7 @@ def test_the_command_needs_no_sentence_transformers():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FIRST_QUICK)
 @pytest.mark.parametrize(
     ("how", "dtype", "merged"), [("lora", "float32", True), ("lora", "bfloat16", False), ("full", "float32", False)]
 )

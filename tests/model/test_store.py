@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import promptembedder
-from conftest import ARCHITECTURES, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
+from conftest import FIRST_QUICK, INSTRUCTION, TEXTS, assert_same_embeddings, assert_same_model
 from promptembedder import PromptEmbedderError
 from promptembedder.model import folder as places
 from promptembedder.model.folder import describe
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FIRST_QUICK)
 @pytest.mark.parametrize("changes", [{}, {"prompter_training": "full"}, {"layout": "prefix", "readout": "mean"}])
 def test_saved_and_loaded_is_identical(tiny_model, tmp_path, architecture, changes):
     model = tiny_model(architecture, **changes)
