@@ -204,7 +204,8 @@ def measured(model: Any, arguments: Any, form: str, precision: str | None, texts
         )
         seconds = time.perf_counter() - start
         expected = embed_compiled(model, done.compiled, NAME, texts).float().cpu().numpy()
-        size = sum(p.stat().st_size for p in done.folder.rglob("*") if p.is_file()) / 1e6
+        files = [path.stat() for path in done.folder.rglob("*") if path.is_file()]
+        size = sum({one.st_ino: one.st_size for one in files}.values()) / 1e6  # instructions share the weights
         job: dict[str, Any] = {
             "folder": str(done.folder),
             "name": NAME,
