@@ -509,7 +509,7 @@ def test_a_folder_with_something_else(command, saved, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("mine")
     outcome = command("encode", saved, tmp_path / "a.txt", "-o", f"{tmp_path}/out/")
-    assert_refused(outcome, "holds diary.txt and no job")
+    assert_refused(outcome, "holds diary.txt and no manifest.json")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["diary.txt"]
 
 

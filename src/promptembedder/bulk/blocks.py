@@ -30,6 +30,7 @@ from promptembedder.text import is_blank, is_unicode
 
 _INT64 = range(-(1 << 63), 1 << 63)
 _PEEKED = 1000
+_BOM = b"\xef\xbb\xbf"
 
 
 class BadFileError(PromptEmbedderError):
@@ -235,6 +236,11 @@ def _parquet_block(file: SourceFile, columns: Columns, taken: pa.Table, first: i
         ids = _cast(taken[columns.id], columns.id_type)
         reasons |= dict.fromkeys(_true(pc.is_null(ids)), "id is missing")
     kept = [_cast(taken[name], kind) for name, kind in columns.kept]
+    for name, column in ((columns.id, ids), *((name, one) for (name, _), one in zip(columns.kept, kept, strict=True))):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise BadFileError(f"{file.url}: column {name!r} holds values that are not valid: {error}") from error
     table = pa.table([ids, text, *kept], schema=columns.schema)
     good = [n for n in range(len(taken)) if n not in reasons]
     rejects = [Reject(first + n + 1, reason) for n, reason in sorted(reasons.items())]
@@ -317,11 +323,14 @@ def _array(values: list[Any], kind: pa.DataType) -> tuple[pa.Array, list[tuple[i
     """Values as Arrow has them, and which of them it cannot have."""
     try:
         return pa.array(values, kind), []
-    except (pa.ArrowException, OverflowError, TypeError):
+    except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError):
         kept, wrong = [], []
         for n, value in enumerate(values):
             try:
                 kept.append(pa.scalar(value, kind))
+            except UnicodeEncodeError:
+                kept.append(pa.scalar(None, kind))
+                wrong.append((n, "is not valid UTF-8"))
             except (pa.ArrowException, OverflowError, TypeError):
                 kept.append(pa.scalar(None, kind))
                 wrong.append((n, f"is {shown(value)}, expected {kind}"))
@@ -365,7 +374,7 @@ def _records(file: SourceFile, needed: Sequence[str] = ()) -> Iterator[tuple[int
 def _line_rows(stream: Any, file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | str]]:
     for line, data in enumerate(stream, 1):
         try:
-            words = data.removeprefix(b"\xef\xbb\xbf" if line == 1 else b"").decode()
+            words = data.removeprefix(_BOM if line == 1 else b"").decode()
         except UnicodeDecodeError as error:
             yield line, f"not UTF-8 text: {error.reason}"
             continue
@@ -385,12 +394,12 @@ def _json_row(words: str) -> dict[str, Any] | str:
 
 def _csv_rows(stream: Any, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
     csv.field_size_limit(1 << 30)
-    decoded = (data.decode("utf-8", errors="surrogateescape") for data in stream)
+    lines = (data.removeprefix(_BOM) if n == 0 else data for n, data in enumerate(stream))
+    decoded = (data.decode("utf-8", errors="surrogateescape") for data in lines)
     rows = csv.reader(decoded, strict=True)
     header = next(rows, None)
     if header is None:
         return
-    header[0] = header[0].removeprefix("\ufeff")
     for name in needed:
         if name not in header:
             raise PromptEmbedderError(f"has no column {name!r}, only {', '.join(header)}")

@@ -13,6 +13,8 @@ from promptembedder.errors import PromptEmbedderError
 
 # Columns of a part beside those of instructions and of the corpus.
 OWN = ("id", "chunk", "start", "end", "digest")
+# Of a block: what is embedded; a kept column may be called "text".
+TEXT = "text to embed"
 _ID_KINDS = ("integer", "string", "large_string", "binary", "large_binary", "fixed_size_binary", "decimal", "date")
 
 
@@ -35,7 +37,7 @@ class Columns:
     @property
     def schema(self) -> pa.Schema:
         """Of a block: id, text and what is kept."""
-        return pa.schema([("id", self.id_type), ("text", pa.large_string()), *self.kept])
+        return pa.schema([("id", self.id_type), (TEXT, pa.large_string()), *self.kept])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def of_schema(schema: pa.Schema, where: str, text: str, identity: str | None, ke
     for one in (text, *([identity] if identity else []), *keep):
         if one not in schema.names:
             raise PromptEmbedderError(f"{where} has no column {one!r}, only {', '.join(schema.names)}")
+        if schema.names.count(one) > 1:
+            raise PromptEmbedderError(f"{where} has {schema.names.count(one)} columns {one!r}, expected one")
     found = plain(schema.field(text).type)
     if not (types.is_string(found) or types.is_large_string(found)):
         raise PromptEmbedderError(f"{where}: column {text!r} is {found}, expected strings to embed")

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from promptembedder import lock
 from promptembedder.bulk import settle
 from promptembedder.bulk.blocks import read_blocks
+from promptembedder.bulk.columns import TEXT
 from promptembedder.bulk.disk_sort import DiskSort
 from promptembedder.bulk.encode_block import BlockEncoder, Digests, Done, Failed
 from promptembedder.bulk.job import Job
-from promptembedder.bulk.output import MANIFEST, PARTS, RANGES, Output
+from promptembedder.bulk.output import MANIFEST, PARTS, RANGES, REJECTS, Output
 from promptembedder.bulk.plan import COMPLETE, FORMAT, INCOMPLETE, RUNNING, Plan, Reader, make_plan
 from promptembedder.bulk.progress_of_job import JobProgress
 from promptembedder.bulk.reuse import Known, index_parts
@@ -132,12 +133,17 @@ def encode_corpus(
     plan = make_plan(job, addresses, place, kind, text_field, id_field)
     todo = _todo(plan)
     if not todo and plan.state == COMPLETE and len(plan.recorded) == len(plan.files):
-        return _nothing_new(plan)
+        return _nothing_new(plan, strict)
     with ExitStack() as stack:
         if todo:
             runner.open(plan)
         if place.local is not None:
             stack.enter_context(lock.held(place.local))
+            # Another job may have written here while the model was opening.
+            opened, plan = bool(todo), make_plan(job, addresses, place, kind, text_field, id_field)
+            todo = _todo(plan)
+            if todo and not opened:
+                runner.open(plan)
         reread = {file.url for file in todo}
         run = _Run(plan, {file.url: plan.recorded[file.url] for file in plan.files if file.url not in reread})
         run.write_manifest(RUNNING)
@@ -162,8 +168,10 @@ def _todo(plan: Plan) -> list[SourceFile]:
     return [file for file in plan.files if file.url in new | less]
 
 
-def _nothing_new(plan: Plan) -> Outcome:
+def _nothing_new(plan: Plan, strict: bool) -> Outcome:
     counts = plan.counts
+    if strict and counts["rejected"]:
+        raise PromptEmbedderError(f"{counts['rejected']} rows are left out, see {plan.output}/{REJECTS}")
     return Outcome(counts["rows"], counts["written"], counts["rejected"], 0, counts["written"], True)
 
 
@@ -182,13 +190,20 @@ def _ranges(plan: Plan, runner: Runner) -> dict[str, NDArray[np.float32]]:
                 block = next(read_blocks(file, plan.columns, _RANGE_TEXTS, _RANGE_TEXTS))
             except PromptEmbedderError:  # reported when its turn comes
                 continue
-            texts += block.table["text"].to_pylist()
+            texts += block.table[TEXT].to_pylist()
         if not texts:
             raise PromptEmbedderError("no texts to take the ranges of int8 from")
         found = ranges_of(runner.sample(texts))
         held = {name: {"least": pair[0].tolist(), "greatest": pair[1].tolist()} for name, pair in found.items()}
         plan.output.write_json(RANGES, held)
-    return {name: np.array([one["least"], one["greatest"]], np.float32) for name, one in held.items()}
+    try:
+        return {
+            name: np.array([held[name]["least"], held[name]["greatest"]], np.float32) for name in plan.job.instructions
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromptEmbedderError(
+            f"{plan.output}/{RANGES} holds no ranges of this job; choose an empty folder"
+        ) from error
 
 
 @dataclass
@@ -220,6 +235,7 @@ class _Run:
         self.digests: Mapping[str, str | None] = {}
         self.failed: list[Failed] = []
         self.embedded = 0
+        self._dropped = 0  # of these, because an earlier row has their id
         self._files: dict[str, _File] = {}
         self._versions = {file.url: file.version for file in plan.files}
 
@@ -280,19 +296,32 @@ class _Run:
                     output.remove(f"{PARTS}/{name}")
             if self.plan.columns.id is not None:
                 self._drop_repeats(strict)
+        else:
+            self._remove_replaced()
         parts = self._parts() if whole else output.names(PARTS)
         totals = settle.write_rejects(output, parts)
         self.write_manifest(COMPLETE if whole else INCOMPLETE, totals)
         if self.failed:
             bad, files, reason = len(self.failed), len(self.plan.files), self.failed[0].reason
             raise PromptEmbedderError(f"{bad} of {files} files cannot be read, the others are done: {reason}")
-        skipped = totals.written - self.embedded
+        skipped = totals.written - (self.embedded - self._dropped)
         return Outcome(totals.rows, totals.written, totals.rejected, self.embedded, max(0, skipped), whole)
+
+    def _remove_replaced(self) -> None:
+        """Remove older parts of the blocks of this run: of another content, or cut elsewhere by `--limit`."""
+        made = {block.part for file in self._files.values() for block in file.parts.values()}
+        blocks = {name.rpartition("-")[0] for name in made}
+        for name in self.plan.output.names(PARTS):
+            block = name.removesuffix(settle.LESS).removesuffix(".parquet").rpartition("-")[0]
+            if name not in made and block in blocks:
+                self.plan.output.remove(f"{PARTS}/{name}")
 
     def _parts(self) -> list[str]:
         return [name for file in self.plan.files for name in self.records[file.url]["parts"]]
 
     def _drop_repeats(self, strict: bool) -> None:
         renamed = settle.drop_repeats(self.plan.output, self._parts(), strict)
+        new = {block.part for file in self._files.values() for block in file.parts.values() if block.embedded}
+        self._dropped = sum(rows for part, (_, rows) in renamed.items() if part in new)
         for record in self.records.values():
-            record["parts"] = [renamed.get(name, name) for name in record["parts"]]
+            record["parts"] = [renamed[name][0] if name in renamed else name for name in record["parts"]]

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from promptembedder.bulk.blocks import Block, Reject
+from promptembedder.bulk.columns import TEXT
 from promptembedder.bulk.output import Output, part_name
 from promptembedder.bulk.reuse import Known, Reuse, digest_of
 
@@ -81,10 +82,11 @@ class BlockEncoder:
     def encode(self, block: Block, digest: str) -> Done:
         """Write the part of a block whose digest is known."""
         block = self._without_unreadable(block)
-        texts, chunks, rows = self._texts(block.table["text"].to_pylist())
+        texts, chunks, rows = self._texts(block.table[TEXT].to_pylist())
         digests = [digest_of(text) for text in texts]
         values, embedded = self._values(texts, digests)
-        table = block.table.drop_columns(["text"]) if chunks is None else block.table.drop_columns(["text"]).take(rows)
+        table = block.table.drop_columns([TEXT])
+        table = table if chunks is None else table.take(rows)
         columns: dict[str, Any] = {"id": table["id"]}
         if chunks is not None:
             columns |= {
@@ -108,7 +110,7 @@ class BlockEncoder:
         return Done(block.file.url, block.number, part, rows_of_corpus, rejected, embedded, block.end, block.share)
 
     def _without_unreadable(self, block: Block) -> Block:
-        texts = block.table["text"].to_pylist()
+        texts = block.table[TEXT].to_pylist()
         wrong = {n: reason for n, text in enumerate(texts) if (reason := self._embedder.readable(text)) is not None}
         if not wrong:
             return block

@@ -20,10 +20,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from promptembedder import atomic
-from promptembedder.bulk.sources import opening
+from promptembedder.bulk.sources import file_system, opening
 from promptembedder.errors import PromptEmbedderError
 
 PARTS, MANIFEST, REJECTS, RANGES = "parts", "manifest.json", "rejects.jsonl", "ranges.json"
@@ -58,7 +57,7 @@ class Output:
             raise PromptEmbedderError(str(error).replace("source", "output", 1).replace("read", "used", 1)) from error
 
     def _at(self, name: str) -> tuple[Any, str]:
-        return url_to_fs(f"{self.url}/{name}" if name else self.url)  # type: ignore[no-any-return]
+        return file_system(f"{self.url}/{name}" if name else self.url)
 
     def names(self, inner: str = "") -> list[str]:
         """Names of the files in the folder or in a folder of it, sorted; hidden ones are left out."""
@@ -117,12 +116,13 @@ class Output:
         Raises:
             PromptEmbedderError: it is damaged.
         """
+        with self._naming():
+            fs, path = self._at(f"{PARTS}/{name}")
+            raw = fs.open(path, "rb")
         try:
-            with self._naming():
-                fs, path = self._at(f"{PARTS}/{name}")
-                with fs.open(path, "rb") as raw, pq.ParquetFile(raw) as parquet:
-                    yield parquet
-        except pa.ArrowException as error:
+            with raw, pq.ParquetFile(raw) as parquet:
+                yield parquet
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise PromptEmbedderError(
                 f"part {self}/{PARTS}/{name} is damaged ({error}); remove it, and run again"
             ) from error

@@ -10,7 +10,7 @@ from promptembedder.bulk.blocks import BadFileError, Block, peek_columns, read_b
 from promptembedder.bulk.columns import Columns
 from promptembedder.bulk.encode_block import Done, Failed, done_before
 from promptembedder.bulk.job import Job
-from promptembedder.bulk.output import MANIFEST, PARTS, RANGES, REJECTS, Output, part_name
+from promptembedder.bulk.output import MANIFEST, PARTS, Output, part_name
 from promptembedder.bulk.sources import Kind, SourceFile, find_files
 from promptembedder.errors import PromptEmbedderError
 
@@ -53,7 +53,11 @@ class Plan:
     def is_done(self, file: SourceFile) -> bool:
         """Whether an earlier run has finished a file, and neither the file nor its parts have changed since."""
         record = self.recorded.get(file.url)
-        return record is not None and record["version"] == file.version and self.parts.issuperset(record["parts"])
+        return (
+            isinstance(record, dict)
+            and record.get("version") == file.version
+            and self.parts.issuperset(record.get("parts", [""]))
+        )
 
 
 def make_plan(
@@ -88,9 +92,9 @@ def read_manifest(output: Output) -> dict[str, Any] | None:
     """
     found = output.read_json(MANIFEST)
     if found is None:
-        others = [name for name in output.names() if name not in (PARTS, RANGES, REJECTS)]
-        if others:
-            raise PromptEmbedderError(f"output {output} holds {others[0]} and no job; choose an empty folder")
+        others = [name for name in output.names() if name != PARTS or output.names(PARTS)]
+        if others:  # without a manifest nobody knows what parts were made of
+            raise PromptEmbedderError(f"output {output} holds {others[0]} and no {MANIFEST}; choose an empty folder")
         return None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("job"), dict):
         raise PromptEmbedderError(f"{output}/{MANIFEST} is no manifest of format {FORMAT}; choose an empty folder")

@@ -33,7 +33,7 @@ class Totals:
     rejected: int
 
 
-def drop_repeats(output: Output, parts: Sequence[str], strict: bool) -> dict[str, str]:
+def drop_repeats(output: Output, parts: Sequence[str], strict: bool) -> dict[str, tuple[str, int]]:
     """Leave out all rows but the first of an id, in the order of parts.
 
     Args:
@@ -42,7 +42,7 @@ def drop_repeats(output: Output, parts: Sequence[str], strict: bool) -> dict[str
         strict: raise instead.
 
     Returns:
-        New names of the parts that have changed.
+        By name of the parts that have changed: the new name, and how many rows were left out.
 
     Raises:
         PromptEmbedderError: with `strict`, an id is used twice.
@@ -60,12 +60,13 @@ def drop_repeats(output: Output, parts: Sequence[str], strict: bool) -> dict[str
             for part, row in later:
                 losers.setdefault(part, {})[row] = first
         del places_N
-    renamed = {}
-    for part, rows in sorted(losers.items()):
-        new = _without(output, parts, part, rows, strict)
-        if new is not None:
-            renamed[parts[part]] = new
-    return renamed
+    # All reasons first: a part that loses a row may hold the first use of an id that a later part repeats.
+    reasons = {part: _repeated(output, parts, part, rows) for part, rows in sorted(losers.items())}
+    return {
+        parts[part]: (_without(output, parts[part], found, strict), len(found))
+        for part, found in reasons.items()
+        if found
+    }
 
 
 def _key(identity: Any) -> int:
@@ -83,34 +84,37 @@ def _ids(output: Output, name: str) -> list[tuple[Any, int]]:
     return [(one, row) for row, (one, chunk) in enumerate(zip(ids, chunks, strict=True)) if chunk == 0]
 
 
-def _without(
-    output: Output, parts: Sequence[str], part: int, rows: Mapping[int, tuple[int, int]], strict: bool
-) -> str | None:
-    """Write a part again without rows whose id an earlier row has; the new name, None where no id is that one's."""
-    own, others = _ids(output, parts[part]), {part: _ids(output, parts[part])}
-    told: dict[int, str] = {}
+def _repeated(output: Output, parts: Sequence[str], part: int, rows: Mapping[int, tuple[int, int]]) -> dict[int, str]:
+    """Rows of a part whose id an earlier row has, each with the reason to leave it out."""
+    own = _ids(output, parts[part])
+    others = {part: own}
+    found: dict[int, str] = {}
     for row, (other, other_row) in sorted(rows.items()):
         if other not in others:
             others = {part: own, other: _ids(output, parts[other])}
         if others[other][other_row][0] == own[row][0]:  # else only their digests are alike
-            told[row] = f"id {own[row][0]!r} is used twice, also in {_place(output, parts[other], other_row)}"
-    if not told:
-        return None
-    with output.part(parts[part]) as parquet:
+            found[row] = f"id {own[row][0]!r} is used twice, also in {_place(output, parts[other], other_row)}"
+    return found
+
+
+def _without(output: Output, part: str, reasons: Mapping[int, str], strict: bool) -> str:
+    """Write a part again without some rows; the new name."""
+    own = _ids(output, part)
+    with output.part(part) as parquet:
         facts, table = facts_of(parquet), parquet.read()
     lines = expanded_runs(facts["lines"])
     if strict:
-        row, reason = next(iter(told.items()))
+        row, reason = next(iter(reasons.items()))
         raise PromptEmbedderError(f"{facts['source']}, line {lines[row]}: {reason}")
     starts = [start for _, start in own] + [len(table)]
-    gone = {n for row in told for n in range(starts[row], starts[row + 1])}
+    gone = {n for row in reasons for n in range(starts[row], starts[row + 1])}
     table = table.take(pa.array([n for n in range(len(table)) if n not in gone], pa.int64()))
-    facts["rejects"] += [{"line": lines[row], "reason": reason} for row, reason in told.items()]
-    facts["rows"] -= len(told)
-    facts["lines"] = [[line, 1] for row, line in enumerate(lines) if row not in told]
-    new = parts[part].removesuffix(".parquet") + LESS
+    facts["rejects"] += [{"line": lines[row], "reason": reason} for row, reason in reasons.items()]
+    facts["rows"] -= len(reasons)
+    facts["lines"] = [[line, 1] for row, line in enumerate(lines) if row not in reasons]
+    new = part.removesuffix(".parquet") + LESS
     output.write_part(new, table, facts)
-    output.remove(f"{PARTS}/{parts[part]}")
+    output.remove(f"{PARTS}/{part}")
     return new
 
 

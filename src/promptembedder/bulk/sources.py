@@ -5,6 +5,7 @@ fsspec opens all of them; an object store needs the package that fsspec names, s
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from typing import Any, Literal
 import fsspec
 from fsspec.core import url_to_fs
 
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, shown
 from promptembedder.paths import ending, expanded
+from promptembedder.text import is_unicode
 
 Kind = Literal["parquet", "jsonl", "csv", "lines"]
 _ENDINGS: dict[str, Kind] = {
@@ -65,10 +67,25 @@ def is_address(source: str) -> bool:
     return "://" in source
 
 
+def file_system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path there; that of a file may hold fsspec's sign of a chain, `::`."""
+    if address.startswith("file://"):
+        return fsspec.filesystem("file"), address.removeprefix("file://")
+    return url_to_fs(address)  # type: ignore[no-any-return]
+
+
+def _placed(source: str) -> tuple[Any, str]:
+    """As `file_system`, of what a user gives; a path has no links and no `..`, so that a file has one address."""
+    if not is_address(source):
+        source = f"file://{expanded(source).absolute()}"
+    fs, path = file_system(source)
+    return fs, os.path.realpath(path) if source.startswith("file://") else path
+
+
 def whole_address(source: str) -> str:
     """A source or an output as it is for every process: absolute, with its protocol."""
     with opening(source):
-        fs, path = url_to_fs(source if is_address(source) else str(expanded(source).absolute()))
+        fs, path = _placed(source)
         return str(fs.unstrip_protocol(path)).rstrip("/")
 
 
@@ -88,6 +105,8 @@ def find_files(sources: Sequence[str], kind: Kind | None, leave_out: str) -> lis
     for source in sources:
         for url, name, info, alone in _found(source):
             if not f"{url}/".startswith(f"{leave_out}/"):
+                if not is_unicode(url):
+                    raise PromptEmbedderError(f"source file {shown(url)}: its name is not valid UTF-8; rename it")
                 found.setdefault(url, (name, info, alone))
     if not found:
         raise PromptEmbedderError(f"no files in {', '.join(sources)}")
@@ -111,7 +130,7 @@ def find_files(sources: Sequence[str], kind: Kind | None, leave_out: str) -> lis
 def _found(source: str) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
     """Address, name, facts of each file of a source, and whether it is the source itself."""
     with opening(source):
-        fs, path = url_to_fs(source if is_address(source) else str(expanded(source).absolute()))
+        fs, path = _placed(source)
         magic = any(sign in source for sign in _MAGIC) and not (not is_address(source) and fs.exists(path))
         if magic:
             fixed = posixpath.dirname(path[: min(path.find(sign) for sign in _MAGIC if sign in path)])
@@ -174,4 +193,5 @@ def _reason(error: Exception) -> str:
 
 def open_file(file: SourceFile) -> Any:
     """A source file, opened for reading bytes; compressed as it lies there."""
-    return fsspec.open(file.url, "rb").open()
+    fs, path = file_system(file.url)
+    return fs.open(path, "rb")
