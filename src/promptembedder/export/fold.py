@@ -33,6 +33,8 @@ ROWS = 5
 STEPS = 300
 # Small batches of many steps came closer to the deep model, in the same time, than large ones of few.
 _BATCH = 8
+# Similarities are those of the texts of a batch, so without a head few texts teach little: more of them, fewer steps.
+_HEADLESS_BATCH = 32
 _READ_BATCH = 32
 # Of the soft tokens' standard deviation, a step.
 _RATE = 0.1
@@ -84,13 +86,15 @@ def fold(
         rows: R; unset: 5.
         dev: scored pairs, to report by.
         headless: leave out centre and linear head; similarities agree in place of embeddings.
-        steps: of the first fit; unset: 300. Further instructions start from what it has found, and take half of them.
+        steps: of the first fit; unset: 300, headless 150 larger ones. Further instructions start from what it
+            has found, and take half of them.
         seed: draws the texts held back, and the batches.
 
     Raises:
         PromptEmbedderError: fewer than 100 different texts; no such number of rows.
     """
-    rows, steps = ROWS if rows is None else rows, STEPS if steps is None else steps
+    rows = ROWS if rows is None else rows
+    steps = steps if steps is not None else STEPS // 2 if headless else STEPS
     if not 1 <= rows <= 512:
         raise PromptEmbedderError(f"a fold has 1 to 512 rows, found {rows}")
     fitting = _Fitting(model, compiled, texts, seed, headless)
@@ -166,7 +170,8 @@ class _Fitting:
         generator = torch.Generator().manual_seed(self.seed)
         bar = progress.bar(range(steps), f"Folding {name!r} into {rows} soft tokens", unit="step")
         for _ in bar:
-            drawn = self.held + torch.randperm(len(self.texts) - self.held, generator=generator)[:_BATCH]
+            batch = _HEADLESS_BATCH if self._headless else _BATCH
+            drawn = self.held + torch.randperm(len(self.texts) - self.held, generator=generator)[:batch]
             with torch.enable_grad():
                 found_BE = self._embed(prompt.instruction, soft_RD, drawn.tolist())
                 loss = self._loss(found_BE, deep_NE[drawn].to(found_BE))
