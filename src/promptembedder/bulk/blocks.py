@@ -167,8 +167,8 @@ def _reading(file: SourceFile) -> Iterator[None]:
         try:
             with opening(file.url):
                 raise
-        except PromptEmbedderError as told:
-            raise BadFileError(str(told)) from error
+        except PromptEmbedderError as named:
+            raise BadFileError(str(named)) from error
 
 
 # -- Parquet ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from promptembedder.errors import PromptEmbedderError
 
 FORMAT = 1
 RUNNING, COMPLETE, INCOMPLETE = "running", "complete", "incomplete"
-# Rows of a block: at most, at least, and so many blocks in a corpus if it is not too large for that.
+# Rows of a block: at most, and at least; and blocks of a corpus, if it is not too large for that number.
 _MOST_ROWS, _LEAST_ROWS, _BLOCKS = 8192, 128, 64
 _SAMPLED_ROWS = 256
 _LISTED = 3

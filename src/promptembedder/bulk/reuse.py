@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from promptembedder.bulk.disk_sort import DiskSort, mapped
 from promptembedder.bulk.output import Output
 
-# A block's texts are looked for in so many parts, those with the most of them first: each is read from the disk.
+# A block's texts are looked for in this number of parts, those with the most of them first: each is read from the disk.
 _MOST_PARTS = 64
 _HELD_PARTS = 4
 _ROWS = np.uint64(32)

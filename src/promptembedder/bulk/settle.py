@@ -20,7 +20,7 @@ from promptembedder.errors import PromptEmbedderError
 
 _ROWS = np.uint64(32)
 _LOW = (1 << 32) - 1
-# Of a part that lacks rows with repeated ids; a later run makes it anew.
+# Of a part that lacks rows with repeated ids; a later run makes it again.
 LESS = "-less.parquet"
 
 

@@ -1,4 +1,4 @@
-"""Files of a corpus: folders, globs and addresses of object stores, told apart by name and version.
+"""Files of a corpus: folders, globs and addresses of object stores, known by name and version.
 
 fsspec opens all of them; an object store needs the package that fsspec names, such as s3fs.
 """

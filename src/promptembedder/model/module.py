@@ -169,7 +169,7 @@ class SoftPromptTransformer(InputModule):
 
     @contextmanager
     def truncating(self, max_text_tokens: int | None) -> Iterator[None]:
-        """While inside, texts are truncated to so many tokens, if that is fewer than the model reads."""
+        """While inside, texts are truncated to this number of tokens, if the model reads more."""
         with self.in_training(replace(self.training_state, max_text_tokens=max_text_tokens)):
             yield
 

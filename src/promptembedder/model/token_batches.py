@@ -1,4 +1,4 @@
-"""Embed tokenised texts in batches of so many tokens, the longest texts first.
+"""Embed tokenised texts in batches of a number of tokens, the longest texts first.
 
 Shapes: N texts, B texts of a batch, T text tokens, I instructions, E embedding width.
 """

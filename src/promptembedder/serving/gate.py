@@ -90,8 +90,8 @@ class Gate:
             ClientGoneError: the client is gone.
         """
         too_large = RequestError(413, f"a body may have {MOST_BODY_BYTES} bytes", "body_too_large")
-        told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if told.isdigit() and (len(told) > 12 or int(told) > MOST_BODY_BYTES):  # Python reads 4,300 digits
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if length.isdigit() and (len(length) > 12 or int(length) > MOST_BODY_BYTES):  # Python reads 4,300 digits
             raise too_large
         parts, size = [], 0
         try:

@@ -1,4 +1,4 @@
-"""The models of a server: opened, named, and told apart by digests."""
+"""The models of a server: opened, named, and known by digests."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 # Of glibc's mallopt: M_ARENA_MAX, and M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes.
 _HEAP = {-8: 1, -1: 2**30, -3: 2**30}
 _LOOPBACK = ("127.", "localhost", "::1")
-# New connections are still taken, and refused with a reason, for so long after a signal to stop: a client that has just
-# been connected is told so.
+# After a signal to stop, new connections are still taken for this time and refused with a reason, which a client that
+# has just connected can read.
 _LEAST_STOP_SECONDS = 0.5
 _TICK_SECONDS = 0.05
 # After the queue is empty; clients that have not read their answers by then do not get them.
