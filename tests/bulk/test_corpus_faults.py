@@ -92,6 +92,14 @@ def test_a_file_has_one_address(saved, tmp_path):
         assert done.rows == 3
 
 
+def test_a_link_to_a_file_says_the_format_by_its_own_name(saved, tmp_path):
+    """As in the hub's cache, where files have names without endings."""
+    write_jsonl(tmp_path / "blobs" / "a1b2", rows_of(texts_of(3)))
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "blobs" / "a1b2")
+    encode_corpus(job_of(saved), [tmp_path / "rows.jsonl"], tmp_path / "out")
+    assert ids_of(tmp_path / "out") == [f"id {n}" for n in range(3)]
+
+
 def test_the_text_can_be_kept(saved, tmp_path):
     texts = texts_of(3)
     write_jsonl(tmp_path / "a.jsonl", rows_of(texts))

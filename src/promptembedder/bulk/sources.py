@@ -75,11 +75,17 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def _placed(source: str) -> tuple[Any, str]:
-    """As `file_system`, of what a user gives; a path has no links and no `..`, so that a file has one address."""
+    """As `file_system`, of what a user gives; folders have no links and no `..`, so that a file has one address.
+
+    A link to a file keeps its name, which says the format.
+    """
     if not is_address(source):
         source = f"file://{expanded(source).absolute()}"
     fs, path = file_system(source)
-    return fs, os.path.realpath(path) if source.startswith("file://") else path
+    if source.startswith("file://"):
+        folder, name = (path, "") if os.path.isdir(path) else os.path.split(path)
+        path = os.path.join(os.path.realpath(folder), name).rstrip("/") or "/"
+    return fs, path
 
 
 def whole_address(source: str) -> str:
