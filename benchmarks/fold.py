@@ -24,11 +24,20 @@ import promptembedder
 from kept_results import command, kept, parsed, parser_of, say
 from promptembedder import atomic, evaluation
 from promptembedder.data.texts import read_texts
+from promptembedder.evaluation.tasks import InstructionTriplets
 from promptembedder.export.compiled import DOCUMENT, Compiled, compile_model
 from promptembedder.export.fold import fold
 from promptembedder.export.soft_prompt import compiled_model
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.model.module import soft_prompt_module
+
+
+def instructions_of(task: Any, encoder: evaluation.InstructedEncoder) -> list[str]:
+    """What its texts are read under, documents aside; triplets have an instruction each."""
+    if not isinstance(task, InstructionTriplets):
+        return [encoder.made_with(task.metadata)["instruction"]]
+    task.load_data()
+    return sorted({row["instruction"] for row in task.dataset["test"]})
 
 
 def column(
@@ -96,8 +105,10 @@ def main() -> None:
     arguments.tasks = evaluation.local_tasks(arguments.data, arguments.tasks, instructions=given, quick=True)
     model = promptembedder.load(arguments.model, device="cpu", dtype="float32")
     encoder = evaluation.InstructedEncoder(model, "fold/deep", "1")
-    read = {task.metadata.name: encoder.made_with(task.metadata)["instruction"] for task in arguments.tasks}
-    own = {text: name for name, text in reversed(read.items())}  # tasks may share an instruction
+    own: dict[str, str] = {}  # names by instruction: tasks may share one
+    for task in arguments.tasks:
+        for number, text in enumerate(instructions_of(task, encoder)):
+            own.setdefault(text, f"{task.metadata.name}-{number}" if number else task.metadata.name)
     document = encoder.made_with(arguments.tasks[0].metadata)["document_instruction"]
     compiled = compile_model(model, {name: text for text, name in own.items() if text != document})
     assert compiled.prompts[DOCUMENT].instruction == document
