@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from promptembedder.errors import PromptEmbedderError
+from promptembedder.llms.quiet import quiet_hub
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def fetched(
     # Some repositories hold the same weights a second time, in their maker's layout.
     wanted: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["consolidated*"]}
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, **wanted, **access.arguments))
+        with quiet_hub():
+            folder = Path(snapshot_download(hub_id, revision=revision, **wanted, **access.arguments))
     except Exception as error:  # the HTTP client and its errors depend on the version
         advice = advice or "check the id, your network and HF_TOKEN"
         why = type(error).__name__

@@ -18,7 +18,7 @@ from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
-from promptembedder.llms.quiet import quiet_transformers
+from promptembedder.llms.quiet import quiet_hub, quiet_transformers
 from promptembedder.paths import check_readable, ending, expanded, is_there
 
 
@@ -138,7 +138,7 @@ def peek_config(name: str, revision: str | None = None) -> Any | None:
         source = path if path.is_dir() else carried.hub_id if carried is not None else name
         options |= {} if path.is_dir() else {"revision": revision}
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_hub():
             return AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, struct.error):
         return None

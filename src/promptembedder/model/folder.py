@@ -13,6 +13,7 @@ from promptembedder.config import parse
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
+from promptembedder.llms.quiet import quiet_hub
 from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
 from promptembedder.paths import expanded, is_there, unreadable
@@ -113,16 +114,12 @@ def saved_model(hub_id: str, revision: str | None = None, access: HubAccess = AS
         PromptEmbedderError: it is one of ours, and not all of it can be fetched.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # without a network it would tell of every try
     try:
-        hf_hub_download(hub_id, CONFIG_FILE, revision=revision, **access.arguments)
+        with quiet_hub():
+            hf_hub_download(hub_id, CONFIG_FILE, revision=revision, **access.arguments)
     except Exception:  # as above; whatever it is, there is no model to open
         return None
-    finally:
-        logging.set_verbosity(before)
     return fetched(hub_id, ["*.json", "*.safetensors", "*.md"], revision, access=access)[0]
 
 

@@ -24,6 +24,7 @@ from promptembedder.model.module import SoftPromptTransformer, soft_prompt_modul
 from promptembedder.model.prompts import default_prompts
 from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import load, save
+from promptembedder.progress import say
 from promptembedder.training import workers
 from promptembedder.training.checks import check_data, check_settings
 from promptembedder.training.curves import write_facts
@@ -94,6 +95,8 @@ def train(
         note_settings(output, config, resumed=checkpoint is not None, **more)
         if checkpoint is None:
             remove_checkpoints(output)
+            if (output / "model").exists() and workers.number() == 0:
+                say(f"{output / 'model'} is of an earlier run, and is replaced when this one ends")
         model, spent = _model(config, data, start, fresh=checkpoint is None)
         with workers.stopping_together():
             fitted = fit(

@@ -31,7 +31,7 @@ from promptembedder.data.rows import TrainingData
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.device import resolve_dtype
 from promptembedder.llms.identity import digest
-from promptembedder.llms.locate import locate, peek_config
+from promptembedder.llms.locate import LocatedModel, locate, peek_config
 from promptembedder.llms.state_cache import TextStateCache
 from promptembedder.model.fits import random_start
 from promptembedder.model.folder import CENTRE
@@ -95,9 +95,11 @@ def transfer(
     output = Path(config.training.output)
     check_transfer(model, config, share_prompter, resume)
     given = Inputs.read(config, instruction_for(model, document=True))
+    located = _find_backbone(old, config)  # before there is a folder of the run
     with run_folder(output):
         _begin(old, config, given.drawn, resume)
-        moved, name_of_backbone = _on_new_backbone(model, config)
+        # No device is named: the new model goes where the old one is.
+        moved = on_backbone(model, located, dtype=config.dtype)
         new = soft_prompt_module(moved)
         warn_of_what_stays_behind(old, config)
         with _flags_kept(new.prompter):
@@ -117,7 +119,7 @@ def transfer(
         atomic.write_text(output / "model" / "config.yaml", dump_yaml(config))
         _note(moved, stages, output / "model")
         result = TransferResult(moved, output / "model", tuple(stages), tuple(starts), scores)
-        write_report(result, output, name_of_backbone)
+        write_report(result, output, located.name)
         return result
 
 
@@ -134,17 +136,15 @@ def _begin(old: SoftPromptTransformer, config: TransferConfig, drawn: list[str],
     note_settings(output, config, resumed=resume, old_model=digest(learnt), sample_of_texts=sample)
 
 
-def _on_new_backbone(model: SentenceTransformer, config: TransferConfig) -> tuple[SentenceTransformer, str]:
-    """The model on the new backbone, which is refused before it is opened if it does not fit; the backbone's name."""
-    old = soft_prompt_module(model)
+def _find_backbone(old: SoftPromptTransformer, config: TransferConfig) -> LocatedModel:
+    """Where the new backbone is; one that does not fit into memory is refused before it is converted."""
     device = old.alignment.weight.device
     dtype = resolve_dtype(config.dtype or old.settings.dtype, device)
     if (peeked := peek_config(config.backbone, config.backbone_revision)) is not None:
         check_memory(config.backbone, peeked, dtype, device)
     located = locate(config.backbone, config.backbone_revision)
     check_shape(located, config)
-    # No device is named: the new model goes where the old one is.
-    return on_backbone(model, located, dtype=config.dtype), located.name
+    return located
 
 
 @contextmanager
