@@ -80,7 +80,7 @@ def test_further_instructions_start_from_what_the_first_fold_has_found(deep, fit
     document = compiled.prompts["document"]
     turned = replace(document, soft_KD=document.soft_KD.flip(0))
     found = fold(deep, compiled.with_prompts({**compiled.prompts, "document": turned}), PLAIN, steps=5)
-    assert found.facts["rows"] == found.compiled.num_soft_tokens == 5
+    assert found.facts["rows"] == found.compiled.num_soft_tokens == folding.ROWS
     (_, own_RD, steps, soft_RD), (_, later_RD, fewer, _) = fits
     assert (steps, fewer) == (5, 3)
     assert torch.equal(own_RD, compiled.prompts["query"].soft_KD)

@@ -32,7 +32,7 @@ def export(
     texts: Annotated[
         str | None, typer.Option(help="File of plain texts to fold a deep soft prompt on, a few hundred.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Soft tokens of a fold; unset: 5.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Soft tokens of a fold; unset: 10.")] = None,
     dev: Annotated[str | None, typer.Option(help="Scored pairs to report the quality of a fold by.")] = None,
     device: Device = None,
 ) -> None:
@@ -51,7 +51,8 @@ def export(
     if show:
         _show(read_facts(output))
         return
-    format_module(to or "soft-prompt")
+    form = "soft-prompt" if to is None else to
+    format_module(form)
     asked = _named(instruction, named or [])
     check_named(asked)
     if add and not asked:
@@ -69,9 +70,7 @@ def export(
         own = {"query": instruction_for(embedder)}
         if instruction is None and own["query"] not in asked.values():
             asked = own | asked
-        done = write(
-            embedder, asked, output, to=to or "soft-prompt", name=str(model), precision=precision, folding=folding
-        )
+        done = write(embedder, asked, output, to=form, name=str(model), precision=precision, folding=folding)
     say(str(done.parity))
     fold = done.facts["fold"]
     if fold is not None:

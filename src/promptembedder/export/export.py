@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
@@ -25,7 +27,7 @@ from promptembedder.export.parity import Parity, compare, running_precision
 from promptembedder.model.folder import read_json
 from promptembedder.model.known import KnownInstructions
 from promptembedder.model.module import soft_prompt_module
-from promptembedder.model.named import check_named
+from promptembedder.model.named import check_named, check_words
 from promptembedder.model.prompter import trained_state
 from promptembedder.progress import say
 from promptembedder.text import is_unicode
@@ -115,8 +117,10 @@ def export(
     form, target = format_module(to), Path(folder)
     check_named(instructions)
     _refuse_foreign(target)
+    before = _facts_of(target)
     options = _options(form, to, precision)
     compiled = compile_model(model, instructions)
+    check_words({name: prompt.instruction for name, prompt in compiled.prompts.items()})  # the document's, too
     headless = folding is not None and _lacks_head(form, compiled)
     form.refuse(_as_folded(compiled, headless))  # now: a fold takes minutes, and changes nothing about the rest
     if hasattr(form, "check_backbone"):
@@ -135,6 +139,8 @@ def export(
         parity = _compared(form, compiled, model, list(compiled.prompts), scratch, runs_in)
         facts = _facts(compiled, model, to, name, runs_in, parity, folded) | {"files": _files(scratch)}
         atomic.write_json(scratch / FACTS_FILE, facts)
+        _refuse_changed(target, before)
+        _refuse_overwriting(scratch, target)
     return Exported(target, _digests(facts), parity, facts, compiled)
 
 
@@ -158,7 +164,7 @@ def add(
             format that takes no more.
     """
     target = Path(folder)
-    facts = read_facts(target)
+    before, facts = _facts_of(target), read_facts(target)
     form = format_module(str(facts["format"]))
     if not hasattr(form, "add"):
         raise PromptEmbedderError(f"format {facts['format']} takes no further instructions; export all of them again")
@@ -167,6 +173,7 @@ def add(
     for name, text in instructions.items():
         if name in held or text in held.values():
             raise PromptEmbedderError(f"{target} holds instruction {name!r} already; it holds {', '.join(held)}")
+    check_words({**held, **instructions})
     if facts["source"] != source_digest(model):
         raise PromptEmbedderError(f"{target} was made from another model than this; export all instructions again")
     compiled = compile_model(model, instructions)
@@ -191,14 +198,15 @@ def add(
     form.refuse(compiled)
     with _one_line(target), atomic.replacing_folder(target, _ours(target)) as scratch:
         _link(target, scratch, facts["files"])
-        form.add(compiled, model, scratch)
+        with _damaged(target):
+            form.add(compiled, model, scratch)
         parity = _compared(form, compiled, model, list(instructions), scratch, facts["precision"])
         facts["instructions"] += [e for e in _instructions(compiled) if e["name"] != DOCUMENT]
         facts["parity"] = _parity_facts(parity)
         facts["files"] = _files(scratch)
         atomic.write_json(scratch / FACTS_FILE, facts)
-        if {entry["name"] for entry in read_facts(target)["instructions"]} != set(held):  # two `add` at once
-            raise PromptEmbedderError(f"{target} has changed meanwhile; run the command again")
+        _refuse_changed(target, before)
+        _refuse_overwriting(scratch, target)
     return Exported(target, _digests(facts), parity, facts, compiled)
 
 
@@ -242,6 +250,11 @@ def _options(form: Any, to: str, precision: str | None) -> dict[str, Any]:
 
 
 def _check_foldable(compiled: Compiled, form: Any, to: str, folding: FoldData | None) -> None:
+    if folding is not None and compiled.layout == "prefix":
+        raise PromptEmbedderError(
+            "a fold is of layout suffix, and the model's is prefix: leave --texts out, and export to "
+            "sentence-transformers, onnx or soft-prompt"
+        )
     if folding is not None and not compiled.is_deep and not _lacks_head(form, compiled):
         raise PromptEmbedderError("the model has no deep soft prompt, so there is nothing to fold: leave --texts out")
     if folding is None and compiled.is_deep and not getattr(form, "HOLDS_DEEP", False):
@@ -268,10 +281,56 @@ def _refuse_foreign(target: Path) -> None:
     above = next((place for place in target.absolute().parents if place.exists()), None)
     if above is not None and not above.is_dir():
         raise PromptEmbedderError(f"output {target} lies below {above}, which is a file; choose another folder")
+    with _one_line(target):  # now: a fold takes minutes
+        if target.is_symlink() and os.path.realpath(target) == str(target.absolute()):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
+        if target.exists() and target.samefile(os.curdir):
+            raise OSError(errno.EBUSY, "it is the current folder; call this from another one", str(target))
+        with tempfile.TemporaryFile(dir=above):
+            pass
     if (target / FACTS_FILE).is_file():
         read_facts(target)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise PromptEmbedderError(f"{target} exists and is no export; choose another folder")
+
+
+def _facts_of(target: Path) -> bytes | None:
+    """What an export there says of itself, as it is on the disk; None where there is none."""
+    with suppress(OSError):
+        return (target / FACTS_FILE).read_bytes()
+    return None
+
+
+def _refuse_changed(target: Path, before: bytes | None) -> None:
+    """Refuse to replace what another process has written there since this one began."""
+    if _facts_of(target) != before:
+        raise PromptEmbedderError(f"{target} has changed meanwhile; run the command again")
+
+
+def _refuse_overwriting(scratch: Path, target: Path) -> None:
+    """Refuse to replace files that no export has written."""
+    ours = _ours(target)
+    for new in sorted(scratch.rglob("*")):
+        path = new.relative_to(scratch)
+        there = target / path
+        if os.path.lexists(there) and not ours(path) and not (new.is_dir() and there.is_dir()):
+            raise PromptEmbedderError(
+                f"{there} is no file of an export and would be replaced; move it, or choose another folder"
+            )
+
+
+@contextmanager
+def _damaged(target: Path) -> Iterator[None]:
+    """What files of an export that are not as it wrote them lead to, as one line."""
+    try:
+        yield
+    except (PromptEmbedderError, OSError):
+        raise
+    except Exception as error:  # each format's library has its own
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise PromptEmbedderError(
+            f"the export at {target} is damaged ({type(error).__name__}: {reason}); export all instructions again"
+        ) from error
 
 
 def _ours(target: Path) -> Callable[[Path], bool]:
@@ -295,11 +354,16 @@ def _readable(facts: dict[str, Any]) -> bool:
         and isinstance(backbone, dict)
         and isinstance(backbone.get("name"), str)
         and isinstance(facts["files"], list)
-        and all(isinstance(file, str) for file in facts["files"])
+        and all(isinstance(file, str) and _is_inside(file) for file in facts["files"])
         and isinstance(entries, list)
         and all(isinstance(e, dict) for e in entries)
         and all(isinstance(e.get(key), str) for e in entries for key in ("name", "instruction", "digest"))
     )
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a path leads nowhere but into the folder that it is relative to."""
+    return not Path(file).is_absolute() and ".." not in Path(file).parts
 
 
 @contextmanager

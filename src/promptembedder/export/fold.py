@@ -29,7 +29,7 @@ from promptembedder.model.module import soft_prompt_module
 FEWEST_TEXTS = 100
 # More are not read: the steps see each of these some two times.
 MOST_TEXTS = 1000
-ROWS = 5
+ROWS = 10
 STEPS = 300
 # Small batches of many steps came closer to the deep model, in the same time, than large ones of few.
 _BATCH = 8
@@ -83,7 +83,7 @@ def fold(
         model: that the instructions were compiled with.
         compiled: deep, or with a head or centre that is to go.
         texts: plain texts of the kind to be embedded.
-        rows: R; unset: 5.
+        rows: R; unset: 10.
         dev: scored pairs, to report by.
         headless: leave out centre and linear head; similarities agree in place of embeddings.
         steps: of the first fit; unset: 300, headless 150 larger ones. Further instructions start from what it

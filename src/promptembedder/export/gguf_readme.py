@@ -84,7 +84,7 @@ These were not tested.
 
 ## What is different from promptembedder
 
-- An empty text is read as empty; promptembedder reads a full stop in its place.
+- An empty text, or one of blanks alone, is read as it is; promptembedder reads a full stop in its place.
 - A text that holds the spelling of a soft token, such as `{word}`, is read with that soft token in it.
 - Word embeddings are in {table}, whatever the other weights are in.
 """

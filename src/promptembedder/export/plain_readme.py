@@ -89,7 +89,7 @@ _TAIL = """
 
 ## What is different from promptembedder
 
-- An empty text is read as empty; promptembedder reads a full stop in its place.
+- An empty text, or one of blanks alone, is read as it is; promptembedder reads a full stop in its place.
 - A text that holds the spelling of a soft token, such as `{word}`, is read with that soft token in it.
   In promptembedder it is text like any other.
 - The weights end in word embeddings and have no output head of their own: the model does not generate text.

@@ -32,6 +32,16 @@ def check_named(instructions: Mapping[str, str]) -> None:
             raise PromptEmbedderError(f"instruction {name!r} must be a sentence of valid Unicode, found {text!r:.40}")
         if text in seen:
             raise PromptEmbedderError(f"instructions {seen[text]!r} and {name!r} are the same")
+        seen[text] = name
+    check_words(instructions)
+
+
+def check_words(instructions: Mapping[str, str]) -> None:
+    """Refuse words of an instruction that are another's name: either may be asked for.
+
+    Raises:
+        PromptEmbedderError: there are some.
+    """
+    for name, text in instructions.items():
         if text in instructions:
             raise PromptEmbedderError(f"{text!r} is the name of an instruction and the words of instruction {name!r}")
-        seen[text] = name

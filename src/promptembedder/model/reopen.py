@@ -113,11 +113,15 @@ def _reopen_known(
         backbone_at = _at(expected.backbone, expected.backbone_revision, backbone, "backbone", access)
         lm, tokenizer = open_backbone(config, backbone_at, device)
     _check_identity(saved, "backbone", fingerprint(lm))
-    if weight_NRD.ndim != 3 or len(weight_NRD) != len(instructions) or weight_NRD.shape[2] != saved.embedding_dimension:
+    layers = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
+    rows = config.num_soft_tokens * (1 if config.deep_rank is None else 1 + layers)
+    expected_shape = (len(instructions), rows, saved.embedding_dimension)
+    if tuple(weight_NRD.shape) != expected_shape:
         raise PromptEmbedderError(
-            f"{saved.weights_file} holds soft prompts of shape {tuple(weight_NRD.shape)}, expected "
-            f"({len(instructions)}, rows, {saved.embedding_dimension})"
+            f"{saved.weights_file} holds soft prompts of shape {tuple(weight_NRD.shape)}, expected {expected_shape}"
         )
+    if not weight_NRD.is_floating_point() or not bool(weight_NRD.isfinite().all()):
+        raise PromptEmbedderError(f"{saved.weights_file} holds soft prompts that are no finite floating-point numbers")
     reader = backbone_of(config, lm, backbone_at.name)
     bases = replace(expected, backbone=backbone_at.name, backbone_revision=backbone_at.revision)
     return Parts(KnownInstructions(instructions), SoftPromptTable(weight_NRD), reader, tokenizer, bases)
