@@ -331,3 +331,76 @@ def test_outputs_that_cannot_be(tiny_model, tmp_path):
     for place, message in ((tmp_path / "file" / "x", "which is a file"), ("a\0b", "UTF-8"), ("a\udcff", "UTF-8")):
         with pytest.raises(PromptEmbedderError, match=message):
             export(tiny_model(), {"query": INSTRUCTION}, place, to="soft-prompt")
+
+
+def test_of_two_exports_at_once_the_later_one_is_refused(tiny_model, tmp_path, monkeypatch):
+    model, place, write = tiny_model("llama"), tmp_path / "out", soft_prompt.write
+
+    def write_late(compiled, lm, folder):
+        monkeypatch.setattr(soft_prompt, "write", write)
+        export(model, {"query": SECOND}, place, to="soft-prompt")
+        write(compiled, lm, folder)
+
+    monkeypatch.setattr(soft_prompt, "write", write_late)
+    with pytest.raises(PromptEmbedderError, match="has changed meanwhile"):
+        export(model, {"query": INSTRUCTION}, place, to="soft-prompt")
+    assert read_facts(place)["instructions"][0]["instruction"] == SECOND
+
+
+@pytest.mark.parametrize(("name", "folder"), [("weights.bin", False), ("weights.bin", True), ("README.md", False)])
+def test_a_file_of_the_user_is_not_replaced(tiny_model, tmp_path, double, name, folder):
+    model, place = tiny_model("llama"), tmp_path / "out"
+    double()
+    export(model, {"query": INSTRUCTION}, place, to="soft-prompt")
+    own = place / name
+    if name == "README.md":  # of the export: it may go
+        export(model, {"query": SECOND}, place, to="gguf")
+        assert not own.exists()
+        return
+    own.mkdir() if folder else own.write_text("mine")
+    with pytest.raises(PromptEmbedderError, match=r"weights\.bin is no file of an export"):
+        export(model, {"query": SECOND}, place, to="gguf")
+    assert own.is_dir() if folder else own.read_text() == "mine"
+    assert read_facts(place)["format"] == "soft-prompt"
+
+
+@pytest.mark.parametrize("named", [{"foo": "query"}, {"extra": "document"}])
+def test_words_that_are_a_name_are_refused(tiny_model, tmp_path, named):
+    model, place = tiny_model("llama"), tmp_path / "out"
+    if "extra" in named:
+        with pytest.raises(PromptEmbedderError, match="name of an instruction and the words of"):
+            export(model, named, tmp_path / "other", to="soft-prompt")
+    export(model, {"query": INSTRUCTION}, place, to="soft-prompt")
+    with pytest.raises(PromptEmbedderError, match="name of an instruction and the words of"):
+        add(model, named, place)
+    assert [entry["name"] for entry in read_facts(place)["instructions"]] == ["query", "document"]
+
+
+@pytest.mark.parametrize("file", ["promptembedder.json", "config_sentence_transformers.json"])
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_an_addition_to_a_damaged_export_is_refused(tiny_model, tmp_path, file, content):
+    model, place = tiny_model("llama"), tmp_path / "out"
+    export(model, {"query": INSTRUCTION}, place, to="soft-prompt")
+    (place / file).write_text(content)
+    with pytest.raises(PromptEmbedderError):
+        add(model, {"more": SECOND}, place)
+    assert (place / file).read_text() == content
+
+
+def test_the_current_folder_and_loops_are_refused_at_once(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting, "compile_model", lambda *a, **k: pytest.fail("the work has begun"))
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (".", "loop"):
+        with pytest.raises(PromptEmbedderError, match="cannot write an export"):
+            export(tiny_model("llama"), {"query": INSTRUCTION}, place, to="soft-prompt")
+
+
+def test_files_outside_an_export_are_not_its_own(tiny_model, tmp_path):
+    place = tmp_path / "out"
+    export(tiny_model("llama"), {"query": INSTRUCTION}, place, to="soft-prompt")
+    facts = json.loads((place / FACTS_FILE).read_text())
+    for file in ("../other", "/tmp/other"):
+        (place / FACTS_FILE).write_text(json.dumps({**facts, "files": [file]}))
+        with pytest.raises(PromptEmbedderError, match="is not what an export writes"):
+            read_facts(place)

@@ -79,12 +79,24 @@ def test_further_instructions_start_from_what_the_first_fold_has_found(deep, fit
     compiled = compile_model(deep, {"query": INSTRUCTION})
     document = compiled.prompts["document"]
     turned = replace(document, soft_KD=document.soft_KD.flip(0))
-    found = fold(deep, compiled.with_prompts({**compiled.prompts, "document": turned}), PLAIN, steps=5)
-    assert found.facts["rows"] == found.compiled.num_soft_tokens == folding.ROWS
+    found = fold(deep, compiled.with_prompts({**compiled.prompts, "document": turned}), PLAIN, rows=5, steps=5)
+    assert found.facts["rows"] == found.compiled.num_soft_tokens == 5
     (_, own_RD, steps, soft_RD), (_, later_RD, fewer, _) = fits
     assert (steps, fewer) == (5, 3)
     assert torch.equal(own_RD, compiled.prompts["query"].soft_KD)
     torch.testing.assert_close(later_RD - turned.soft_KD, soft_RD - own_RD)
+
+
+def test_a_fold_has_ten_rows_if_none_are_given(deep, fits):
+    found = fold(deep, compile_model(deep, {"query": INSTRUCTION}), PLAIN, steps=2)
+    assert found.facts["rows"] == found.compiled.num_soft_tokens == 10
+
+
+def test_a_model_of_layout_prefix_is_not_folded(tiny_model, tmp_path):
+    model = tiny_model("llama", layout="prefix", linear_head=True)
+    with pytest.raises(PromptEmbedderError, match="layout suffix, and the model's is prefix"):
+        export(model, {"query": INSTRUCTION}, tmp_path / "out", to="gguf", folding=FoldData(PLAIN))
+    assert not (tmp_path / "out").exists()
 
 
 def test_few_texts_and_odd_rows_are_refused(deep):

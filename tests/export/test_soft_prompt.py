@@ -134,10 +134,16 @@ def test_damaged_folders_are_one_line(exported):
     weights, settings = folder / "soft_prompts.safetensors", folder / "promptembedder.json"
     held, saved = load_file(weights), json.loads(settings.read_text())
     save_file({**held, "weight": held["weight"][:2].contiguous()}, weights)
-    with pytest.raises(
-        PromptEmbedderError, match=r"holds soft prompts of shape \(2, 5, 32\), expected \(3, rows, 32\)"
-    ):
+    with pytest.raises(PromptEmbedderError, match=r"holds soft prompts of shape \(2, 5, 32\), expected \(3, 5, 32\)"):
         promptembedder.load(folder, device="cpu")
+    for table in (held["weight"].repeat(1, 3, 1), held["weight"][:, :3].contiguous()):
+        save_file({**held, "weight": table}, weights)
+        with pytest.raises(PromptEmbedderError, match=r"expected \(3, 5, 32\)"):
+            promptembedder.load(folder, device="cpu")
+    for table in (held["weight"] * float("nan"), held["weight"].long()):
+        save_file({**held, "weight": table}, weights)
+        with pytest.raises(PromptEmbedderError, match="no finite floating-point numbers"):
+            promptembedder.load(folder, device="cpu")
     weights.unlink()
     with pytest.raises(PromptEmbedderError, match=r"has no soft_prompts\.safetensors"):
         promptembedder.load(folder, device="cpu")
