@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from promptembedder.export.export import read_facts
+from promptembedder.export.export_folder import read_facts
 
 _CODE = """
 import json, resource, sys, time

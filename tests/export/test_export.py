@@ -16,7 +16,8 @@ from promptembedder import PromptEmbedderError
 from promptembedder.errors import MissingExtraError
 from promptembedder.export import soft_prompt
 from promptembedder.export.compiled import embed_compiled
-from promptembedder.export.export import FACTS_FILE, add, check_named, export, read_facts
+from promptembedder.export.export import add, check_named, export
+from promptembedder.export.export_folder import FACTS_FILE, read_facts
 from promptembedder.export.parity import parity_texts
 
 exporting = importlib.import_module("promptembedder.export.export")  # the package's name of it is the function

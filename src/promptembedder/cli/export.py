@@ -42,7 +42,8 @@ def export(
     from promptembedder.atomic import refuse_input
     from promptembedder.export.export import add as add_to
     from promptembedder.export.export import export as write
-    from promptembedder.export.export import format_module, read_facts
+    from promptembedder.export.export import format_module
+    from promptembedder.export.export_folder import read_facts
     from promptembedder.model.folder import folder_of
     from promptembedder.model.instructions import instruction_for
     from promptembedder.model.named import check_named

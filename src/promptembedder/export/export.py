@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.export.compiled import DOCUMENT, Compiled, compile_model
+from promptembedder.export.export_folder import (
+    FACTS_FILE,
+    damaged_is_one_line,
+    errors_as_one_line,
+    facts_on_disk,
+    files_of,
+    link_files,
+    of_an_export,
+    read_facts,
+    refuse_changed,
+    refuse_foreign,
+    refuse_overwriting,
+)
 from promptembedder.export.fold import Fold, ScoredPairs, fold
 from promptembedder.export.parity import Parity, compare, running_precision
-from promptembedder.model.folder import read_json
 from promptembedder.model.known import KnownInstructions
 from promptembedder.model.module import soft_prompt_module
 from promptembedder.model.named import check_named, check_words
 from promptembedder.model.prompter import trained_state
 from promptembedder.progress import say
-from promptembedder.text import is_unicode
 
-FACTS_FILE = "promptembedder_export.json"
 NOTICE_FILE = "NOTICE-promptembedder.txt"
 # Modules by name of their format, opened when needed: some need an extra.
 FORMATS = {
@@ -116,8 +121,8 @@ def export(
     """
     form, target = format_module(to), Path(folder)
     check_named(instructions)
-    _refuse_foreign(target)
-    before = _facts_of(target)
+    refuse_foreign(target)
+    before = facts_on_disk(target)
     options = _options(form, to, precision)
     compiled = compile_model(model, instructions)
     check_words({name: prompt.instruction for name, prompt in compiled.prompts.items()})  # the document's, too
@@ -132,15 +137,15 @@ def export(
         compiled = folded.compiled
     form.refuse(compiled)
     say(f"writing {to} of {len(compiled.prompts)} instructions: {', '.join(compiled.prompts)}")
-    with _one_line(target), atomic.replacing_folder(target, _ours(target)) as scratch:
+    with errors_as_one_line(target), atomic.replacing_folder(target, of_an_export(target)) as scratch:
         form.write(compiled, model, scratch, **options)
         _copy_licence(model, compiled, scratch)
         runs_in = str(precision or getattr(form, "PRECISION", running_precision(model)))
         parity = _compared(form, compiled, model, list(compiled.prompts), scratch, runs_in)
-        facts = _facts(compiled, model, to, name, runs_in, parity, folded) | {"files": _files(scratch)}
+        facts = _facts(compiled, model, to, name, runs_in, parity, folded) | {"files": files_of(scratch)}
         atomic.write_json(scratch / FACTS_FILE, facts)
-        _refuse_changed(target, before)
-        _refuse_overwriting(scratch, target)
+        refuse_changed(target, before)
+        refuse_overwriting(scratch, target)
     return Exported(target, _digests(facts), parity, facts, compiled)
 
 
@@ -164,7 +169,7 @@ def add(
             format that takes no more.
     """
     target = Path(folder)
-    before, facts = _facts_of(target), read_facts(target)
+    before, facts = facts_on_disk(target), read_facts(target)
     form = format_module(str(facts["format"]))
     if not hasattr(form, "add"):
         raise PromptEmbedderError(f"format {facts['format']} takes no further instructions; export all of them again")
@@ -196,34 +201,18 @@ def add(
     elif folding is not None:
         raise PromptEmbedderError(f"{target} holds no fold: leave --texts out")
     form.refuse(compiled)
-    with _one_line(target), atomic.replacing_folder(target, _ours(target)) as scratch:
-        _link(target, scratch, facts["files"])
-        with _damaged(target):
+    with errors_as_one_line(target), atomic.replacing_folder(target, of_an_export(target)) as scratch:
+        link_files(target, scratch, facts["files"])
+        with damaged_is_one_line(target):
             form.add(compiled, model, scratch)
         parity = _compared(form, compiled, model, list(instructions), scratch, facts["precision"])
         facts["instructions"] += [e for e in _instructions(compiled) if e["name"] != DOCUMENT]
         facts["parity"] = _parity_facts(parity)
-        facts["files"] = _files(scratch)
+        facts["files"] = files_of(scratch)
         atomic.write_json(scratch / FACTS_FILE, facts)
-        _refuse_changed(target, before)
-        _refuse_overwriting(scratch, target)
+        refuse_changed(target, before)
+        refuse_overwriting(scratch, target)
     return Exported(target, _digests(facts), parity, facts, compiled)
-
-
-def read_facts(folder: str | Path) -> dict[str, Any]:
-    """What an export says of itself.
-
-    Raises:
-        PromptEmbedderError: there is no export, or its file is damaged.
-    """
-    path = Path(folder) / FACTS_FILE
-    if not path.is_file():
-        raise PromptEmbedderError(f"no export at {folder}: it has no {FACTS_FILE}")
-    facts = read_json(path)
-    needed = {"format", "model", "instructions", "source", "backbone", "precision", "fold", "files"}
-    if not isinstance(facts, dict) or not needed <= facts.keys() or not _readable(facts):
-        raise PromptEmbedderError(f"{path} is not what an export writes: expected {', '.join(sorted(needed))}")
-    return facts
 
 
 def source_digest(model: SentenceTransformer) -> str:
@@ -273,107 +262,6 @@ def _as_folded(compiled: Compiled, headless: bool) -> Compiled:
     prompts = {name: replace(prompt, deep_JKD=None) for name, prompt in compiled.prompts.items()}
     folded = compiled.with_prompts(prompts)
     return replace(folded, centre_D=None, head_ED=None) if headless else folded
-
-
-def _refuse_foreign(target: Path) -> None:
-    if not is_unicode(str(target)) or "\0" in str(target):
-        raise PromptEmbedderError(f"output {str(target)!r} is not valid UTF-8 text; choose another folder")
-    above = next((place for place in target.absolute().parents if place.exists()), None)
-    if above is not None and not above.is_dir():
-        raise PromptEmbedderError(f"output {target} lies below {above}, which is a file; choose another folder")
-    with _one_line(target):  # now: a fold takes minutes
-        if target.is_symlink() and os.path.realpath(target) == str(target.absolute()):
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(target))
-        if target.exists() and target.samefile(os.curdir):
-            raise OSError(errno.EBUSY, "it is the current folder; call this from another one", str(target))
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    if (target / FACTS_FILE).is_file():
-        read_facts(target)
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise PromptEmbedderError(f"{target} exists and is no export; choose another folder")
-
-
-def _facts_of(target: Path) -> bytes | None:
-    """What an export there says of itself, as it is on the disk; None where there is none."""
-    with suppress(OSError):
-        return (target / FACTS_FILE).read_bytes()
-    return None
-
-
-def _refuse_changed(target: Path, before: bytes | None) -> None:
-    """Refuse to replace what another process has written there since this one began."""
-    if _facts_of(target) != before:
-        raise PromptEmbedderError(f"{target} has changed meanwhile; run the command again")
-
-
-def _refuse_overwriting(scratch: Path, target: Path) -> None:
-    """Refuse to replace files that no export has written."""
-    ours = _ours(target)
-    for new in sorted(scratch.rglob("*")):
-        path = new.relative_to(scratch)
-        there = target / path
-        if os.path.lexists(there) and not ours(path) and not (new.is_dir() and there.is_dir()):
-            raise PromptEmbedderError(
-                f"{there} is no file of an export and would be replaced; move it, or choose another folder"
-            )
-
-
-@contextmanager
-def _damaged(target: Path) -> Iterator[None]:
-    """What files of an export that are not as it wrote them lead to, as one line."""
-    try:
-        yield
-    except (PromptEmbedderError, OSError):
-        raise
-    except Exception as error:  # each format's library has its own
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise PromptEmbedderError(
-            f"the export at {target} is damaged ({type(error).__name__}: {reason}); export all instructions again"
-        ) from error
-
-
-def _ours(target: Path) -> Callable[[Path], bool]:
-    """What an earlier export wrote there, and may be replaced: whatever else is in the folder stays."""
-    if not (target / FACTS_FILE).is_file():
-        return lambda path: False
-    written = {Path(file) for file in [*read_facts(target)["files"], FACTS_FILE]}
-    folders = {above for file in written for above in file.parents}
-    return lambda path: path in written or path in folders
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _readable(facts: dict[str, Any]) -> bool:
-    """Whether facts have the types that are read here."""
-    entries, backbone = facts["instructions"], facts["backbone"]
-    return (
-        all(isinstance(facts[name], str) for name in ("format", "model", "source", "precision"))
-        and isinstance(backbone, dict)
-        and isinstance(backbone.get("name"), str)
-        and isinstance(facts["files"], list)
-        and all(isinstance(file, str) and _is_inside(file) for file in facts["files"])
-        and isinstance(entries, list)
-        and all(isinstance(e, dict) for e in entries)
-        and all(isinstance(e.get(key), str) for e in entries for key in ("name", "instruction", "digest"))
-    )
-
-
-def _is_inside(file: str) -> bool:
-    """Whether a path leads nowhere but into the folder that it is relative to."""
-    return not Path(file).is_absolute() and ".." not in Path(file).parts
-
-
-@contextmanager
-def _one_line(target: Path) -> Iterator[None]:
-    """What a full disk or a closed folder says, as one line that names the folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the second where weights do not fit on the disk
-        reason = getattr(error, "strerror", None) or error
-        raise PromptEmbedderError(f"cannot write an export to {target}: {reason}") from error
 
 
 def _compared(
@@ -457,15 +345,3 @@ def _parity_facts(parity: Parity) -> dict[str, Any]:
         "bound": parity.bound,
         "texts": parity.texts,
     }
-
-
-def _link(source: Path, scratch: Path, files: Sequence[str]) -> None:
-    """Files of a folder in another one, by links where the disk has them: weights are not written again."""
-    for file in files:
-        if not (source / file).is_file():
-            raise PromptEmbedderError(f"{source} lacks its file {file}; export all instructions again")
-        (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / file, scratch / file)
-        except OSError:
-            shutil.copyfile(source / file, scratch / file)

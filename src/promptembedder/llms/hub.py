@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.quiet import quiet_hub
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,16 @@ def fetched(
         why = type(error).__name__
         raise PromptEmbedderError(f"{what} {hub_id} could not be fetched from the hub ({why}); {advice}") from error
     return folder, folder.name if len(folder.name) == 40 else None
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Hide what the hub's client says of every try; without a network it tries many times, and then raises."""
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.convert import converted
-from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
-from promptembedder.llms.quiet import quiet_hub, quiet_transformers
+from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched, quiet_hub
+from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.paths import check_readable, ending, expanded, is_there
 
 

@@ -1,4 +1,4 @@
-"""Silence transformers while a model opens, and the hub's client while it fetches."""
+"""Silence transformers while a model opens."""
 
 from __future__ import annotations
 
@@ -21,16 +21,3 @@ def quiet_transformers() -> Iterator[None]:
         restore: Callable[[], None] = transformers_logging.enable_progress_bar
         if bars:
             restore()
-
-
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Hide what the hub's client says of every try; without a network it tries many times, and then raises."""
-    from huggingface_hub.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -12,8 +12,7 @@ from typing import Any
 from promptembedder.config import parse
 from promptembedder.digest import sha256_of
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched
-from promptembedder.llms.quiet import quiet_hub
+from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched, quiet_hub
 from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
 from promptembedder.paths import expanded, is_there, unreadable
