@@ -181,7 +181,8 @@ def folded(model: Any, arguments: Any, form: str) -> tuple[Any, dict[str, Any] |
         return model, None
     if form not in arguments.folds:
         compiled = compile_model(model, {NAME: arguments.instruction})
-        headless = not getattr(format_module(form), "HOLDS_HEAD", True) and compiled.head_ED is not None
+        added = compiled.head_ED is not None or compiled.centre_D is not None
+        headless = added and not getattr(format_module(form), "HOLDS_HEAD", True)
         start = time.perf_counter()
         found = fold(model, compiled, arguments.folding, rows=arguments.rows, headless=headless)
         facts = found.facts | {"seconds": time.perf_counter() - start}
