@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, TokenType, dequantize
-from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from conftest import INSTRUCTION, TEXTS
 from promptembedder.errors import MissingExtraError, PromptEmbedderError
@@ -325,3 +325,20 @@ def test_the_engine_gets_the_composed_text_and_room_for_it_alone(tiny_model, exp
     embed(["word " * 4000])
     assert opened_with[0].cpuparams_batch.n_threads == torch.get_num_threads()
     assert [one.n_ubatch for one in opened_with] == [256, 768]  # 512 tokens of text, and what is around them
+
+
+def test_a_word_that_no_text_is_read_as_has_another_name(tiny_model):
+    """llama.cpp takes an ordinary word `</s>` for a control token; the tokenizer parts it before it looks it up."""
+    model = tiny_model()
+    backend = model.tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    added = {token["content"]: token["id"] for token in state["added_tokens"]}
+    place = max(*state["model"]["vocab"].values(), *added.values()) + 1
+    state["model"]["vocab"] |= {"</s>": place}
+    model.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    assert place not in plain_ids(model.tokenizer, "</s>")
+    words = grown_words(model.tokenizer, compile_model(model, {}))
+    assert "</s>" not in words.tokens
+    assert words.tokens[place] == f"[UNREAD{place}]"
+    assert words.kinds[place] == TokenType.UNUSED
+    assert all(word in words.tokens for word in added)

@@ -20,9 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.export.compiled import Compiled
 from promptembedder.export.grown_tokenizer import TEXT, soft_words
+from promptembedder.llms.tokens import plain_ids
 
 _OTHERS = "export in format sentence-transformers or soft-prompt"
 _SPACE = "\u2581"  # what SentencePiece writes for a space
+# Words that llama.cpp may know by their spelling.
+_TAG = re.compile(r"_?<[!-~]+>")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -122,6 +125,9 @@ def grown_words(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> Words
     if pre is None:
         kind_of |= {i: gguf.TokenType.BYTE for i, word in spelled.items() if _BYTE.fullmatch(word)}
         kind_of[state["model"]["vocab"][state["model"]["unk_token"]]] = gguf.TokenType.UNKNOWN
+    else:
+        for i in _never_read(tokenizer, spelled, kind_of):
+            spelled[i], kind_of[i] = f"[UNREAD{i}]", gguf.TokenType.UNUSED
     ids = range(max(spelled) + 1)
     tokens = [spelled.get(i, f"[PAD{i}]") for i in ids]
     kinds = [int(kind_of.get(i, gguf.TokenType.UNUSED)) for i in ids]
@@ -149,6 +155,17 @@ def grown_words(tokenizer: PreTrainedTokenizerBase, compiled: Compiled) -> Words
     known = {name: i for name, i in special.items() if i is not None}
     around = {name: len(sequence) - 1 for name, sequence in sequences.items()}
     return Words(tokens, kinds, merges, pre, known, copies, soft, before, after, around)
+
+
+def _never_read(
+    tokenizer: PreTrainedTokenizerBase, spelled: Mapping[int, str], kind_of: Mapping[int, gguf.TokenType]
+) -> list[int]:
+    """Words such as `</s>` that stand in the vocabulary, and that the tokenizer parts before it looks there.
+
+    llama.cpp takes some of them for control tokens, whatever their kind, and would read one token in place of several.
+    """
+    tags = [(i, word) for i, word in spelled.items() if kind_of[i] == gguf.TokenType.NORMAL and _TAG.fullmatch(word)]
+    return [i for i, word in tags if plain_ids(tokenizer, word) != [i]]
 
 
 def _pre(state: Mapping[str, Any]) -> str | None:
