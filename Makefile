@@ -17,6 +17,8 @@ CLIENTS_READY := $(CLIENTS)/.ready
 # Ray, object stores and indexes, likewise.
 BULK := .venv-bulk
 BULK_READY := $(BULK)/.ready
+# Engines want PyTorch's build for CPUs. Where pip is given a folder of packages, uv takes it from there, too.
+CPU_TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 WEIGHTS := models/smollm2-135m/prompter/adapter_model.safetensors
 ENGINES := $(patsubst tests/engines/requirements-%.txt,%,$(wildcard tests/engines/requirements-*.txt)) node
 UNWANTED := benchmarks/|runs/|\.png
@@ -66,7 +68,7 @@ test-engines: $(READY)
 .venv-engines-%/.ready: tests/engines/requirements-%.txt constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet uv  # pip looks for fitting versions for minutes
-	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python -c constraints.txt -r $<
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python $(CPU_TORCH) -c constraints.txt -r $<
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

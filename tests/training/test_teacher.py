@@ -105,13 +105,15 @@ def test_rows_and_teacher_share_the_batches(teacher, plain, tmp_path):
     assert [data.prompts[name]["anchor"] for name in data.neighbourhoods] == [INSTRUCTION]
 
 
-def test_embeddings_are_kept_for_a_resume(teacher, plain, tmp_path, monkeypatch):
+def test_embeddings_are_kept_for_later_runs(teacher, plain, tmp_path, monkeypatch):
     settings = settings_of(teacher, tmp_path)
     first, known = taught(plain, settings, tmp_path)
     monkeypatch.setattr("promptembedder.training.teacher.embeddings", lambda *a: pytest.fail("embedded again"))
-    again, same = taught(plain, settings, tmp_path, resume=True)
-    assert known == same
-    assert again.datasets["teacher_1"]["label"] == first.datasets["teacher_1"]["label"]
+    # A run that was stopped before its first checkpoint begins anew.
+    for resume in (True, False):
+        again, same = taught(plain, settings, tmp_path, resume=resume)
+        assert known == same
+        assert again.datasets["teacher_1"]["label"] == first.datasets["teacher_1"]["label"]
     (tmp_path / "run" / TEACHER_FILE).write_bytes(b"damaged")
     with pytest.raises(pytest.fail.Exception, match="embedded again"):
         taught(plain, settings, tmp_path, resume=True)

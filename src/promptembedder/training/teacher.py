@@ -116,8 +116,8 @@ def teach(
         settings: names the teacher, its instructions and its share of the batches.
         data: labelled rows; none: the teacher alone.
         default: instruction that the teacher speaks for if no row's is about meaning.
-        output: folder of the run, where the teacher's embeddings are kept.
-        resume: take them from there, if they are of these texts.
+        output: folder of the run, where the teacher's embeddings are kept, and found again if they are of these texts.
+        resume: the run goes on, so that it needs the teacher with which it began.
 
     Returns:
         The data, and the fingerprint of the teacher.
@@ -141,7 +141,7 @@ def teach(
     known = digest(dict(model.state_dict()))
     if resume and _teacher_of(output) not in (None, known):
         raise PromptEmbedderError(f"{output} began with another training.teacher; give the one it had")
-    embedded_INF = _kept(output, known, texts, instructions) if resume else None
+    embedded_INF = _kept(output, known, texts, instructions)
     if embedded_INF is None:
         say(f"the teacher embeds {len(texts)} texts")
         embedded_INF = embeddings(model, texts, instructions)
