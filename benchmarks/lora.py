@@ -33,6 +33,7 @@ from promptembedder.training.curves import Curve, dev_curve, read_facts, seconds
 from promptembedder.training.evaluators import spread
 from promptembedder.training.losses import make_losses
 from promptembedder.training.settings import RunConfig
+from promptembedder.training.teacher import teach
 from promptembedder.training.trainer import OwnNegativesTrainer
 
 # To choose from, by dev after a few steps. 4e-3 is ahead after 15 of them and three points behind after 200
@@ -80,7 +81,7 @@ def cut(tokenizer: Any, texts: list[str], limit: int) -> list[str]:
 def cut_rows(tokenizer: Any, data: TrainingData, limit: int) -> DatasetDict:
     """The rows with every text's first `limit` tokens."""
     return data.datasets.map(
-        lambda rows: {column: cut(tokenizer, texts, limit) for column, texts in rows.items()},
+        lambda rows: {name: cut(tokenizer, texts, limit) for name, texts in rows.items() if name != "label"},
         batched=True,
         load_from_cache_file=False,
     )
@@ -170,6 +171,9 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
     settings = config.training
     set_seed(settings.seed)
     data = load_training_data(config.data, config.model.document_instruction, settings.seed)
+    if settings.teacher is not None:
+        place = (output or Path(settings.output)).with_name("teacher")
+        data, _ = teach(config.data, settings, data, config.model.default_instruction, place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(config.model.backbone, resolve_dtype(config.model.dtype, device), device)
     limit = config.data.max_text_tokens or config.model.max_text_tokens
@@ -185,7 +189,7 @@ def train(config: RunConfig, *, learning_rate: float, output: Path | None = None
         evaluator=evaluator(model, config) if follow else None,
         callbacks=[TrainingClock(), best],
     )
-    trainer.own_negatives = data.own_negatives
+    trainer.own_negatives, trainer.neighbourhoods = data.own_negatives, data.neighbourhoods
     if follow:
         start = dev_score(model, config)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None

@@ -3,7 +3,7 @@
     python scripts/release_model.py runs/general/model smollm2-135m --recipe general.yaml
     python scripts/release_model.py runs/general-teacher/model smollm2-135m --recipe general-teacher.yaml
 
-The second line releases a model whose training started from the one that was released before.
+The second line releases a model whose training started from the one that was released before, which the first one made.
 
 Writes `src/promptembedder/models/NAME`. Its texts are truncated at `--max-text-tokens`. The card takes its figures from
 `--results`, the folder that `promptembedder evaluate NAME` wrote: release without, evaluate, release again with it.
@@ -34,7 +34,9 @@ from promptembedder.training.settings import RunConfig, load_run
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 # What a recipe's teacher is, with its licence.
-TEACHERS = {"general-teacher.yaml": "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)"}
+TEACHERS = dict.fromkeys(
+    ("general-teacher.yaml", "general-all.yaml"), "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)"
+)
 
 # Training file: source, licence as stated there.
 LICENCES = {
@@ -80,7 +82,7 @@ def staged(last: dict[str, Any], recipe: str, run: RunConfig, before: dict[str, 
     if "start" in last:
         if before is None or "stages" not in before:
             sys.exit(f"{last['start']}: release the model that this training started from before")
-        stages.insert(0, before["stages"][0])
+        stages = [stage for stage in before["stages"] if stage["recipe"] != recipe] + stages
     whole = {key: sum(stage[key] for stage in stages) for key in ("steps", "examples", "seconds")}
     return {"trained_parameters": max(stage["trained_parameters"] for stage in stages), **whole, "stages": stages}
 

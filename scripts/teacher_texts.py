@@ -1,6 +1,9 @@
 """Draw plain texts for a teacher from files of training rows: one text a line, all different.
 
-python scripts/teacher_texts.py --data FOLDER --output runs/teacher-texts.txt
+    python scripts/teacher_texts.py --data FOLDER --output runs/teacher-texts.txt
+    python scripts/teacher_texts.py --data FOLDER --output runs/all-texts.txt --all
+
+The first line draws those of `recipes/general-teacher.yaml`, the second those of `recipes/general-all.yaml`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from pathlib import Path
 from promptembedder import atomic
 from promptembedder.data.readers import records
 
+# Of the shorter list.
+MOST = 8500
 # Texts taken of each file: queries, and texts that answer them. Long ones are few, because reading them costs most.
 DRAWN = {
     "agnews_headlines": (300, 600),
@@ -35,12 +40,27 @@ DRAWN = {
     "wikiqa_dev": (100, 300),
     "xquad_en": (300, 150),
 }
+# The same for `--all`: every text of a side, or at most so many.
+EVERY = 10**6
+ALL = dict.fromkeys(DRAWN, (EVERY, EVERY)) | {
+    "clinc150_intent": (EVERY, 0),
+    "conala_code": (0, 600),
+    "cr_sentiment": (EVERY, 0),
+    "mag_field_dev": (EVERY, 0),
+    "medquad": (2500, 1500),
+    "scitldr_summary_abstract": (EVERY, 1800),
+    "scitldr_title_abstract": (EVERY, 0),
+    "snips_intent": (2000, 0),
+    "snli_triplets": (EVERY, 7000),
+    "subj": (EVERY, 0),
+    "wikipedia_sections": (0, EVERY),
+}
 
 
-def draw(data: Path, seed: int) -> list[str]:
+def draw(data: Path, numbers_of: dict[str, tuple[int, int]], seed: int) -> list[str]:
     """The texts, shuffled; a text holds no line break."""
     found: dict[str, None] = {}
-    for name, numbers in DRAWN.items():
+    for name, numbers in numbers_of.items():
         sides: tuple[set[str], set[str]] = (set(), set())
         for _, row in records(f"train/{name}.jsonl.gz", str(data)):
             sides[0].add(row["query"])
@@ -59,10 +79,11 @@ def main() -> None:
     known = os.environ.get("PROMPTEMBEDDER_DATA")
     parser.add_argument("--data", type=Path, default=known, required=known is None, help="folder of training rows")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--most", type=int, default=8500, help="texts at most")
+    parser.add_argument("--all", action="store_true", help="nearly all texts, in place of 8,500")
     parser.add_argument("--seed", type=int, default=13)
     arguments = parser.parse_args()
-    texts = draw(arguments.data, arguments.seed)[: arguments.most]
+    texts = draw(arguments.data, ALL if arguments.all else DRAWN, arguments.seed)
+    texts = texts if arguments.all else texts[:MOST]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(arguments.output) as scratch:
         Path(scratch).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
