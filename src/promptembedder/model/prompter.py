@@ -146,7 +146,7 @@ class Prompter(nn.Module):
             return None
         ids_P = torch.tensor(alike, device=lm.get_input_embeddings().weight.device)
         cache = DynamicCache(config=lm.config)
-        lm(input_ids=ids_P[None], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
+        lm(input_ids=ids_P[None], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=_last_of(len(ids_P), ids_P))
         return Opening(ids_P, States(cache, torch.ones_like(ids_P)[None]))
 
     def begin(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None = None) -> tuple[DynamicCache, int]:
@@ -168,7 +168,8 @@ class Prompter(nn.Module):
         shared = min(int(alike_S.cumprod(0).sum()), ids_NS.shape[1] - 1)
         if len(ids_NS) == 1 or shared == 0:
             return cache, 0
-        lm(input_ids=ids_NS[:1, :shared], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
+        read, kept = ids_NS[:1, :shared], _last_of(shared, ids_NS)
+        lm(input_ids=read, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=kept)
         cache.batch_repeat_interleave(len(ids_NS))
         return cache, shared
 
@@ -196,7 +197,7 @@ class Prompter(nn.Module):
                 position_ids=positions_NS,
                 **{CACHE_ARGUMENT: cache},
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=_last_of(inputs_NSP.shape[1], ids_NS),
             )
             logits_NV = output.logits[:, -1]
             logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
@@ -259,6 +260,15 @@ class Prompter(nn.Module):
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise PromptEmbedderError(f"the chat template of the prompter takes no instruction: {reason}") from error
         return list(encoded["input_ids"])
+
+
+def _last_of(tokens: int, like: Tensor) -> Tensor:
+    """Place of the last token, for `logits_to_keep`.
+
+    By place, not by number: of a number the LLM makes a slice, and torch multiplies a slice of a longer row by a copy
+    of the output embeddings, which takes longer than the rest of the pass.
+    """
+    return torch.tensor([tokens - 1], device=like.device)
 
 
 @cache
