@@ -64,9 +64,10 @@ LICENCES = {
 }
 
 
-def staged(last: dict[str, Any], recipe: str, run: RunConfig, before: dict[str, Any] | None) -> dict[str, Any]:
-    """Facts of a training, and of the one that it started from, as stages."""
-    most = run.model.max_text_tokens
+def staged(
+    last: dict[str, Any], recipe: str, run: RunConfig, most: int, before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Facts of a training whose model read `most` tokens of a text, and of those that it started from, as stages."""
     stages = [
         {
             "recipe": recipe,
@@ -255,9 +256,10 @@ def main() -> None:
         folder = Path(shutil.copytree(arguments.model, Path(scratch) / arguments.name))
         if arguments.deep_rank:
             thin(folder, arguments.deep_rank)
+        most = load_run(folder / "config.yaml").model.max_text_tokens
         run = neutral(folder, arguments.max_text_tokens, arguments.recipe)
         reduced = arguments.deep_rank is not None or (facts.get("start") == arguments.name and arguments.reduced)
-        facts = staged(facts, arguments.recipe, run, read_facts(PLACE / arguments.name))
+        facts = staged(facts, arguments.recipe, run, most, read_facts(PLACE / arguments.name))
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         text = card(arguments.name, run, facts, arguments.results, reduced=reduced)
         (folder / "README.md").write_text(text)
