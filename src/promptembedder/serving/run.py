@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import signal
 import socket
@@ -27,8 +26,6 @@ from promptembedder.serving.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
-# Of glibc's mallopt: M_ARENA_MAX, and M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in bytes.
-_HEAP = {-8: 1, -1: 2**30, -3: 2**30}
 _LOOPBACK = ("127.", "localhost", "::1")
 # After a signal to stop, new connections are still taken for this time and refused with a reason, which a client that
 # has just connected can read.
@@ -70,7 +67,6 @@ def serve(
     Raises:
         PromptEmbedderError: a model cannot be opened or a name not be used; the address is taken.
     """
-    _share_one_heap()
     listening = _listen(settings)  # before the models open, which takes longer
     with listening:
         service = Service(open_models(models, named or {}, device=device, dtype=dtype), settings, instructions)
@@ -98,17 +94,6 @@ def serve(
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         say(f"listening on http://{address}, models: {', '.join(service.catalogue.names)}")
         server.run([listening])
-
-
-def _share_one_heap() -> None:
-    """Let all threads of the process take memory from one heap, and keep what is freed.
-
-    With the C library's own settings a forward in a thread gives its memory back and asks for it again, page by page.
-    """
-    with suppress(OSError, AttributeError):  # there is no such function elsewhere than in glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, value in _HEAP.items():
-            mallopt(parameter, value)
 
 
 def _listen(settings: ServeSettings) -> socket.socket:
