@@ -3,7 +3,7 @@
     python scripts/release_model.py runs/general/model smollm2-135m --recipe general.yaml
     python scripts/release_model.py runs/general-teacher/model smollm2-135m --recipe general-teacher.yaml
 
-The second line releases a model whose training started from the one that was released before, which the first one made.
+The second line is for a model whose training started from the released one: its card lists the stages of both.
 
 Writes `src/promptembedder/models/NAME`. Its texts are truncated at `--max-text-tokens`. The card takes its figures from
 `--results`, the folder that `promptembedder evaluate NAME` wrote: release without, evaluate, release again with it.

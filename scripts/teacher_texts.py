@@ -40,7 +40,7 @@ DRAWN = {
     "wikiqa_dev": (100, 300),
     "xquad_en": (300, 150),
 }
-# The same for `--all`: every text of a side, or at most so many.
+# The same for `--all`: every text of a side, or this number.
 EVERY = 10**6
 ALL = dict.fromkeys(DRAWN, (EVERY, EVERY)) | {
     "clinc150_intent": (EVERY, 0),

@@ -109,7 +109,7 @@ def test_embeddings_are_kept_for_later_runs(teacher, plain, tmp_path, monkeypatc
     settings = settings_of(teacher, tmp_path)
     first, known = taught(plain, settings, tmp_path)
     monkeypatch.setattr("promptembedder.training.teacher.embeddings", lambda *a: pytest.fail("embedded again"))
-    # A run that was stopped before its first checkpoint begins anew.
+    # A run that was stopped before its first checkpoint starts again from the beginning.
     for resume in (True, False):
         again, same = taught(plain, settings, tmp_path, resume=resume)
         assert known == same
