@@ -62,5 +62,5 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rows: int,
 
 
 def without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
-    """Added tokens that an LLM with so many embeddings has none for, as they are spelled in a text."""
+    """Added tokens that an LLM of this number of embeddings has none for, as they are spelled in a text."""
     return [token for token, index in tokenizer.get_added_vocab().items() if index >= rows]
