@@ -5,12 +5,13 @@
 Rows: seven training files, the last `--held` rows of each held back. Figures: Spearman x 100 on STSBenchmark dev pairs
 (`sts`), share of held-back rows whose positive is closer to the anchor than the negative, under the row's instruction:
 of five tasks, trained on unless the entry leaves some out (`seen`), and of two that never are (`unseen`); `requests`,
-`remarks`: share of made-up texts, of kinds never trained on (but for one entry), that are in order under two
+`remarks`, `manners`: share of made-up texts, of kinds never trained on (but for one entry), that are in order under two
 instructions which swap positive and negative; `spread`: mean distance between the soft prompts of instructions over
 their mean norm, 0 where the instruction is ignored. Seconds are of warm start and steps; layout `suffix` reads every
 text once for all runs (text-state cache on disk, up to `--states`), so they say nothing of the change. With contrast
 rows the warm start knows their instructions too.
-Every run is kept in `--output` and not done again; `--only NAME...` does some. The last line is one JSON object.
+Every run is kept in `--output` and not done again; `--only NAME...` does some. `--model` scores a saved model on the
+made-up texts alone. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ import torch
 from safetensors.torch import save_file
 
 import pictures
+import promptembedder
 from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic
-from promptembedder.data.made_up import FAMILIES, Family, contrast_rows
+from promptembedder.data.families import FAMILIES, Family
+from promptembedder.data.made_up import contrast_rows
 from promptembedder.data.rows import Row, TrainingData, load_training_data, read_rows
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.model.build import build
@@ -179,7 +182,35 @@ REMARKS = Family(
         ),
     },
 )
+# Held out of every run: how something is asked for, and what. No kind of the training rows shares its words.
+MANNERS = Family(
+    ("request",),
+    ("{manner} {chore}", "{manner} {chore} today", "well, {manner} {chore}", "{manner} {chore}, as I said"),
+    {
+        "manner": (
+            ("style",),
+            """I would be most grateful if you could/might I trouble you to/I should be much obliged if you would; do it
+            at once and/without any backtalk/no excuses this time, just; it would be super cool to/how about we
+            just/feel like having a go and; I beg you on my knees to/I am crying while I ask you to/please please
+            please, I implore you to; all persons concerned are required to/under paragraph nine the tenant
+            shall/failure to comply notwithstanding, the party must; be a darling and/sweetie, could you/my love, would
+            you; it is high time somebody bothered to/of course nobody ever thinks to/as usual I am the only one to;
+            verily thou shalt/I bid thee, good knight, to/hear ye, go forth and""",
+        ),
+        "chore": (
+            ("content",),
+            """empty the bin/take out the rubbish; feed the cat/give the kitten its food; water the plants/give the
+            flowers a drink; wash the car/clean the windscreen; sweep the stairs/brush the steps; lay the table/put out
+            plates and forks; walk the dog/take the puppy outside; lock the door/turn the key in the lock; make the
+            bed/change the sheets; iron the shirt/press the blouse; peel the potatoes/prepare the vegetables; collect
+            the parcel/fetch the package; pay the rent/send the landlord his money; phone grandma/ring your
+            grandmother""",
+        ),
+    },
+)
 ASKED = {
+    "manner": "Sort the requests by the style that they are written in.",
+    "chore": "Sort the requests by the content, however it is put.",
     "do": "Sort the requests by the action that they ask for.",
     "thing": "Sort the requests by the subject that they are about.",
     "feel": "Sort the remarks by the feeling that they show.",
@@ -253,6 +284,15 @@ def both_ways(model: Any, family: Family, slots: tuple[str, str]) -> float:
     return 100 * float(np.mean(right[0] & right[1]))
 
 
+def on_made_up(model: Any) -> dict[str, float]:
+    """`both_ways` of the kinds held out."""
+    return {
+        "requests": round(both_ways(model, REQUESTS, ("do", "thing")), 2),
+        "remarks": round(both_ways(model, REMARKS, ("feel", "matter")), 2),
+        "manners": round(both_ways(model, MANNERS, ("manner", "chore")), 2),
+    }
+
+
 def spread(model: Any, arguments: argparse.Namespace) -> float:
     """How far apart the soft prompts of different instructions are: mean distance over their mean norm."""
     module = soft_prompt_module(model)
@@ -291,8 +331,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "sts": round(sts, 2),
         "seen": round(triplets_right(model, SEEN, arguments, instruction), 2),
         "unseen": round(triplets_right(model, UNSEEN, arguments, instruction), 2),
-        "requests": round(both_ways(model, REQUESTS, ("do", "thing")), 2),
-        "remarks": round(both_ways(model, REMARKS, ("feel", "matter")), 2),
+        **on_made_up(model),
         "spread": round(spread(model, arguments), 4),
         "seconds": round(warm_seconds + fitted.seconds, 1),
         "evaluation_seconds": round(time.perf_counter() - start, 1),
@@ -339,14 +378,14 @@ def started(config: RunConfig, data: TrainingData, arguments: argparse.Namespace
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     base = mean_of(found["base"]) if "base" in found else None
     lines = [
-        "| change | sts | seen | unseen | requests | remarks | spread | seconds | trained | MB |",
-        "| --- |" + 9 * " ---: |",
+        "| change | sts | seen | unseen | requests | remarks | manners | spread | seconds | trained | MB |",
+        "| --- |" + 10 * " ---: |",
     ]
     for name, runs in found.items():
         figures = mean_of(runs)
         shown = [
             f"{figures[key]:.1f}" + (f" ({figures[key] - base[key]:+.1f})" if base and name != "base" else "")
-            for key in ("sts", "seen", "unseen", "requests", "remarks")
+            for key in ("sts", "seen", "unseen", "requests", "remarks", "manners")
         ]
         lines.append(
             f"| {name} | {' | '.join(shown)} | {figures['spread']:.3f} | {figures['seconds']:.0f} "
@@ -376,7 +415,11 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=80, help="rows held back of each file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[13])
     parser.add_argument("--set", nargs="+", metavar="SECTION.NAME=VALUE", help="change the base")
+    parser.add_argument("--model", help="a saved model, to score on made-up texts")
     arguments = parsed(parser)
+    if arguments.model:
+        print(json.dumps(on_made_up(promptembedder.load(arguments.model))))
+        return
     names = ("steps", "batch", "pairs", "held", "set")
     one_setting(arguments.output, {name: getattr(arguments, name) for name in names})
     found: dict[str, list[dict[str, Any]]] = {}

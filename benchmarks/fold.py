@@ -99,11 +99,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--states", type=int, default=16, help="GiB of disk for states of texts")
     parser.add_argument("--tasks", nargs="+", help="unset: all of the quick suite")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parsed(parser)
     texts = [text for _, text in read_texts(arguments.texts, None, ids=False)]
     given = evaluation.read_instructions(arguments.data / "instructions.json")
     arguments.tasks = evaluation.local_tasks(arguments.data, arguments.tasks, instructions=given, quick=True)
-    model = promptembedder.load(arguments.model, device="cpu", dtype="float32")
+    model = promptembedder.load(arguments.model, device="cpu", dtype=arguments.dtype)
     encoder = evaluation.InstructedEncoder(model, "fold/deep", "1")
     own: dict[str, str] = {}  # names by instruction: tasks may share one
     for task in arguments.tasks:

@@ -8,7 +8,8 @@ from itertools import chain, permutations
 import pytest
 
 from promptembedder.data.aspects import ASPECTS
-from promptembedder.data.made_up import FAMILIES, _values, contrast_rows
+from promptembedder.data.families import FAMILIES
+from promptembedder.data.made_up import _values, contrast_rows
 from promptembedder.data.rows import load_training_data
 from promptembedder.data.settings import DataConfig
 

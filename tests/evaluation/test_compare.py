@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -58,6 +59,22 @@ def test_means_and_ratios_are_over_shared_tasks(results, tmp_path):
     assert "| **mean of 2 tasks** | 40.00 | 30.00 |" in table
     assert "| to first | 1.000 | 0.750 |" in table
     assert "because a column lacks them: B." in table
+
+
+def test_the_interval_of_a_difference_holds_what_drawing_tasks_anew_gives(results, tmp_path):
+    results("x/first", {"A": 0.50, "B": 0.70, "C": 0.30})
+    results("x/second", {"A": 0.52, "B": 0.71, "C": 0.40})
+    results("x/third", {"A": 0.60, "B": 0.80, "C": 0.40})
+    comparison = evaluation.compare(evaluation.read_columns([tmp_path / "out"]), to="first")
+    low, high = comparison.interval("second")
+    # All 27 ways to draw three of three tasks, equally likely: the naive way.
+    means = sorted(sum(drawn) / 3 for drawn in itertools.product((2, 1, 10), repeat=3))
+    assert (low, high) == pytest.approx((means[0], means[-1]))
+    assert comparison.interval("first") is None
+    assert comparison.interval("third") is None  # ten points on every task
+    table = evaluation.markdown(comparison)
+    assert "| difference to first | +0.00 | +4.33 | +10.00 |" in table
+    assert "| its 95 % interval, paired bootstrap over tasks | - | +1.00 to +10.00 | - |" in table
 
 
 def test_a_report_replaces_reports_only(results, tmp_path):

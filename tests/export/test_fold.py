@@ -53,11 +53,11 @@ def test_a_fold_comes_closer_to_the_deep_model(deep):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """Every fit that is made: name, start, steps, and what it found."""
+    """Every fit that is made: names, rows, steps, whether the head is fitted, and what it found."""
     made, fit = [], folding._Fitting.fit
 
-    def noted(self, name, start_RD, steps):
-        made.append((name, start_RD, steps, fit(self, name, start_RD, steps)))
+    def noted(self, names, rows, steps, *, fit_head):
+        made.append((names, rows, steps, fit_head, fit(self, names, rows, steps, fit_head=fit_head)))
         return made[-1][-1]
 
     monkeypatch.setattr(folding._Fitting, "fit", noted)
@@ -69,22 +69,39 @@ def test_instructions_that_read_the_same_are_folded_once(deep, fits):
     document = compiled.prompts["document"]
     others = {**compiled.prompts, "document": replace(document, soft_KD=document.soft_KD.flip(0))}
     found = fold(deep, compiled.with_prompts(others), PLAIN, rows=5, steps=2)
-    assert [name for name, *_ in fits] == ["query", "document"]
+    assert fits[0][0] == ["query", "document"]
     assert torch.equal(found.compiled.prompts["again"].soft_KD, found.compiled.prompts["query"].soft_KD)
     assert not torch.equal(found.compiled.prompts["document"].soft_KD, found.compiled.prompts["query"].soft_KD)
     assert found.facts["kept"]["again"] == found.facts["kept"]["query"]
 
 
-def test_further_instructions_start_from_what_the_first_fold_has_found(deep, fits):
+def test_instructions_share_what_a_fold_adds_and_its_head(deep, fits):
     compiled = compile_model(deep, {"query": INSTRUCTION})
     document = compiled.prompts["document"]
     turned = replace(document, soft_KD=document.soft_KD.flip(0))
-    found = fold(deep, compiled.with_prompts({**compiled.prompts, "document": turned}), PLAIN, rows=5, steps=5)
+    both = compiled.with_prompts({**compiled.prompts, "document": turned})
+    found = fold(deep, both, PLAIN, rows=5, steps=5)
     assert found.facts["rows"] == found.compiled.num_soft_tokens == 5
-    (_, own_RD, steps, soft_RD), (_, later_RD, fewer, _) = fits
-    assert (steps, fewer) == (5, 3)
-    assert torch.equal(own_RD, compiled.prompts["query"].soft_KD)
-    torch.testing.assert_close(later_RD - turned.soft_KD, soft_RD - own_RD)
+    assert [fit[:4] for fit in fits] == [(["query", "document"], 5, 8, True)]
+    head_ED = found.compiled.head_ED
+    assert not torch.equal(head_ED, compiled.head_ED)
+    # One step is of the first instruction, and what it adds goes to both.
+    one = fold(deep, both, PLAIN, rows=5, steps=0)
+    for name, prompt in one.compiled.prompts.items():
+        assert torch.equal(prompt.soft_KD, both.prompts[name].soft_KD)
+    fitting = folding._Fitting(deep, both, PLAIN, 13, False)
+    soft = fitting.fit(["query", "document"], 5, 1, fit_head=False)
+    added = {name: soft[name] - both.prompts[name].soft_KD for name in soft}
+    torch.testing.assert_close(added["query"], 2 * added["document"])
+    assert torch.equal(fitting.target.head_ED, compiled.head_ED)
+
+
+def test_instructions_that_join_a_fold_keep_its_head(deep, fits):
+    compiled = compile_model(deep, {"query": INSTRUCTION})
+    head_ED = compiled.head_ED * 1.5 + 0.01
+    found = fold(deep, compiled, PLAIN, rows=5, steps=2, head_ED=head_ED)
+    assert torch.equal(found.compiled.head_ED, head_ED)
+    assert not fits[0][3]
 
 
 def test_a_fold_has_ten_rows_if_none_are_given(deep, fits):
@@ -117,10 +134,12 @@ def test_a_fold_is_exported_and_added_to(deep, tmp_path, monkeypatch):
         add(deep, {"topic": SECOND}, tmp_path / "out")
     with pytest.raises(PromptEmbedderError, match="a fold of 6 rows, found 5"):
         add(deep, {"topic": SECOND}, tmp_path / "out", folding=FoldData(PLAIN, rows=5))
+    before = promptembedder.load(tmp_path / "out", device="cpu").encode(TEXTS, prompt="query")
     added = add(deep, {"topic": SECOND}, tmp_path / "out", folding=FoldData(PLAIN))
     assert set(added.facts["fold"]["kept"]) == {"query", "topic", "document"}
     loaded = promptembedder.load(tmp_path / "out", device="cpu")
     assert (loaded[0].settings.num_soft_tokens, loaded[0].settings.deep_rank) == (6, None)
+    np.testing.assert_allclose(loaded.encode(TEXTS, prompt="query"), before, atol=1e-6)
     near = (loaded.encode(TEXTS, prompt="topic") * deep.encode(TEXTS, prompt=SECOND)).sum(-1)
     assert np.mean(near) > 0.8
 

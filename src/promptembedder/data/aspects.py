@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 MEANING = "meaning"
 # Common nouns of one token with a leading blank in the vocabularies of SmolLM2, Gemma 3 and Qwen2.5.
 _ASPECTS = """
-action animal answer artist audience author brand category cause character color company country department
-device difficulty disease domain drug emotion entity event feature feeling field film food function genre
-goal industry ingredient instrument intent job kind language law level location material method mood opinion
-organization period person place plot price problem product purpose quality question reason relation risk
-role scenario season sentiment service setting skill source species sport style subject symptom task team
-technology theme time tone tool topic type
+action animal answer artist attitude audience author brand category cause certainty character color
+company content country department device difficulty disease domain drug emotion entity event fact
+feature feeling field film food form format function genre goal industry ingredient instrument intent job
+kind language law layout level location material matter method mood opinion organization period person
+place plot price problem product purpose quality question reason relation risk role scenario season
+sentiment service setting skill source speaker species sport style subject symptom task team technology
+tense theme time tone tool topic type
 """
 
 

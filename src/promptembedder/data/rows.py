@@ -12,7 +12,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from promptembedder.data.made_up import FAMILIES, Family, MadeUpRow, contrast_rows
+from promptembedder.data.families import FAMILIES, Family
+from promptembedder.data.made_up import MadeUpRow, contrast_rows
 from promptembedder.data.readers import records, text_field, texts_field
 from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.errors import PromptEmbedderError

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+import numpy as np
 from mteb.results import TaskResult
+from scipy.stats import bootstrap
 
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.evaluation.run import FACTS, read_facts_file
 from promptembedder.paths import expanded
 
+# Of the bootstrap.
+_RESAMPLES, _SEED = 10_000, 13
 _META = "model_meta.json"
 _FIGURES = "comparison.json"
 _WRITTEN = ("report.md", "report.html", "by-kind.png", "training.png")
@@ -72,6 +76,19 @@ class Comparison:
         """Mean of a column divided by the mean of column `to`."""
         assert self.to is not None
         return self.mean(name) / self.mean(self.to)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """The 95 % interval of the difference of means to column `to`, by a paired bootstrap over tasks.
+
+        None where the two share fewer than two tasks, or differ by the same on all.
+        """
+        assert self.to is not None
+        to = self.columns[self.to].scores
+        differences = [self.columns[name].scores[task] - to[task] for task in self.shared]
+        if len(set(differences)) < 2:
+            return None
+        found = bootstrap((differences,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=_SEED)
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def read_columns(places: Sequence[Path]) -> list[Column]:
@@ -139,6 +156,11 @@ def markdown(comparison: Comparison) -> str:
     row(f"**mean of {len(comparison.shared)} tasks**", [comparison.mean(name) for name in names])
     if comparison.to is not None:
         row(f"to {comparison.to}", [comparison.ratio(name) for name in names], ".3f")
+        means = [comparison.mean(name) - comparison.mean(comparison.to) for name in names]
+        row(f"difference to {comparison.to}", means, "+.2f")
+        intervals = [comparison.interval(name) for name in names]
+        shown = " | ".join("-" if found is None else f"{found[0]:+.2f} to {found[1]:+.2f}" for found in intervals)
+        lines.append(f"| its 95 % interval, paired bootstrap over tasks | {shown} |")
     if any(column.training for column in columns):
         facts = [column.training or {} for column in columns]
         row("trained parameters", [fact.get("trained_parameters") for fact in facts], ",")
@@ -167,6 +189,7 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
         name: {
             "mean": round(comparison.mean(name), 2),
             "ratio": None if comparison.to is None else round(comparison.ratio(name), 4),
+            "interval": None if comparison.to is None else comparison.interval(name),
             "scores": {task: round(score, 2) for task, score in column.scores.items()},
             "more": {row: round(score, 2) for row, score in column.more.items()},
             "training": column.training,

@@ -84,7 +84,7 @@ class Exported:
 
 
 def format_module(name: str) -> Any:
-    """The module of a format: `write`, `reader`, `refuse`, and where it needs them `add` and `check_backbone`.
+    """The module of a format: `write`, `reader`, `refuse`; some have `check_backbone`, or `add` with `head_of`.
 
     Raises:
         PromptEmbedderError: there is no such format.
@@ -188,6 +188,8 @@ def add(
         if folding.rows not in (None, facts["fold"]["rows"]):
             raise PromptEmbedderError(f"{target} holds a fold of {facts['fold']['rows']} rows, found {folding.rows}")
         new = compiled.with_prompts({name: compiled.prompts[name] for name in instructions})
+        with damaged_is_one_line(target):
+            head_ED = form.head_of(target)
         folded = fold(
             model,
             new,
@@ -195,6 +197,7 @@ def add(
             rows=facts["fold"]["rows"],
             dev=folding.dev,
             headless=facts["fold"].get("headless", False),
+            head_ED=head_ED,
         )
         facts["fold"]["kept"] |= folded.facts["kept"]
         compiled = folded.compiled
