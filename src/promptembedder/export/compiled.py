@@ -207,17 +207,25 @@ def embed_compiled(model: SentenceTransformer, compiled: Compiled, name: str, te
 
     What exports are compared with: for a folded instruction this is the fold, not the model.
     """
-    module, prompt = soft_prompt_module(model), compiled.prompts[name]
-    backbone, soft_1RD = compiled.backbone_in(model), prompt.rows[None].to(model.device)
-    found = []
+    return embed_under_each(model, compiled.with_prompts({name: compiled.prompts[name]}), texts)[name]
+
+
+def embed_under_each(model: SentenceTransformer, compiled: Compiled, texts: Sequence[str]) -> dict[str, Tensor]:
+    """As `embed_compiled`, under all instructions by name; in layout `suffix` every text is read once."""
+    module, prompts = soft_prompt_module(model), list(compiled.prompts.values())
+    backbone = compiled.backbone_in(model)
+    soft_prompts = [prompt.rows[None].to(model.device) for prompt in prompts]
+    ids = [torch.tensor(prompt.ids, dtype=torch.long, device=model.device) for prompt in prompts]
+    found: list[list[Tensor]] = [[] for _ in prompts]
     with torch.inference_mode(), module.truncating(compiled.max_text_tokens):
         for start in range(0, len(texts), 32):
-            features = module.preprocess(texts[start : start + 32], prompt=prompt.instruction)
+            # Which instruction goes along does not matter: the features of a text are the same under all.
+            features = module.preprocess(texts[start : start + 32], prompt=prompts[0].instruction)
             ids_BT, mask_BT = (features[key].to(model.device) for key in ("input_ids", "attention_mask"))
-            ids_I = torch.tensor(prompt.ids, dtype=torch.long, device=model.device)
-            (embedding_BD,) = backbone.embed(ids_BT, mask_BT, [soft_1RD], [ids_I])
-            embedding_BD = embedding_BD.float().cpu()
-            if compiled.centre_D is not None:
-                embedding_BD = embedding_BD - compiled.centre_D
-            found.append(embedding_BD if compiled.head_ED is None else embedding_BD @ compiled.head_ED.T)
-    return nn.functional.normalize(torch.cat(found), dim=-1)
+            for parts, read_BD in zip(found, backbone.embed(ids_BT, mask_BT, soft_prompts, ids), strict=True):
+                embedding_BD = read_BD.float().cpu()
+                if compiled.centre_D is not None:
+                    embedding_BD = embedding_BD - compiled.centre_D
+                parts.append(embedding_BD if compiled.head_ED is None else embedding_BD @ compiled.head_ED.T)
+    embeddings = (nn.functional.normalize(torch.cat(parts), dim=-1) for parts in found)
+    return dict(zip(compiled.prompts, embeddings, strict=True))

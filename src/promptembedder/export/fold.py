@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from promptembedder import progress
 from promptembedder.errors import PromptEmbedderError, needs_extra
-from promptembedder.export.compiled import Compiled, embed_compiled
+from promptembedder.export.compiled import Compiled, embed_compiled, embed_under_each
 from promptembedder.llms.state_cache import open_text_cache
 from promptembedder.model.backbone import Backbone
 from promptembedder.model.module import soft_prompt_module
@@ -149,8 +149,8 @@ class _Fitting:
 
     def deep(self, name: str) -> Tensor:
         """Embeddings (N, E) of the texts by the deep model."""
-        if name not in self._deep:
-            self._deep[name] = embed_compiled(self.model, self._short, name, self.texts)
+        if not self._deep:
+            self._deep = embed_under_each(self.model, self._short, self.texts)
         return self._deep[name]
 
     def agreement(self, name: str, other: str) -> float:
