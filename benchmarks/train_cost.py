@@ -7,7 +7,8 @@
 Every variant runs in a process of its own, variants take turns over several rounds, ratios are of medians. The peer is
 what a user would do instead: the same LLM, LoRA of rank 16 in all linear layers, last-token pooling, the instruction
 as text in front; same loss, batch and text lengths. `suffix_cached` is a step of a later epoch, its texts' states in
-memory (they count). The last line is one JSON object, at 128 text tokens.
+memory (they count). `frozen_prompter` is a step of the second stage: W, a deep soft prompt and a linear head are
+trained, the prompter is not. The last line is one JSON object, at 128 text tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.model.settings import Precision
 
 INSTRUCTION = "Retrieve sentences that mean the same as the given sentence."
-VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_cached")
+FROZEN = ("frozen_prompter", "frozen_prompter_cached")
+VARIANTS = ("lora", "lora_checkpointing", "prefix", "suffix", "suffix_cached", *FROZEN)
 WARM_UP_PAIRS = 2
 SHAPES = {  # published widths; weights are random, so nothing is downloaded
     "qwen3-0.6b": {"hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16},
@@ -110,8 +112,12 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
             layout="prefix" if variant == "prefix" else "suffix",
             dtype=precision,
             alignment_start="random" if arguments.shape else "auto",
+            deep_rank=32 if variant in FROZEN else None,
+            linear_head=variant in FROZEN,
         )
         model = build(config, device=device)
+        if variant in FROZEN:
+            model[0].prompter.requires_grad_(False)
         leaves = SoftPromptLeaves()
         model[0].training_state = TrainingState(leaves)
     model.train()
@@ -147,7 +153,8 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     step([{k: v[:WARM_UP_PAIRS] if isinstance(v, Tensor) else v for k, v in c.items()} for c in columns])
     optimizer.zero_grad()
     weights = resident_bytes(device, peak=False)
-    if variant == "suffix_cached":  # the first epoch
+    cached = variant.endswith("_cached")
+    if cached:  # the first epoch
         module = model[0]
         cache = open_text_cache(arguments.cache_gib * 2**30, identity="benchmark")
         module.training_state = TrainingState(leaves, cache)
@@ -156,13 +163,15 @@ def measure(variant: str, length: int, arguments: argparse.Namespace) -> dict[st
     reset_peak(device)
     seconds = []
     for n in range(arguments.steps):
-        if n and variant != "suffix_cached":
+        if n and not cached:
             columns = [column(), column()]
         seconds.append(step(columns))
-    if variant == "suffix_cached" and cache.misses > 2 * arguments.batch:
+    if cached and cache.misses > 2 * arguments.batch:
         sys.exit(f"--cache-gib {arguments.cache_gib} is too small for one batch")
     trained_parameters = sum(p.numel() for p in trained)
     K, D = 5, model.get_embedding_dimension()
+    if variant in FROZEN:  # a row for each layer, too
+        K *= 1 + int(model[0].backbone.lm.config.num_hidden_layers)
     return {
         "seconds": statistics.median(seconds),
         "examples_per_second": arguments.batch / statistics.median(seconds),
@@ -293,7 +302,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--steps", type=int, default=2, help="per process; their median counts")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=[v for v in VARIANTS if v not in FROZEN], choices=VARIANTS)
     parser.add_argument("--cache-gib", type=int, default=12, help="of suffix_cached")
     help_quick = "batch 8, one round of one step at 32 and 128 tokens, without checkpointing"
     parser.add_argument("--quick", action="store_true", help=help_quick)
