@@ -11,7 +11,8 @@ their mean norm, 0 where the instruction is ignored. Seconds are of warm start a
 text once for all runs (text-state cache on disk, up to `--states`), so they say nothing of the change. With contrast
 rows the warm start knows their instructions too.
 Every run is kept in `--output` and not done again; `--only NAME...` does some. `--model` scores a saved model on the
-made-up texts alone. The last line is one JSON object.
+made-up texts alone; to a model trained on all kinds of rows, requests are no unseen kind. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-# Held out of every run but one: what an assistant is asked to do, and with what. In words of its own, so that figures
-# stay comparable when `contrast.py` changes its.
+# Held out of every run but one: what an assistant is asked to do, and with what. Kept apart from the package's kinds,
+# so that figures stay comparable when those change.
 REQUESTS = Family(
     ("request", "command", "message"),
     (
@@ -182,7 +183,7 @@ REMARKS = Family(
         ),
     },
 )
-# Held out of every run: how something is asked for, and what. No kind of the training rows shares its words.
+# Held out of every run: how something is asked for, and what. No value is one of the training rows'.
 MANNERS = Family(
     ("request",),
     ("{manner} {chore}", "{manner} {chore} today", "well, {manner} {chore}", "{manner} {chore}, as I said"),
@@ -421,7 +422,8 @@ def main() -> None:
         print(json.dumps(on_made_up(promptembedder.load(arguments.model))))
         return
     names = ("steps", "batch", "pairs", "held", "set")
-    one_setting(arguments.output, {name: getattr(arguments, name) for name in names})
+    kinds = hashlib.sha256(repr(FAMILIES).encode()).hexdigest()[:16]
+    one_setting(arguments.output, {name: getattr(arguments, name) for name in names} | {"kinds of rows": kinds})
     found: dict[str, list[dict[str, Any]]] = {}
     for name in ABLATIONS:
         for seed in arguments.seeds:

@@ -3,13 +3,14 @@
     python benchmarks/fold.py smollm2-135m --texts FILE --rows 5 10 20 --report benchmarks/results/fold-cpu
 
 Every task's instruction, and the one of documents, is folded on the same plain texts, which are of no task.
-Seconds are those of all instructions, folded one after the other in one call, divided by their number.
+Seconds are those of all instructions, folded together in one call, divided by their number.
 Every column is kept in `--output` and not made again.
 So are the backbone's states of the tasks' texts, in bfloat16: every text is read once for all columns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import time
@@ -21,7 +22,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 import promptembedder
-from kept_results import command, kept, parsed, parser_of, say
+from kept_results import command, kept, one_setting, parsed, parser_of, say
 from promptembedder import atomic, evaluation
 from promptembedder.data.texts import read_texts
 from promptembedder.evaluation.tasks import InstructionTriplets
@@ -47,15 +48,19 @@ def column(
     facts: dict[str, Any] = {}
     if name == "rows alone":
         bare = {key: replace(prompt, deep_JKD=None) for key, prompt in compiled.prompts.items()}
-        model = compiled_model(compiled.with_prompts(bare), model)
+        compiled = compiled.with_prompts(bare)
+        model = compiled_model(compiled, model)
     elif name != "deep":
         start = time.perf_counter()
         found = fold(model, compiled, texts, rows=int(name.split()[-1]))
         facts = found.facts | {"seconds": (time.perf_counter() - start) / len(compiled.prompts)}
         say(f"{name}: {facts}")
-        model = compiled_model(found.compiled, model)
+        compiled = found.compiled
+        model = compiled_model(compiled, model)
     slug = name.replace(" ", "-")
-    encoder = evaluation.InstructedEncoder(model, f"fold/{slug}", "1")
+    # Scores found in `--output` must be of this fold, not of one made earlier.
+    revision = hashlib.sha256("".join(map(compiled.digest, compiled.prompts)).encode()).hexdigest()[:16]
+    encoder = evaluation.InstructedEncoder(model, f"fold/{slug}", revision)
     cache = open_text_cache(
         arguments.states * 2**30,
         identity=compiled.backbone_fingerprint,
@@ -102,6 +107,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parsed(parser)
     texts = [text for _, text in read_texts(arguments.texts, None, ids=False)]
+    one_setting(arguments.output, {"model": arguments.model, "texts": arguments.texts, "dtype": arguments.dtype})
     given = evaluation.read_instructions(arguments.data / "instructions.json")
     arguments.tasks = evaluation.local_tasks(arguments.data, arguments.tasks, instructions=given, quick=True)
     model = promptembedder.load(arguments.model, device="cpu", dtype=arguments.dtype)

@@ -55,8 +55,15 @@ TRAINED = {
 LORA = ("lora", "lora_made_up", "lora_teacher")
 SETTINGS = {
     "real_rows": ["data.contrast_rows=0"],
-    # The recipe goes on from a model of `general.yaml`; these are what that one begins with.
-    "best_teacher": ["model.deep_rank=32", "model.linear_head=true", "training.warm_start.steps=240"],
+    # The recipe goes on from a model of `general.yaml`, whose settings these are; after the warm start and a few steps
+    # the prompter is frozen, as it is in the recipe.
+    "best_teacher": [
+        "model.deep_rank=32",
+        "model.linear_head=true",
+        "training.train_prompter=true",
+        "training.prompter_steps=40",
+        "training.warm_start.steps=240",
+    ],
 }
 TITLES = {
     "quick": "Quality on the quick suite",

@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from promptembedder import PromptEmbedderError
@@ -16,7 +17,7 @@ import yaml
 
 from promptembedder import evaluation
 
-KINDS = {"A": "STS", "B": "STS", "C": "Clustering"}
+KINDS = {"A": "STS", "B": "STS", "C": "Clustering", "D": "STS", "E": "STS"}
 
 
 @pytest.fixture
@@ -61,20 +62,26 @@ def test_means_and_ratios_are_over_shared_tasks(results, tmp_path):
     assert "because a column lacks them: B." in table
 
 
-def test_the_interval_of_a_difference_holds_what_drawing_tasks_anew_gives(results, tmp_path):
-    results("x/first", {"A": 0.50, "B": 0.70, "C": 0.30})
-    results("x/second", {"A": 0.52, "B": 0.71, "C": 0.40})
-    results("x/third", {"A": 0.60, "B": 0.80, "C": 0.40})
+def test_the_interval_of_a_difference_is_that_of_all_draws_of_tasks(results, tmp_path):
+    differences = dict(zip("ABCDE", (0.02, 0.01, 0.10, -0.03, 0.05), strict=True))
+    results("x/first", dict.fromkeys(differences, 0.5))
+    results("x/second", {task: 0.5 + difference for task, difference in differences.items()})
+    results("x/third", dict.fromkeys(differences, 0.6))
     comparison = evaluation.compare(evaluation.read_columns([tmp_path / "out"]), to="first")
-    low, high = comparison.interval("second")
-    # All 27 ways to draw three of three tasks, equally likely: the naive way.
-    means = sorted(sum(drawn) / 3 for drawn in itertools.product((2, 1, 10), repeat=3))
-    assert (low, high) == pytest.approx((means[0], means[-1]))
+    # The naive way: all 3,125 ways to draw five of five tasks, equally likely.
+    means = [100 * np.mean(drawn) for drawn in itertools.product(differences.values(), repeat=5)]
+    assert comparison.interval("second") == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.21)
+    assert min(means) < comparison.interval("second")[0] - 1
+    assert max(means) > comparison.interval("second")[1] + 1
     assert comparison.interval("first") is None
-    assert comparison.interval("third") is None  # ten points on every task
+    assert comparison.interval("third") == pytest.approx((10, 10))  # ten points on every task
     table = evaluation.markdown(comparison)
-    assert "| difference to first | +0.00 | +4.33 | +10.00 |" in table
-    assert "| its 95 % interval, paired bootstrap over tasks | - | +1.00 to +10.00 | - |" in table
+    assert "| difference to first | +0.00 | +3.00 | +10.00 |" in table
+    assert "paired bootstrap over tasks | - | -" in table
+    evaluation.write_report(comparison, tmp_path / "page")
+    figures = json.loads((tmp_path / "page" / "comparison.json").read_text())
+    assert figures["second"]["difference"] == 3
+    assert figures["third"]["difference_interval"] == [10, 10]
 
 
 def test_a_report_replaces_reports_only(results, tmp_path):

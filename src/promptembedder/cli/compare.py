@@ -13,7 +13,7 @@ from promptembedder.progress import say
 
 def compare(
     results: Annotated[list[Path], typer.Argument(help="Folders that evaluate wrote, of one model or of many.")],
-    to: Annotated[str | None, typer.Option(help="Model that ratios are taken to.")] = None,
+    to: Annotated[str | None, typer.Option(help="Model that ratios and differences are taken to.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of report and pictures.")] = Path("comparison"),
 ) -> None:
     """Put results of several models on one page; prints the table."""

@@ -327,18 +327,18 @@ FAMILIES = (
     ),
     Family(
         ("sentence", "line", "statement"),
-        ("{person} {tense} {deed}", "{person} {tense} {deed}.", "{person} {tense} {deed} too"),
+        ("{person} {mood} {deed}", "{person} {mood} {deed}.", "{person} {mood} {deed} too"),
         {
             "person": (
                 ("person", "speaker"),
                 """I/I myself; we/all of us; you/you yourself; they/those people; my friends/the people I know; the
                 children/our little ones; both lawyers/the two solicitors""",
             ),
-            "tense": (
-                ("tense", "certainty", "time"),
-                """will/shall; used to/in former days did; must/have to; might/may perhaps; never/at no time; would love
-                to/would so like to; almost always/day after day; could not/failed to; refuse to/will on no account;
-                need not/are free not to""",
+            "mood": (
+                ("mood", "attitude"),
+                """will certainly/shall without fail; used to/in former days did; must/have no choice but to; might/may
+                perhaps; never/at no time; would love to/would so like to; almost always/time and again; could
+                not/failed to; refuse to/will on no account; do not have to/need not""",
             ),
             "deed": (
                 ("action", "event", "content"),

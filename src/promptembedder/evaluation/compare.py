@@ -1,4 +1,4 @@
-"""Several models' results on one page: a row per task, a column per model, means, ratios, pictures."""
+"""Several models' results on one page: a row per task, a column per model, means, differences, pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 import mteb
 import numpy as np
 from mteb.results import TaskResult
-from scipy.stats import bootstrap
 
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
@@ -58,7 +57,7 @@ class Comparison:
     Attributes:
         columns: one per model, by name.
         shared: tasks that all columns have, sorted by kind.
-        to: name of the column that ratios are relative to; unset: no ratios.
+        to: name of the column that ratios and differences are relative to; unset: there are none.
         kinds: kind of each task.
     """
 
@@ -78,17 +77,18 @@ class Comparison:
         return self.mean(name) / self.mean(self.to)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """The 95 % interval of the difference of means to column `to`, by a paired bootstrap over tasks.
+        """The 95 % interval of the difference of means to column `to`, by a paired bootstrap over the shared tasks.
 
-        None where the two share fewer than two tasks, or differ by the same on all.
+        None for that column itself, and where fewer than two tasks are shared.
         """
         assert self.to is not None
-        to = self.columns[self.to].scores
-        differences = [self.columns[name].scores[task] - to[task] for task in self.shared]
-        if len(set(differences)) < 2:
+        if name == self.to or len(self.shared) < 2:
             return None
-        found = bootstrap((differences,), np.mean, n_resamples=_RESAMPLES, method="percentile", rng=_SEED)
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        scores, to = self.columns[name].scores, self.columns[self.to].scores
+        differences = np.array([scores[task] - to[task] for task in self.shared])
+        drawn = np.random.default_rng(_SEED).choice(differences, (_RESAMPLES, len(differences)))
+        low, high = np.percentile(drawn.mean(axis=1), [2.5, 97.5])
+        return float(low), float(high)
 
 
 def read_columns(places: Sequence[Path]) -> list[Column]:
@@ -138,7 +138,7 @@ def compare(columns: Sequence[Column], to: str | None = None) -> Comparison:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The comparison as a Markdown table: tasks, means per kind and over all tasks, ratios."""
+    """The comparison as a Markdown table: tasks, means per kind and over all tasks, ratios, differences."""
     names = list(comparison.columns)
     columns = comparison.columns.values()
     lines = [f"| | {' | '.join(map(_cell, names))} |", "| --- |" + " ---: |" * len(names)]
@@ -189,7 +189,7 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
         name: {
             "mean": round(comparison.mean(name), 2),
             "ratio": None if comparison.to is None else round(comparison.ratio(name), 4),
-            "interval": None if comparison.to is None else comparison.interval(name),
+            **_difference(comparison, name),
             "scores": {task: round(score, 2) for task, score in column.scores.items()},
             "more": {row: round(score, 2) for row, score in column.more.items()},
             "training": column.training,
@@ -206,6 +206,16 @@ def write_report(comparison: Comparison, folder: Path, title: str = "Comparison"
             (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise PromptEmbedderError(f"cannot write the comparison to {folder}: {error.strerror or error}") from error
+
+
+def _difference(comparison: Comparison, name: str) -> dict[str, Any]:
+    if comparison.to is None:
+        return {"difference": None, "difference_interval": None}
+    interval = comparison.interval(name)
+    return {
+        "difference": round(comparison.mean(name) - comparison.mean(comparison.to), 2),
+        "difference_interval": interval and [round(bound, 2) for bound in interval],
+    }
 
 
 def _refuse_others(folder: Path) -> None:

@@ -211,7 +211,7 @@ def embed_compiled(model: SentenceTransformer, compiled: Compiled, name: str, te
 
 
 def embed_under_each(model: SentenceTransformer, compiled: Compiled, texts: Sequence[str]) -> dict[str, Tensor]:
-    """As `embed_compiled`, under all instructions by name; in layout `suffix` every text is read once."""
+    """As `embed_compiled`, under all instructions by name; in layout `suffix` every text is read once for many."""
     module, prompts = soft_prompt_module(model), list(compiled.prompts.values())
     backbone = compiled.backbone_in(model)
     soft_prompts = [prompt.rows[None].to(model.device) for prompt in prompts]

@@ -23,12 +23,14 @@ from promptembedder.export.export_folder import (
     errors_as_one_line,
     facts_on_disk,
     files_of,
+    held_head,
     link_files,
     of_an_export,
     read_facts,
     refuse_changed,
     refuse_foreign,
     refuse_overwriting,
+    write_head,
 )
 from promptembedder.export.fold import Fold, ScoredPairs, fold
 from promptembedder.export.parity import Parity, compare, running_precision
@@ -84,7 +86,7 @@ class Exported:
 
 
 def format_module(name: str) -> Any:
-    """The module of a format: `write`, `reader`, `refuse`; some have `check_backbone`, or `add` with `head_of`.
+    """The module of a format: `write`, `reader`, `refuse`, and where it needs them `add` and `check_backbone`.
 
     Raises:
         PromptEmbedderError: there is no such format.
@@ -139,6 +141,8 @@ def export(
     say(f"writing {to} of {len(compiled.prompts)} instructions: {', '.join(compiled.prompts)}")
     with errors_as_one_line(target), atomic.replacing_folder(target, of_an_export(target)) as scratch:
         form.write(compiled, model, scratch, **options)
+        if folded is not None and hasattr(form, "add"):
+            write_head(scratch, compiled.head_ED)
         _copy_licence(model, compiled, scratch)
         runs_in = str(precision or getattr(form, "PRECISION", running_precision(model)))
         parity = _compared(form, compiled, model, list(compiled.prompts), scratch, runs_in)
@@ -188,8 +192,8 @@ def add(
         if folding.rows not in (None, facts["fold"]["rows"]):
             raise PromptEmbedderError(f"{target} holds a fold of {facts['fold']['rows']} rows, found {folding.rows}")
         new = compiled.with_prompts({name: compiled.prompts[name] for name in instructions})
-        with damaged_is_one_line(target):
-            head_ED = form.head_of(target)
+        with errors_as_one_line(target), damaged_is_one_line(target):
+            head_ED = held_head(target)
         folded = fold(
             model,
             new,
@@ -197,7 +201,7 @@ def add(
             rows=facts["fold"]["rows"],
             dev=folding.dev,
             headless=facts["fold"].get("headless", False),
-            head_ED=head_ED,
+            head_ED=compiled.head_ED if head_ED is None else head_ED,
         )
         facts["fold"]["kept"] |= folded.facts["kept"]
         compiled = folded.compiled

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.folder import read_json
 from promptembedder.text import is_unicode
 
 FACTS_FILE = "promptembedder_export.json"
+# What instructions that join a fold are fitted to.
+_FOLD_FILE = "fold.safetensors"
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -121,6 +125,18 @@ def of_an_export(target: Path) -> Callable[[Path], bool]:
 def files_of(folder: Path) -> list[str]:
     """All files of a folder, as paths relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def write_head(folder: Path, head_ED: Tensor | None) -> None:
+    """Keep the head of a fold in an export, for instructions that join it."""
+    if head_ED is not None:
+        save_file({"head": head_ED.contiguous()}, folder / _FOLD_FILE)
+
+
+def held_head(folder: Path) -> Tensor | None:
+    """The head (E, D) that `write_head` kept; None where a fold has none, or was made before heads were fitted."""
+    path = folder / _FOLD_FILE
+    return load_file(path)["head"] if path.is_file() else None
 
 
 def _readable(facts: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Fold: a deep soft prompt made into soft tokens alone, fitted on plain texts so that embeddings agree.
+"""Fold: a deep soft prompt made into soft tokens and a linear head, fitted on plain texts so that embeddings agree.
 
 For engines that have no linear head, and subtract nothing, similarities are made to agree in place of embeddings.
 
@@ -38,8 +38,8 @@ _HEADLESS_BATCH = 32
 _READ_BATCH = 32
 # Of the soft tokens' standard deviation, a step.
 _RATE = 0.1
-# Of the head, a step. Soft tokens alone reach a cosine of 0.92 where both together reach 0.97.
-_HEAD_RATE = 1e-3
+# Of the head's, a step.
+_HEAD_RATE = 0.025
 # Of the softmaxes over similarities, as in training with a teacher.
 _TEMPERATURE = 0.05
 # Longer texts are truncated while fitting.
@@ -80,7 +80,7 @@ def fold(
     steps: int | None = None,
     seed: int = 13,
 ) -> Fold:
-    """Make soft tokens of deep soft prompts, and a linear head that goes with them, one for all instructions.
+    """Make soft tokens of deep soft prompts; a linear head, where the model has one, is fitted with them, one for all.
 
     Args:
         model: that the instructions were compiled with.
@@ -175,9 +175,10 @@ class _Fitting:
             None if self.target.head_ED is None else nn.Parameter(self.target.head_ED.to(self.model.device, copy=True))
         )
         rate = _RATE * float(torch.stack([*start.values()]).std())
+        # With several instructions a soft prompt moves by both of its parts.
         groups: list[dict[str, Any]] = [{"params": [shared_RD, *own.values()], "lr": rate}]
         if head_ED is not None and fit_head:
-            groups.append({"params": [head_ED], "lr": _HEAD_RATE})
+            groups.append({"params": [head_ED], "lr": _HEAD_RATE * float(head_ED.detach().std())})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         generator = torch.Generator().manual_seed(self.seed)

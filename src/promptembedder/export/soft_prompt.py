@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
-from torch import Tensor
 
 from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
@@ -112,11 +111,6 @@ def add(compiled: Compiled, model: SentenceTransformer, folder: Path) -> None:
     found = read_saved(folder)
     card = card_of_export(found.instructions or {}, found.base_models.backbone, found.embedding_dimension)
     atomic.write_text(folder / "README.md", card)
-
-
-def head_of(folder: Path) -> Tensor | None:
-    """The linear head (E, D) of an export, if it has one."""
-    return next((load_file(file)["linear.weight"] for file in folder.glob("*_Dense/model.safetensors")), None)
 
 
 def reader(folder: Path, name: str, device: str | None = None) -> Callable[[Sequence[str]], NDArray[np.float32]]:
