@@ -91,27 +91,27 @@ def test_what_a_saved_model_keeps_of_its_own_is_said(run_config, caplog):
 
 
 @pytest.mark.slow
-def test_what_weights_do_not_depend_on_may_be_set_anew(run_config, caplog):
+def test_what_weights_do_not_depend_on_may_be_changed(run_config, caplog):
     start = train(run_config("first", max_steps=1)).folder
-    anew = {
+    changed = {
         "default_instruction": "Another.",
         "document_instruction": "To be found.",
         "max_text_tokens": 3,
     }
-    trained = train(run_config("second", max_steps=1), start=start, anew=anew)
+    trained = train(run_config("second", max_steps=1), start=start, changed=changed)
     assert "section model is not taken" not in caplog.text
     saved = load(trained.folder, device="cpu")
     for model in (trained.model, saved):
-        assert {name: getattr(model[0].settings, name) for name in anew} == anew
+        assert {name: getattr(model[0].settings, name) for name in changed} == changed
         assert model.prompts == {"query": "Another.", "document": "To be found."}
         assert model.max_seq_length == 3
     assert saved[0].settings.num_soft_tokens == load(start, device="cpu")[0].settings.num_soft_tokens
     with pytest.raises(PromptEmbedderError, match=r"texts of 5000 tokens.* too long for the backbone"):
-        train(run_config("third", max_steps=1), start=start, anew={"max_text_tokens": 5000})
-    with pytest.raises(PromptEmbedderError, match="keeps its num_soft_tokens; anew: "):
-        train(run_config("fourth"), start=start, anew={"num_soft_tokens": 3})
+        train(run_config("third", max_steps=1), start=start, changed={"max_text_tokens": 5000})
+    with pytest.raises(PromptEmbedderError, match="keeps its num_soft_tokens; these may change: "):
+        train(run_config("fourth"), start=start, changed={"num_soft_tokens": 3})
     with pytest.raises(PromptEmbedderError, match=r"max_text_tokens = 0: .* greater than or equal to 1"):
-        train(run_config("fifth"), start=start, anew={"max_text_tokens": 0})
+        train(run_config("fifth"), start=start, changed={"max_text_tokens": 0})
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def test_what_has_learnt_before_has_no_warm_start(run_config):
     after = train(run_config("second", max_steps=1, warm_steps=3, **tiny), start=start).model
     before = dict(load(start, device="cpu").named_parameters())
     assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.named_parameters())
-    with pytest.raises(PromptEmbedderError, match="anew holds settings for a saved model"):
-        train(run_config("anew"), anew={"max_text_tokens": 3})
+    with pytest.raises(PromptEmbedderError, match="`changed` holds settings for a saved model"):
+        train(run_config("changed"), changed={"max_text_tokens": 3})
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ def train(
         raise PromptEmbedderError(f"--from keeps the structure of {start} and has no warm start: leave {kept[0]!r} out")
     settings = load_run(config, overrides or [], root=str(data) if data else None)
     given = MAY_DIFFER & given_names(config, overrides or [], "model") if start is not None else ()
-    anew = {name: getattr(settings.model, name) for name in given}
-    result = run(settings, resume=resume, start=start, anew=anew)
+    changed = {name: getattr(settings.model, name) for name in given}
+    result = run(settings, resume=resume, start=start, changed=changed)
     if workers.number() > 0:
         return
     say(f"saved {result.folder}")

@@ -53,7 +53,7 @@ def train(
     *,
     resume: bool = False,
     start: str | Path | None = None,
-    anew: Mapping[str, Any] | None = None,
+    changed: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
     """Train a model, save it to `<output>/model` and score it: build, warm start, `fit`.
@@ -64,17 +64,17 @@ def train(
             left none.
         start: folder, name or hub id of a saved model to start from. Its settings replace `config.model`, and there
             is no warm start.
-        anew: with `start`, settings of the model that replace the saved ones; those of `MAY_DIFFER`.
+        changed: with `start`, settings of the model that replace the saved ones; those of `MAY_DIFFER`.
         callbacks: further ones for the library's trainer, such as those that report elsewhere.
 
     Raises:
         PromptEmbedderError: bad data or settings; nothing to resume from, or a checkpoint of another model; an
             interrupted or another run in the way; output not writable.
     """
-    if anew and start is None:
-        raise PromptEmbedderError("anew holds settings for a saved model; give start, too")
+    if changed and start is None:
+        raise PromptEmbedderError("`changed` holds settings for a saved model; give `start`, too")
     if start is not None:
-        config = replace(config, model=_structure_of(folder_of(start), config, anew or {}))
+        config = replace(config, model=_structure_of(folder_of(start), config, changed or {}))
     settings, output = config.training, Path(config.training.output)
     if not settings.max_steps:
         raise PromptEmbedderError("training.max_steps is 0, expected at least one step")
@@ -170,17 +170,19 @@ def aspects_of(config: RunConfig, module: SoftPromptTransformer, data: TrainingD
     return {instruction: data.aspects.get(instruction) for instruction in sorted(known)}
 
 
-def _structure_of(start: Path, config: RunConfig, anew: Mapping[str, Any]) -> ModelConfig:
-    """Settings of the saved model that a run starts from, those of `anew` replaced."""
-    if fixed := sorted(set(anew) - MAY_DIFFER):
-        raise PromptEmbedderError(f"a run from a saved model keeps its {', '.join(fixed)}; anew: {sorted(MAY_DIFFER)}")
+def _structure_of(start: Path, config: RunConfig, changed: Mapping[str, Any]) -> ModelConfig:
+    """Settings of the saved model that a run starts from, those of `changed` replaced."""
+    if fixed := sorted(set(changed) - MAY_DIFFER):
+        raise PromptEmbedderError(
+            f"a run from a saved model keeps its {', '.join(fixed)}; these may change: {', '.join(sorted(MAY_DIFFER))}"
+        )
     output = Path(config.training.output).resolve()
     if start.resolve().is_relative_to(output):
         raise PromptEmbedderError(f"{start} lies in training.output, where its successor goes; choose another output")
     saved = read_saved(start)
     if saved.instructions is not None:
         raise PromptEmbedderError(f"{start} is an export and has no Prompting LLM; train the model it was made from")
-    model = parse(ModelConfig, {**asdict(saved.config), **anew}, where=str(start))
+    model = parse(ModelConfig, {**asdict(saved.config), **changed}, where=str(start))
     if left_out := [
         f.name for f in fields(model) if getattr(config.model, f.name) not in (f.default, getattr(model, f.name))
     ]:
