@@ -35,7 +35,7 @@ PARAMETERS = {
     "promptembedder:explain": "model instruction top",
     "promptembedder:load": "path *device *dtype *prompter *backbone *revision",
     "promptembedder:save": "model path *card *share_prompter",
-    "promptembedder.training:train": "config *resume *start *anew *callbacks",
+    "promptembedder.training:train": "config *resume *start *changed *callbacks",
     "promptembedder.training:fit": (
         "model data settings *output *loss *evaluator *every_steps *max_text_tokens *checkpoint *cache *spent "
         "*callbacks"

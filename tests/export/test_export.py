@@ -259,6 +259,7 @@ def test_the_command_exports_adds_and_lists(command, saved, tmp_path):
     [
         (["--to", "tflite"], "format 'tflite' is unknown"),
         (["-i", " "], "--instruction must be a sentence"),
+        (["-i", "Find a.", "-i", "Find b."], "--instruction is given 2 times"),
         (["--named", "topic"], "expected NAME=TEXT"),
         (["--named", "Topic=a"], "use lower-case letters"),
         (["--named", "a=b", "--named", "a=c"], "the name is given twice"),

@@ -160,9 +160,11 @@ def test_a_shallow_model_has_nothing_to_fold(tiny_model, tmp_path):
         export(tiny_model(), {"query": INSTRUCTION}, tmp_path / "out", to="soft-prompt", folding=FoldData(PLAIN))
 
 
-def test_a_head_needs_texts_where_the_format_has_none(deep, tmp_path):
-    with pytest.raises(PromptEmbedderError, match=r"a linear head cannot be exported as GGUF.*--texts FILE"):
+def test_what_a_format_lacks_needs_texts(deep, tiny_model, tmp_path):
+    with pytest.raises(PromptEmbedderError, match=r"gguf cannot hold a deep soft prompt: give --texts FILE"):
         export(deep, {"query": INSTRUCTION}, tmp_path / "out", to="gguf")
+    with pytest.raises(PromptEmbedderError, match=r"a linear head cannot be exported as GGUF.*--texts FILE"):
+        export(tiny_model(linear_head=True), {"query": INSTRUCTION}, tmp_path / "out", to="gguf")
     assert list(tmp_path.iterdir()) == []
 
 

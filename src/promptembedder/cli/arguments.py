@@ -72,6 +72,17 @@ DataFolder = Annotated[Path | None, typer.Option(help="Folder that relative path
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
 
 
+def only_one(given: list[str] | None, name: str = "--instruction") -> str | None:
+    """The value of an option that may be given once; of several, the library would take the last without a word.
+
+    Raises:
+        PromptEmbedderError: it is given more than once.
+    """
+    if given and len(given) > 1:
+        raise PromptEmbedderError(f"{name} is given {len(given)} times; give further ones as --named NAME=TEXT")
+    return given[0] if given else None
+
+
 def check_instruction(instruction: str | None, name: str = "--instruction") -> None:
     """Refuse an instruction that is blank, such as an unset variable of the shell, or no valid Unicode.
 

@@ -15,6 +15,7 @@ from promptembedder.cli.arguments import (
     check_instruction,
     expanded_text,
     named_instructions,
+    only_one,
 )
 from promptembedder.errors import PromptEmbedderError, needs_extra
 from promptembedder.progress import say
@@ -49,7 +50,9 @@ def encode(
             callback=expanded_text,
         ),
     ] = "vectors.npy",
-    instruction: Annotated[str | None, typer.Option("--instruction", "-i", help="Unset: the model's default.")] = None,
+    instructions: Annotated[
+        list[str] | None, typer.Option("--instruction", "-i", metavar="TEXT", help="Unset: the model's default.")
+    ] = None,
     document: Annotated[bool, typer.Option("--document", help="Use the model's document instruction.")] = False,
     named: Annotated[
         list[str] | None,
@@ -104,7 +107,7 @@ def encode(
     device: Device = None,
 ) -> None:
     """Embed texts of a file in their order, or a corpus in parts; the same command goes on where it was stopped."""
-    check_instruction(instruction)
+    check_instruction(instruction := only_one(instructions))
     given = {name: value for name, value in locals().items() if name in _CORPUS_OPTIONS.values()}
     places = [expanded_text(source) for source in sources or ["-"]]
     for source in places:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from promptembedder.cli.arguments import Device, ModelPath, check_instruction, check_output, named_instructions
+from promptembedder.cli.arguments import (
+    Device,
+    ModelPath,
+    check_instruction,
+    check_output,
+    named_instructions,
+    only_one,
+)
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.progress import say
 
@@ -20,8 +27,11 @@ def export(
     model: ModelPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the export.")] = Path("export"),
     to: Annotated[str | None, typer.Option(help="soft-prompt (if unset), sentence-transformers, gguf or onnx.")] = None,
-    instruction: Annotated[
-        str | None, typer.Option("--instruction", "-i", help="Instruction named query; unset: the model's default.")
+    instructions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--instruction", "-i", metavar="TEXT", help="Instruction named query; unset: the model's default."
+        ),
     ] = None,
     named: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="A further instruction; may be repeated.")
@@ -38,7 +48,7 @@ def export(
 ) -> None:
     """Write a model under some instructions for another engine; prints their digests, as one JSON line."""
     check_output()
-    check_instruction(instruction)
+    check_instruction(instruction := only_one(instructions))
     from promptembedder.atomic import refuse_input
     from promptembedder.export.export import add as add_to
     from promptembedder.export.export import export as write

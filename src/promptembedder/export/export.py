@@ -129,10 +129,10 @@ def export(
     compiled = compile_model(model, instructions)
     check_words({name: prompt.instruction for name, prompt in compiled.prompts.items()})  # the document's, too
     headless = folding is not None and _lacks_head(form, compiled)
+    _check_foldable(compiled, form, to, folding)
     form.refuse(_as_folded(compiled, headless))  # now: a fold takes minutes, and changes nothing about the rest
     if hasattr(form, "check_backbone"):
         form.check_backbone(compiled, model)
-    _check_foldable(compiled, form, to, folding)
     folded = None
     if folding is not None:
         folded = fold(model, compiled, folding.texts, rows=folding.rows, dev=folding.dev, headless=headless)
@@ -255,8 +255,8 @@ def _check_foldable(compiled: Compiled, form: Any, to: str, folding: FoldData | 
         raise PromptEmbedderError("the model has no deep soft prompt, so there is nothing to fold: leave --texts out")
     if folding is None and compiled.is_deep and not getattr(form, "HOLDS_DEEP", False):
         raise PromptEmbedderError(
-            f"format {to} cannot hold a deep soft prompt: give --texts FILE to fold it into soft tokens alone, or "
-            "export to soft-prompt"
+            f"format {to} cannot hold a deep soft prompt: give --texts FILE to fold it, or export to "
+            "soft-prompt or onnx"
         )
 
 

@@ -103,28 +103,29 @@ def fold(
     fitting = _Fitting(model, compiled, texts, seed, headless)
     if head_ED is not None:
         fitting.target = replace(fitting.target, head_ED=head_ED)
-    count = len(compiled.prompts)
-    progress.say(f"folding {count} instructions on {len(fitting.texts)} texts; this takes minutes on a CPU")
     stands_for: dict[str, str] = {}
     for name in compiled.prompts:
         # The prompter often reads the same in two instructions, such as those of queries and documents.
         fitted = dict.fromkeys(stands_for.values())
         stands_for[name] = next((other for other in fitted if fitting.agreement(name, other) > _SAME), name)
     names = list(dict.fromkeys(stands_for.values()))
+    alike = [f"{name} is read like {other}" for name, other in stands_for.items() if name != other]
+    what = f"folding {', '.join(names)} on {len(fitting.texts)} texts, which takes minutes on a CPU"
+    progress.say("; ".join([what, *alike]))
     soft_prompts = fitting.fit(names, rows, steps + (len(names) - 1) * -(-steps // 2), fit_head=head_ED is None)
     prompts = {
         name: replace(prompt, soft_KD=soft_prompts[stands_for[name]], deep_JKD=None)
         for name, prompt in compiled.prompts.items()
     }
     kept = {name: fitting.kept(name, prompt.soft_KD) for name, prompt in prompts.items()}
-    folded = fitting.target.with_prompts(prompts)
+    made = fitting.target.with_prompts(prompts)
     if dev is not None:
         for name in prompts:
             kept[name] |= {
-                "spearman": _spearman(model, folded, name, dev),
+                "spearman": _spearman(model, made, name, dev),
                 "spearman_deep": _spearman(model, compiled, name, dev),
             }
-    return Fold(folded, {"rows": rows, "texts": len(fitting.texts), "headless": headless, "kept": kept})
+    return Fold(made, {"rows": rows, "texts": len(fitting.texts), "headless": headless, "kept": kept})
 
 
 class _Fitting:
