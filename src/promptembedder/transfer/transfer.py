@@ -299,7 +299,7 @@ def _begin_with_best(
     """Set the best start: by dev score, or by reconstruction with the mixtures of words before all that are fitted.
 
     Returns:
-        Starts, best first, and the seconds it needs to set one and read what embeddings are centred on.
+        Starts, best first, and the seconds of setting one and reading what embeddings are centred on.
     """
     module = soft_prompt_module(model)
     if dev is None:
