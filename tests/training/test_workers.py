@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from conftest import INSTRUCTION
 from promptembedder import PromptEmbedderError
 from promptembedder.config import dump_yaml
+from promptembedder.data.families import FAMILIES
 from promptembedder.data.settings import DataConfig
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.training import workers
@@ -84,8 +85,8 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
 
 def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path):
     config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2)
-    # Ten, twenty or sixty in twos: batches that are not full are left out with several workers only.
-    made_up = {"contrast_rows": 1680, "contrast_in_batch_negatives": False}
+    # Batches that are not full are left out with several workers only: two hundred and forty rows of a kind fill theirs.
+    made_up = {"contrast_rows": 240 * len(FAMILIES), "contrast_in_batch_negatives": False}
     config = replace(config, data=DataConfig(root=str(tmp_path), **made_up))
     (one,), printed_by_one = trained(config, tmp_path / "one", 1)
     (first, second), printed = trained(config, tmp_path / "two", 2)
