@@ -52,7 +52,7 @@ def test_two_rows_ask_one_anchor_about_different_aspects():
 def test_every_family_and_every_two_aspects_of_it_have_as_many():
     families = FAMILIES[:2]  # of four slots, six pairs, and of two, one pair
     pairs = Counter(frozenset((one.instruction, other.instruction)) for one, other in contrast_rows(480, 2, families))
-    assert sorted(pairs.values()) == [10] * 12 + [60] * 2
+    assert sorted(pairs.values()) == [10] * 12 + [30] * 4
     assert len(contrast_rows(7, seed=1)) == 3
 
 

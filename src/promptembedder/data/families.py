@@ -351,4 +351,80 @@ FAMILIES = (
             ),
         },
     ),
+    Family(
+        ("question", "query", "line"),
+        ("{style} {content}", "{style} {content}?", "well now, {style} {content}", "{style} {content}, I wonder"),
+        {
+            "style": (
+                ("style", "attitude"),
+                """would you perhaps be so kind as to say/excuse me, could you possibly tell me; hey buddy, any
+                idea/yo, d'you happen to know; answer me right now,/quick, out with it,; pray, good sir, say/prithee,
+                tell; the applicant shall state/it is to be specified on page two; little bunny, can you guess/who of
+                my small ones can say; oh dear, oh dear, does nobody know/I am so frightened, please say; must I really
+                ask/as if anyone here had ever known; this study examines/the present paper investigates; tonight at
+                nine we reveal/our reporters found out; um, so, like, hm,/er, you know, well,; ladies and gentlemen,
+                guess/roll up, roll up and hear; according to the manual, check/step one of the procedure is to look
+                up; I dreamt of the moon and asked her/whisper to me, o wind,""",
+            ),
+            "content": (
+                ("content", "subject", "matter"),
+                """where the station is/which way leads to the trains; when the shop opens/from what hour one can buy
+                things; who wrote the letter/whose handwriting that is; why the soup is cold/for what reason nobody
+                heated the soup; how old the tree is/how many years the oak has stood; what the ring costs/the price of
+                the ring; whose dog barks/which hound makes the noise; how deep the lake is/the depth of the water; why
+                the lamp went out/what happened to the light; who won the race/which runner came in first; when the
+                ship sails/at what time the boat leaves; how the trick works/the secret of the magician; what the
+                doctor said/the opinion of the physician; where the keys are/in which place the keys lie""",
+            ),
+        },
+    ),
+    Family(
+        ("message", "statement", "post"),
+        ("{content}, {style}", "{content}, {style}.", "and so {content}, {style}!", "{content} ... {style}"),
+        {
+            "style": (
+                ("style", "tone"),
+                """if I may humbly add/with the greatest respect; lol/haha rofl; amen/so help us God; end of
+                message/over and out; as was to be shown/which completes the proof; or else/and I will not say it
+                twice; my sweet angel/honeybunch; subject to clause four/without prejudice to the contract; and they
+                lived happily ever after/said the little mouse; dude/bro; alas, alack/woe betide us; at least so they
+                say/if the gossips are right; terms and conditions apply/while stocks last; more after the
+                weather/reported from the scene by our correspondent""",
+            ),
+            "content": (
+                ("content", "event", "topic"),
+                """we sold the house/the house has a new owner; the train was late/the express came an hour after its
+                time; the roses bloom/there are flowers on the rose bush; the judge resigned/a magistrate left office;
+                my tooth is out/the dentist pulled my tooth; the bank was robbed/thieves emptied the bank; our baby
+                walks/the child took a first step; it rained all day/the rain did not stop; the bread burned/the loaf
+                turned black; the factory closed/the works shut down; he learned to swim/he can swim now; the concert
+                was sold out/no ticket was left for the concert; she moved to Rome/she lives in Rome now; the phone is
+                dead/the battery of the phone is empty""",
+            ),
+        },
+    ),
+    Family(
+        ("letter", "message", "email"),
+        ("{style}, {content}", "{style}: {content}.", "{style}! {content}", "{style},\n{content}"),
+        {
+            "style": (
+                ("style", "audience"),
+                """Dear Sir or Madam/To whom it may concern; hi guys/hey all; my beloved/dearest heart; Your
+                Majesty/may it please Your Excellency; comrades/brothers and sisters in the struggle; attention all
+                units/to all staff; dear boys and girls/hello kids; ticket 998/reference number 4711; O Muse/hearken,
+                ye heavens; valued customer/dear shopper; you scoundrel/listen, you rascal; fellow scientists/esteemed
+                colleagues of the academy""",
+            ),
+            "content": (
+                ("content", "fact", "purpose"),
+                """I have moved to Leeds/my new address is in Leeds; the meeting is on Friday/we meet at the end of the
+                week; your order has been sent/the goods are on their way; I need more time/the deadline is too soon
+                for me; we lost the key/the key cannot be found; the roof leaks/water comes through the roof; my son
+                is ill/my boy has a fever; thanks for the flowers/the bouquet was lovely; the price has
+                doubled/it costs twice as much now; I quit my job/I am leaving the firm; the garden party is off/there
+                will be no garden party; the parcel came broken/what was in the parcel is in pieces; a vote will be
+                held/all are to cast their votes; the wine has arrived/twelve bottles of wine are here""",
+            ),
+        },
+    ),
 )

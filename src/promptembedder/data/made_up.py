@@ -40,12 +40,18 @@ def contrast_rows(count: int, seed: int, families: Sequence[Family] = FAMILIES) 
         families: kinds of sentences.
     """
     drawn = random.Random(seed)
-    asked = [[_Asked(family, pair, drawn) for pair in 2 * [*combinations(family.slots, 2)]] for family in families]
+    asked = [[_Asked(family, pair, drawn) for pair in _pairs(family)] for family in families]
     twos = []
     for n in range(count // 2):
         of_family = asked[n % len(families)]
         twos.append(of_family[n // len(families) % len(of_family)].rows(drawn))
     return twos
+
+
+def _pairs(family: Family) -> list[tuple[str, str]]:
+    """Every two slots twice, or four times where there are but two, each time to be asked about in other words."""
+    pairs = [*combinations(family.slots, 2)]
+    return (4 if len(pairs) == 1 else 2) * pairs
 
 
 class _Asked:
