@@ -42,6 +42,45 @@ def test_requests_do_not_depend_on_their_batch(tiny_model, architecture):
         assert torch.allclose(together[n], alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.7])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_at_once_is_as_in_turn(tiny_model, architecture, opened, temperature):
+    prompter = tiny_model(architecture, num_soft_tokens=4, softmax_temperature=temperature)[0].prompter
+    requests = [INSTRUCTION, "Short.", "Given a question, retrieve questions that ask the same thing, in any words."]
+    passes = []
+    with torch.no_grad():
+        opening = prompter.read_opening() if opened else None
+        for some in (requests, requests[:1]):
+            ids, mask = prompter.tokenize(some)
+            expected = prompter(ids, mask, opening)
+            hook = prompter.lm.register_forward_hook(lambda *_: passes.append(1))
+            for draft in ([1, 2, 3], expected.weights_NKV[0, :3].argmax(-1).tolist()):
+                prompter.take_draft(draft)
+                passes.clear()
+                found = prompter(ids, mask, opening)
+                # One more reads what a batch begins with, where nobody has read it before.
+                assert 1 <= len(passes) <= 4 + (len(some) > 1 and not opened)
+                assert torch.allclose(found.tokens_NKP, expected.tokens_NKP, atol=1e-5)
+                assert torch.allclose(found.weights_NKV, expected.weights_NKV, atol=1e-5)
+            hook.remove()
+            prompter.take_draft(None)
+
+
+def test_a_good_draft_takes_one_pass(tiny_model):
+    prompter = tiny_model(num_soft_tokens=5)[0].prompter
+    prompter.temperature = 1e-4  # one word a soft token
+    prompter.draft_from(INSTRUCTION)
+    passes = []
+    prompter.lm.register_forward_hook(lambda *_: passes.append(1))
+    ids, mask = prompter.tokenize([INSTRUCTION])
+    prompter(ids, mask)  # with gradients: in turn
+    assert len(passes) == 5
+    with torch.no_grad():
+        prompter(ids, mask)
+    assert len(passes) == 6
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_what_requests_begin_with_is_read_once_and_gradients_pass_through_it(tiny_model, architecture):
     prompter = tiny_model(architecture, num_soft_tokens=2)[0].prompter

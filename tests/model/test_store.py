@@ -173,6 +173,23 @@ def test_every_model_of_the_package_is_whole(name):
             assert not re.search(r"/(root|home|tmp|work)\b", file.read_text()), file
 
 
+def test_a_saved_model_knows_where_soft_tokens_begin(tiny_model, tmp_path):
+    model = tiny_model()
+    promptembedder.save(model, tmp_path / "saved")
+    usual = model[0].soft_tokens(model[0].settings.default_instruction).weights_NKV[0].argmax(-1).tolist()
+    written = json.loads((tmp_path / "saved" / places.CONFIG_FILE).read_text())
+    assert written["draft"] == usual[:-1]
+    assert promptembedder.load(tmp_path / "saved", device="cpu")[0].prompter.draft_ids == usual[:-1]
+
+
+@pytest.mark.parametrize(("draft", "error"), [("no", "must be a list"), ([-1], "must be a list"), ([10**6], "no embed")])
+def test_a_draft_of_no_tokens_is_refused(saved, draft, error):
+    settings = saved / places.CONFIG_FILE
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"draft": draft}))
+    with pytest.raises(PromptEmbedderError, match=error):
+        promptembedder.load(saved, device="cpu")
+
+
 def test_newer_format(saved):
     settings = json.loads((saved / "promptembedder.json").read_text())
     (saved / "promptembedder.json").write_text(json.dumps({**settings, "format_version": 99}))
@@ -211,7 +228,7 @@ def test_an_llm_that_was_moved(tiny_model, tiny_lm, tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"prompter .*before is no longer there; .*load\(\.\.\., prompter="):
         promptembedder.load(tmp_path / "saved", device="cpu")
     opened = promptembedder.load(tmp_path / "saved", device="cpu", backbone=str(tmp_path / "now"))
-    assert np.array_equal(opened.encode(TEXTS, prompt=INSTRUCTION), expected)
+    assert_same_embeddings(opened.encode(TEXTS, prompt=INSTRUCTION), expected)
     assert opened[0].base_models.prompter == opened[0].base_models.backbone == str(tmp_path / "now")
     with pytest.raises(PromptEmbedderError, match="has other weights"):
         promptembedder.load(tmp_path / "saved", device="cpu", backbone=str(tiny_lm("llama", 32, seed=7)))

@@ -41,6 +41,8 @@ _OWN_FILES = (
 _OWN_FILES_OF_A_MODULE = ("config.json", "model.safetensors", "adapter_config.json", PROMPTER_WEIGHTS)
 # In the settings file of an export: its instructions by name, in the order of their soft prompts.
 INSTRUCTIONS = "instructions"
+# In the settings file: tokens near the first soft tokens of most instructions.
+DRAFT = "draft"
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ class SavedModel:
         centred: whether a mean is subtracted from embeddings.
         shared_prompter: `folder` and `sha256` of the prompter weights in another saved model; unset: in this folder.
         instructions: by name, of an export that holds soft prompts in place of a prompter; unset: a whole model.
+        draft: token ids from which the prompter begins; unset: it has none.
     """
 
     folder: Path
@@ -236,6 +239,7 @@ class SavedModel:
     centred: bool
     shared_prompter: Any = None
     instructions: dict[str, str] | None = None
+    draft: list[int] | None = None
 
     @property
     def weights_file(self) -> Path:
@@ -290,6 +294,9 @@ def read_saved(folder: Path) -> SavedModel:
     instructions = saved.get(INSTRUCTIONS)
     if (version == KNOWN_VERSION) != _are_named(instructions):
         raise PromptEmbedderError(f"{where}: {INSTRUCTIONS!r} is missing or not what it should be")
+    draft = saved.get(DRAFT)
+    if draft is not None and not (isinstance(draft, list) and all(type(n) is int and n >= 0 for n in draft)):
+        raise PromptEmbedderError(f"{where}: {DRAFT!r} must be a list of token ids")
     model, centred = dict(saved["model"]), saved.get("centred", False)
     if version == 1:
         centred = model.pop("centred", False)
@@ -305,6 +312,7 @@ def read_saved(folder: Path) -> SavedModel:
         bool(centred),
         saved.get(SHARED_PROMPTER),
         instructions,
+        draft,
     )
 
 

@@ -35,6 +35,7 @@ from promptembedder.model.folder import (
     ALIGNMENT_FILE,
     CENTRE,
     CONFIG_FILE,
+    DRAFT,
     FORMAT_VERSION,
     INSTRUCTIONS,
     KNOWN_VERSION,
@@ -314,9 +315,8 @@ class SoftPromptTransformer(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
-        known: dict[str, Any] = (
-            {INSTRUCTIONS: self.prompter.named} if isinstance(self.prompter, KnownInstructions) else {}
-        )
+        known = isinstance(self.prompter, KnownInstructions)
+        own = {INSTRUCTIONS: self.prompter.named} if known else {DRAFT: self.prompter.draft_ids}
         return {
             "format_version": KNOWN_VERSION if known else FORMAT_VERSION,
             "embedding_dimension": self.get_embedding_dimension(),
@@ -324,7 +324,7 @@ class SoftPromptTransformer(InputModule):
             "centred": self.centred,
             "model": asdict(self.settings),
             "base_models": asdict(self.base_models),
-            **known,
+            **own,
         }
 
     def save(self, output_path: str, *, safe_serialization: bool = True) -> None:
@@ -346,6 +346,7 @@ class SoftPromptTransformer(InputModule):
             save_file(stored, folder / SOFT_PROMPTS_FILE)
         else:
             save_file(stored, folder / ALIGNMENT_FILE)
+            self.prompter.draft_from(self.settings.default_instruction)
             save_prompter(self.prompter, folder / PROMPTER_FOLDER)
         (folder / CONFIG_FILE).write_text(json.dumps(self.get_config_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -395,6 +396,7 @@ class SoftPromptTransformer(InputModule):
         with weights_of(saved) as stored:
             if isinstance(self.prompter, Prompter):
                 load_trained_state(self.prompter, saved.prompter_weights)
+                self.prompter.take_draft(saved.draft)
         expected = self.alignment.state_dict() | ({CENTRE: self.centre_E} if saved.centred else {})
         have, wanted = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (stored, expected))
         if have != wanted:

@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 _SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
-# All words below this weigh less together than float32 resolves.
-_NO_WEIGHT = 1e-13
+# Share of a number's last bit: all words that weigh less do not change a mixture together.
+_NO_WEIGHT = 1e-6
+# Share of the largest input by which soft tokens may move and still count as at rest; an eighth of the last bit of
+# coarser numbers. What they move by decides the tokens after them, whose words it hardly changes.
+_AT_REST = 1e-5
 
 
 class SoftTokens(NamedTuple):
@@ -92,6 +95,8 @@ class Prompter(nn.Module):
         self.num_soft_tokens = num_soft_tokens
         self.temperature = temperature
         self.max_request_tokens = max_request_tokens
+        # Tokens near the first K - 1 soft tokens of most requests, to begin with; unset: none are known.
+        self.draft_ids: list[int] | None = None
         self._holders: list[tuple[nn.Module, str]] | None = None
 
     def train(self, mode: bool = True) -> Prompter:
@@ -177,13 +182,68 @@ class Prompter(nn.Module):
         """Generate K soft tokens per request, keeping gradients through all K steps.
 
         No sampling and no argmax: soft token k = softmax(logits_k / temperature) @ embeddings, fed back as the
-        next input (PromptEmbedder, arXiv 2605.28066; the relaxation as in GIRCSE).
+        next input (PromptEmbedder, arXiv 2605.28066; the relaxation as in GIRCSE). Without gradients and with a draft,
+        all K are generated at once.
 
         Args:
             ids_NS: request token ids, as `tokenize` pads them.
             mask_NS: 1 for tokens, 0 for padding.
             opening: of `read_opening`; unset: all of the requests is read.
         """
+        config = self.lm.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        window = getattr(config, "sliding_window", None) or sys.maxsize
+        drafted = self.draft_ids is not None and len(self.draft_ids) == self.num_soft_tokens - 1 > 0
+        if drafted and not torch.is_grad_enabled() and ids_NS.shape[1] + self.num_soft_tokens <= window:
+            return self._at_once(ids_NS, mask_NS, opening)
+        return self._in_turn(ids_NS, mask_NS, opening)
+
+    def _at_once(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None) -> SoftTokens:
+        """Soft tokens as a fixed point: all from a draft, and again from those found, until they are at rest.
+
+        Soft token k depends on those before it alone, so every pass gets one more of them right whatever the draft, and
+        K passes are the most (Jacobi iteration: Song et al. 2021, arXiv 2002.03629; in decoding Santilli et al. 2023,
+        arXiv 2305.10427). A prompter that writes the same cue after one word of its own takes two.
+        """
+        lm: Any = self.lm
+        embeddings_VP, scale = input_embeddings(lm)
+        cache, shared = self.begin(ids_NS, mask_NS, opening)
+        rest_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
+        draft_1JP = lm.get_input_embeddings()(ids_NS.new_tensor([self.draft_ids]))
+        N, S, J = *ids_NS.shape, draft_1JP.shape[1]
+        tokens_NKP = torch.cat([draft_1JP, draft_1JP[:, -1:]], dim=1).repeat(N, 1, 1)
+        limit = max(_AT_REST, torch.finfo(tokens_NKP.dtype).eps / 8) * float(draft_1JP.abs().max())
+        mask_NS = torch.cat([mask_NS, mask_NS.new_ones(N, J)], dim=1)
+        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)
+        weights_NKV: Tensor | None = None
+        found = 0  # soft tokens at rest, whose states are in the cache
+        while True:
+            inputs_NSP = (
+                tokens_NKP[:, found:J] if weights_NKV is not None else torch.cat([rest_NSP, tokens_NKP[:, :J]], 1)
+            )
+            first = found + 1 if weights_NKV is not None else 0  # soft token that this pass finds first
+            read = inputs_NSP.shape[1]
+            output = lm(
+                inputs_embeds=inputs_NSP,
+                attention_mask=mask_NS,
+                position_ids=positions_NS[:, S + J - read :],
+                **{CACHE_ARGUMENT: cache},
+                use_cache=True,
+                logits_to_keep=torch.arange(read - (J + 1 - first), read, device=ids_NS.device),
+            )
+            logits_NKV = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+            new_NKV = torch.softmax(logits_NKV / self.temperature, dim=-1)
+            new_NKP = mixture(new_NKV.flatten(0, 1), embeddings_VP).view(N, J + 1 - first, -1) * scale
+            moved_J = (new_NKP - tokens_NKP[:, first:])[:, : J - first].abs().amax((0, 2))
+            tokens_NKP = torch.cat([tokens_NKP[:, :first], new_NKP], dim=1)
+            weights_NKV = new_NKV if weights_NKV is None else torch.cat([weights_NKV[:, :first], new_NKV], dim=1)
+            moving = (moved_J > limit).nonzero()[:, 0].tolist()
+            if not moving:
+                return SoftTokens(tokens_NKP, weights_NKV)
+            found = first + moving[0]
+            cache.crop(found - J)
+
+    def _in_turn(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None) -> SoftTokens:
+        """Soft tokens one after the other, each with a pass of its own."""
         lm: Any = self.lm
         embeddings_VP, scale = input_embeddings(lm)
         cache, shared = self.begin(ids_NS, mask_NS, opening)
@@ -210,6 +270,23 @@ class Prompter(nn.Module):
                 mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
                 positions_NS = positions_NS[:, -1:] + 1
         return SoftTokens(torch.stack(tokens, 1), torch.stack(weights, 1))
+
+    def take_draft(self, ids: list[int] | None) -> None:
+        """Begin with these tokens from now on; None: with none.
+
+        Raises:
+            PromptEmbedderError: one of them is not in the vocabulary.
+        """
+        if ids is not None:
+            check_ids(self.tokenizer, ids, len(input_embeddings(self.lm)[0]), "the draft of a prompter")  # type: ignore[arg-type]
+        self.draft_ids = ids
+
+    @torch.no_grad()
+    def draft_from(self, request: str) -> None:
+        """Take the words that weigh most in a request's soft tokens as the draft for other requests."""
+        device = self.lm.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+        ids_1S, mask_1S = (tensor.to(device) for tensor in self.tokenize([request]))
+        self.draft_ids = self._in_turn(ids_1S, mask_1S, None).weights_NKV[0, :-1].argmax(-1).tolist()
 
     @property
     def embeddings_dtype(self) -> torch.dtype:
@@ -283,7 +360,8 @@ def mixture(weights_NV: Tensor, embeddings_VP: Tensor) -> Tensor:
     the whole matrix of embeddings.
     """
     if not torch.is_grad_enabled() and embeddings_VP.device.type == "cpu":
-        ids = (weights_NV > _NO_WEIGHT).any(0).nonzero()[:, 0]
+        least = _NO_WEIGHT * torch.finfo(embeddings_VP.dtype).eps
+        ids = (weights_NV > least).any(0).nonzero()[:, 0]
         if len(ids) < len(embeddings_VP) // 8:
             return weights_NV[:, ids].to(embeddings_VP.dtype) @ embeddings_VP[ids]
     return weights_NV.to(embeddings_VP.dtype) @ embeddings_VP

@@ -89,9 +89,11 @@ def reopen_prompter(saved: SavedModel) -> Prompter:
         lm = load_causal_lm(located, torch.float32 if whole else resolve_dtype(saved.config.dtype, "cpu"))
         _check_identity(saved, "prompter", fingerprint(lm))
         if not whole and merge_lora(lm, saved.prompter_weights, saved.config):
-            return bare_prompter(lm, load_tokenizer(located), saved.config)
-        prompter = make_prompter(lm, load_tokenizer(located), saved.config)
-        load_trained_state(prompter, saved.prompter_weights)
+            prompter = bare_prompter(lm, load_tokenizer(located), saved.config)
+        else:
+            prompter = make_prompter(lm, load_tokenizer(located), saved.config)
+            load_trained_state(prompter, saved.prompter_weights)
+        prompter.take_draft(saved.draft)
     return prompter
 
 
