@@ -182,7 +182,9 @@ def test_a_saved_model_knows_where_soft_tokens_begin(tiny_model, tmp_path):
     assert promptembedder.load(tmp_path / "saved", device="cpu")[0].prompter.draft_ids == usual[:-1]
 
 
-@pytest.mark.parametrize(("draft", "error"), [("no", "must be a list"), ([-1], "must be a list"), ([10**6], "no embed")])
+@pytest.mark.parametrize(
+    ("draft", "error"), [("no", "must be a list"), ([-1], "must be a list"), ([10**6], "has no embedding")]
+)
 def test_a_draft_of_no_tokens_is_refused(saved, draft, error):
     settings = saved / places.CONFIG_FILE
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"draft": draft}))

@@ -85,7 +85,7 @@ def test_two_workers_equal_one_with_the_joined_batch(run_config, tmp_path, layou
 
 def test_two_workers_equal_one_without_in_batch_negatives(run_config, tmp_path):
     config = run_config(batch_size=10, max_steps=4, gradient_accumulation=2)
-    # Batches that are not full are left out with several workers only: two hundred and forty rows of a kind fill theirs.
+    # Batches that are not full are left out with several workers only: 240 rows of a kind fill theirs.
     made_up = {"contrast_rows": 240 * len(FAMILIES), "contrast_in_batch_negatives": False}
     config = replace(config, data=DataConfig(root=str(tmp_path), **made_up))
     (one,), printed_by_one = trained(config, tmp_path / "one", 1)
