@@ -89,11 +89,11 @@ def test_instructions_share_what_a_fold_adds_and_its_head(deep, fits):
     for name, prompt in one.compiled.prompts.items():
         assert torch.equal(prompt.soft_KD, both.prompts[name].soft_KD)
     fitting = folding._Fitting(deep, both, PLAIN, 13, False)
-    soft = fitting.fit(["query", "document"], 5, 1, fit_head=False)
+    soft, same_ED = fitting.fit(["query", "document"], 5, 1, fit_head=False)
     # The only step is the first instruction's: half of what it adds goes to the other one, too.
     added = {name: soft[name] - both.prompts[name].soft_KD for name in soft}
     torch.testing.assert_close(added["query"], 2 * added["document"])
-    assert torch.equal(fitting.target.head_ED, compiled.head_ED)
+    assert torch.equal(same_ED, compiled.head_ED)
 
 
 def test_instructions_that_join_a_fold_keep_its_head(deep, fits):
@@ -146,7 +146,11 @@ def test_a_fold_is_exported_and_added_to(deep, tmp_path, monkeypatch):
     with pytest.raises(PromptEmbedderError, match="a fold of 6 rows, found 5"):
         add(deep, {"topic": SECOND}, tmp_path / "out", folding=FoldData(PLAIN, rows=5))
     before = promptembedder.load(tmp_path / "out", device="cpu").encode(TEXTS, prompt="query")
+    readme = tmp_path / "out" / "README.md"
+    assert f"fitted on {len(PLAIN)} texts" in readme.read_text()
     added = add(deep, {"topic": SECOND}, tmp_path / "out", folding=FoldData(PLAIN))
+    assert readme.read_text().count("## This export is a fold") == 1
+    assert SECOND in readme.read_text()
     assert set(added.facts["fold"]["kept"]) == {"query", "topic", "document"}
     loaded = promptembedder.load(tmp_path / "out", device="cpu")
     assert (loaded[0].settings.num_soft_tokens, loaded[0].settings.deep_rank) == (6, None)

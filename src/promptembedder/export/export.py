@@ -25,6 +25,7 @@ from promptembedder.export.export_folder import (
     files_of,
     held_head,
     link_files,
+    note_fold,
     of_an_export,
     read_facts,
     refuse_changed,
@@ -141,6 +142,8 @@ def export(
     say(f"writing {to} of {len(compiled.prompts)} instructions: {', '.join(compiled.prompts)}")
     with errors_as_one_line(target), atomic.replacing_folder(target, of_an_export(target)) as scratch:
         form.write(compiled, model, scratch, **options)
+        if folded is not None:
+            note_fold(scratch, folded.facts)
         if folded is not None and hasattr(form, "add"):
             write_head(scratch, compiled.head_ED)
         _copy_licence(model, compiled, scratch)
@@ -212,6 +215,8 @@ def add(
         link_files(target, scratch, facts["files"])
         with damaged_is_one_line(target):
             form.add(compiled, model, scratch)
+        if facts["fold"] is not None:
+            note_fold(scratch, {"headless": False} | facts["fold"])
         parity = _compared(form, compiled, model, list(instructions), scratch, facts["precision"])
         facts["instructions"] += [e for e in _instructions(compiled) if e["name"] != DOCUMENT]
         facts["parity"] = _parity_facts(parity)

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from promptembedder import atomic
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.folder import read_json
 from promptembedder.text import is_unicode
@@ -22,6 +23,7 @@ from promptembedder.text import is_unicode
 FACTS_FILE = "promptembedder_export.json"
 # What instructions that join a fold are fitted to.
 _FOLD_FILE = "fold.safetensors"
+_FOLD_TITLE = "\n\n## This export is a fold\n"
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
@@ -169,3 +171,19 @@ def link_files(source: Path, scratch: Path, files: Sequence[str]) -> None:
             os.link(source / file, scratch / file)
         except OSError:
             shutil.copyfile(source / file, scratch / file)
+
+
+def note_fold(folder: Path, fold: Mapping[str, Any]) -> None:
+    """Let an export's README end with what its fold keeps of the deep model."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8").split(_FOLD_TITLE)[0].rstrip("\n")
+    shares = [kept.get("cosine", kept.get("similarity")) for kept in fold["kept"].values()]
+    what = "correlation of similarities" if fold["headless"] else "cosine of embeddings"
+    atomic.write_text(
+        file,
+        f"{text}{_FOLD_TITLE}\n"
+        f"The model has a deep soft prompt, and these {fold['rows']} soft tokens of an instruction stand for it.\n"
+        f"They were fitted on {fold['texts']} texts.\n"
+        f"On texts held back, the mean {what} to the model is {min(shares):.3f} or more.\n"
+        "Do not search an index of the model with these embeddings: make the index again.\n",
+    )

@@ -112,7 +112,9 @@ def fold(
     alike = [f"{name} is read like {other}" for name, other in stands_for.items() if name != other]
     what = f"folding {', '.join(names)} on {len(fitting.texts)} texts, which takes minutes on a CPU"
     progress.say("; ".join([what, *alike]))
-    soft_prompts = fitting.fit(names, rows, steps + (len(names) - 1) * -(-steps // 2), fit_head=head_ED is None)
+    every = steps + (len(names) - 1) * -(-steps // 2)
+    soft_prompts, fitted_ED = fitting.fit(names, rows, every, fit_head=head_ED is None)
+    fitting.target = replace(fitting.target, head_ED=fitted_ED)
     prompts = {
         name: replace(prompt, soft_KD=soft_prompts[stands_for[name]], deep_JKD=None)
         for name, prompt in compiled.prompts.items()
@@ -163,11 +165,13 @@ class _Fitting:
         soft_KD = self.compiled.prompts[name].soft_KD
         return soft_KD[torch.arange(-rows, 0) % len(soft_KD)]
 
-    def fit(self, names: Sequence[str], rows: int, steps: int, *, fit_head: bool) -> dict[str, Tensor]:
-        """Soft tokens (R, D) by instruction that embed the texts not held back as the deep model does.
+    def fit(
+        self, names: Sequence[str], rows: int, steps: int, *, fit_head: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Soft tokens (R, D) by instruction that embed the texts not held back as the deep model does, and the head.
 
         Instructions take turns. What a fold adds to the soft tokens is much the same under all of them, so a part is
-        shared. So is the head, which `target` has afterwards.
+        shared. So is the head; None where the model has none.
         """
         start = {name: self.start(name, rows).to(self.model.device) for name in names}
         shared_RD = nn.Parameter(torch.zeros_like(start[names[0]]))
@@ -198,11 +202,10 @@ class _Fitting:
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if head_ED is not None:
-            self.target = replace(self.target, head_ED=head_ED.detach().float().cpu())
-        return {
+        fitted = {
             name: (start_RD + shared_RD + own.get(name, 0)).detach().float().cpu() for name, start_RD in start.items()
         }
+        return fitted, None if head_ED is None else head_ED.detach().float().cpu()
 
     def _loss(self, found_BE: Tensor, deep_BF: Tensor) -> Tensor:
         """How far embeddings, or similarities of the texts of a step, are from the deep model's."""
