@@ -35,7 +35,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 # What a recipe's teacher is, with its licence.
 TEACHERS = dict.fromkeys(
-    ("general-teacher.yaml", "general-all.yaml"), "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)"
+    ("general-teacher.yaml", "general-all.yaml", "general-form.yaml"),
+    "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)",
 )
 
 # Training file: source, licence as stated there.

@@ -20,6 +20,13 @@ from promptembedder.model import folder as places
 from promptembedder.model.folder import describe
 
 
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize("architecture", FIRST_QUICK)
 @pytest.mark.parametrize("changes", [{}, {"prompter_training": "full"}, {"layout": "prefix", "readout": "mean"}])
 def test_saved_and_loaded_is_identical(tiny_model, tmp_path, architecture, changes):
@@ -173,22 +180,39 @@ def test_every_model_of_the_package_is_whole(name):
             assert not re.search(r"/(root|home|tmp|work)\b", file.read_text()), file
 
 
-def test_a_saved_model_knows_where_soft_tokens_begin(tiny_model, tmp_path):
-    model = tiny_model()
+def test_a_saved_model_has_a_draft_of_soft_tokens(tiny_model, tmp_path):
+    one_word = {"softmax_temperature": 1e-3, "document_instruction": INSTRUCTION}  # as after a warm start
+    model = tiny_model(default_instruction=INSTRUCTION, **one_word)
     promptembedder.save(model, tmp_path / "saved")
     usual = model[0].soft_tokens(model[0].settings.default_instruction).weights_NKV[0].argmax(-1).tolist()
     written = json.loads((tmp_path / "saved" / places.CONFIG_FILE).read_text())
     assert written["draft"] == usual[:-1]
+    assert model[0].prompter.draft_ids is None
     assert promptembedder.load(tmp_path / "saved", device="cpu")[0].prompter.draft_ids == usual[:-1]
 
 
-@pytest.mark.parametrize(
-    ("draft", "error"), [("no", "must be a list"), ([-1], "must be a list"), ([10**6], "has no embedding")]
-)
-def test_a_draft_of_no_tokens_is_refused(saved, draft, error):
+def test_a_model_without_a_draft_opens(saved):
+    settings = saved / places.CONFIG_FILE
+    before = promptembedder.load(saved, device="cpu").encode(TEXTS, prompt=INSTRUCTION)
+    written = json.loads(settings.read_text())
+    del written["draft"]
+    settings.write_text(json.dumps(written))
+    assert_same_embeddings(promptembedder.load(saved, device="cpu").encode(TEXTS, prompt=INSTRUCTION), before)
+
+
+def test_an_instruction_that_cannot_be_read_does_not_stop_a_save(tiny_model, tmp_path, monkeypatch, caplog):
+    model = tiny_model()
+    monkeypatch.setattr(type(model[0].prompter), "draft_of", raising(PromptEmbedderError("no tokens")))
+    promptembedder.save(model, tmp_path / "saved")
+    assert "without a draft of its soft tokens: no tokens" in caplog.text
+    assert promptembedder.load(tmp_path / "saved", device="cpu")[0].prompter.draft_ids is None
+
+
+@pytest.mark.parametrize("draft", ["no", [-1], [1, 2], [10**6, 1, 1, 1], [2**70, 1, 1, 1]])
+def test_a_draft_of_no_tokens_is_refused(saved, draft):
     settings = saved / places.CONFIG_FILE
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"draft": draft}))
-    with pytest.raises(PromptEmbedderError, match=error):
+    with pytest.raises(PromptEmbedderError, match=r"must be (a list of token ids|4 ids below)"):
         promptembedder.load(saved, device="cpu")
 
 

@@ -31,7 +31,7 @@ def explain(
     asked = instruction or describe(model)["default_instruction"]
     prompter = reopen_prompter(saved)
     with torch.inference_mode():
-        readings = readings_of(prompter, prompter(*prompter.tokenize([asked])), top)
+        readings = readings_of(prompter, prompter(*prompter.tokenize([asked]), at_once=True), top)
     if as_json:
         print(json.dumps({"instruction": asked, "soft_tokens": [asdict(r) for r in readings]}))
         return

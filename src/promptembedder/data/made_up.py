@@ -49,7 +49,10 @@ def contrast_rows(count: int, seed: int, families: Sequence[Family] = FAMILIES) 
 
 
 def _pairs(family: Family) -> list[tuple[str, str]]:
-    """Every two slots twice, or four times where there are but two, each time to be asked about in other words."""
+    """Every two slots as often as instructions are drawn for them.
+
+    A family of two slots has one pair alone; with four draws each slot is asked about in up to four wordings.
+    """
     pairs = [*combinations(family.slots, 2)]
     return (4 if len(pairs) == 1 else 2) * pairs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -174,7 +175,7 @@ def link_files(source: Path, scratch: Path, files: Sequence[str]) -> None:
 
 
 def note_fold(folder: Path, fold: Mapping[str, Any]) -> None:
-    """Let an export's README end with what its fold keeps of the deep model."""
+    """Let an export's README end with what its fold keeps of the model."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8").split(_FOLD_TITLE)[0].rstrip("\n")
     shares = [kept.get("cosine", kept.get("similarity")) for kept in fold["kept"].values()]
@@ -182,8 +183,8 @@ def note_fold(folder: Path, fold: Mapping[str, Any]) -> None:
     atomic.write_text(
         file,
         f"{text}{_FOLD_TITLE}\n"
-        f"The model has a deep soft prompt, and these {fold['rows']} soft tokens of an instruction stand for it.\n"
+        f"Its {fold['rows']} soft tokens an instruction were fitted to give nearly the model's embeddings.\n"
         f"They were fitted on {fold['texts']} texts.\n"
-        f"On texts held back, the mean {what} to the model is {min(shares):.3f} or more.\n"
+        f"On texts held back, the mean {what} to the model is at least {math.floor(1000 * min(shares)) / 1000:.3f}.\n"
         "Do not search an index of the model with these embeddings: make the index again.\n",
     )

@@ -112,8 +112,8 @@ def fold(
     alike = [f"{name} is read like {other}" for name, other in stands_for.items() if name != other]
     what = f"folding {', '.join(names)} on {len(fitting.texts)} texts, which takes minutes on a CPU"
     progress.say("; ".join([what, *alike]))
-    every = steps + (len(names) - 1) * -(-steps // 2)
-    soft_prompts, fitted_ED = fitting.fit(names, rows, every, fit_head=head_ED is None)
+    total = steps + (len(names) - 1) * -(-steps // 2)
+    soft_prompts, fitted_ED = fitting.fit(names, rows, total, fit_head=head_ED is None)
     fitting.target = replace(fitting.target, head_ED=fitted_ED)
     prompts = {
         name: replace(prompt, soft_KD=soft_prompts[stands_for[name]], deep_JKD=None)

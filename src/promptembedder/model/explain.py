@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model.prompter import Prompter, SoftTokens
+from promptembedder.model.generation import SoftTokens
+from promptembedder.model.prompter import Prompter
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

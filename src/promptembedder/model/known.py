@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from promptembedder.errors import PromptEmbedderError
-from promptembedder.model.prompter import Opening, SoftTokens
+from promptembedder.model.generation import SoftTokens
+from promptembedder.model.prompter import Opening
 
 # Characters of an instruction that an error shows.
 _SHOWN = 60
@@ -57,7 +58,9 @@ class KnownInstructions(nn.Module):
         ids_B1 = torch.tensor([[self._numbers[self.words_of(request)]] for request in requests], dtype=torch.long)
         return ids_B1, torch.ones_like(ids_B1)
 
-    def forward(self, ids_B1: Tensor, mask_B1: Tensor, opening: Opening | None = None) -> SoftTokens:
+    def forward(
+        self, ids_B1: Tensor, mask_B1: Tensor, opening: Opening | None = None, *, at_once: bool = False
+    ) -> SoftTokens:
         """Hand the numbers on to `SoftPromptTable`."""
         return SoftTokens(ids_B1, ids_B1.new_zeros(*ids_B1.shape, 0))
 

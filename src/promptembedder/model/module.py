@@ -46,12 +46,13 @@ from promptembedder.model.folder import (
     folder_of,
     read_saved,
 )
+from promptembedder.model.generation import SoftTokens
 from promptembedder.model.handed import taken_dtype
 from promptembedder.model.known import KnownInstructions, SoftPromptTable
 from promptembedder.model.leaves import SoftPromptLeaves, TrainingState
 from promptembedder.model.memory import SoftPromptMemory
 from promptembedder.model.parts import Parts
-from promptembedder.model.prompter import Opening, Prompter, SoftTokens, load_trained_state, save_prompter
+from promptembedder.model.prompter import Opening, Prompter, draft_for, load_trained_state, save_prompter
 from promptembedder.model.prompts import FollowedModel, default_prompts
 from promptembedder.model.reader import TextReader
 from promptembedder.model.reopen import reopen, weights_of
@@ -229,9 +230,12 @@ class SoftPromptTransformer(InputModule):
     def _soft_tokens(self, instructions: Sequence[str], opening: Opening | None = None) -> SoftTokens:
         ids_NS, mask_NS = self.prompter.tokenize(instructions)
         device = self.alignment.weight.device
+        # Not in a training step: its passes with and without gradients must agree, and so must workers.
+        at_once = self.training_state.leaves is None and not torch.is_grad_enabled()
         # Fused attention adds up in any order on GPUs; workers must get the same bits.
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext():
-            return self.prompter(ids_NS.to(device), mask_NS.to(device), opening)  # type: ignore[no-any-return]
+            written = self.prompter(ids_NS.to(device), mask_NS.to(device), opening, at_once=at_once)
+        return written  # type: ignore[no-any-return]
 
     def soft_prompt(self, instruction: str) -> Tensor:
         """The soft prompt (1, R, D) of an instruction; see `soft_prompts`."""
@@ -315,8 +319,9 @@ class SoftPromptTransformer(InputModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Everything `save` writes into `promptembedder.json`."""
-        known = isinstance(self.prompter, KnownInstructions)
-        own = {INSTRUCTIONS: self.prompter.named} if known else {DRAFT: self.prompter.draft_ids}
+        known: dict[str, Any] = (
+            {INSTRUCTIONS: self.prompter.named} if isinstance(self.prompter, KnownInstructions) else {}
+        )
         return {
             "format_version": KNOWN_VERSION if known else FORMAT_VERSION,
             "embedding_dimension": self.get_embedding_dimension(),
@@ -324,7 +329,7 @@ class SoftPromptTransformer(InputModule):
             "centred": self.centred,
             "model": asdict(self.settings),
             "base_models": asdict(self.base_models),
-            **own,
+            **known,
         }
 
     def save(self, output_path: str, *, safe_serialization: bool = True) -> None:
@@ -342,13 +347,15 @@ class SoftPromptTransformer(InputModule):
         stored = {name: value.detach().cpu().contiguous() for name, value in self.alignment.named_parameters()}
         if self.centred:
             stored[CENTRE] = self.centre_E.cpu().contiguous()
+        settings = self.get_config_dict()
         if isinstance(self.prompter, KnownInstructions):
             save_file(stored, folder / SOFT_PROMPTS_FILE)
         else:
             save_file(stored, folder / ALIGNMENT_FILE)
-            self.prompter.draft_from(self.settings.default_instruction)
             save_prompter(self.prompter, folder / PROMPTER_FOLDER)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.get_config_dict(), indent=2) + "\n", encoding="utf-8")
+            asked = (self.settings.default_instruction, self.settings.document_instruction)
+            settings[DRAFT] = draft_for(self.prompter, *asked)
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(

@@ -23,6 +23,13 @@ from promptembedder.llms.open import input_embeddings
 from promptembedder.llms.states import CACHE_ARGUMENT, States, shallow_copy
 from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids
 from promptembedder.model.folder import PROMPTER_WEIGHTS
+from promptembedder.model.generation import (
+    Request,
+    SoftTokens,
+    last_places,
+    soft_tokens_at_once,
+    soft_tokens_in_turn,
+)
 from promptembedder.text import composed
 
 logger = logging.getLogger(__name__)
@@ -33,23 +40,8 @@ logger = logging.getLogger(__name__)
 _SAME_EVERY_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
-# Share of a number's last bit: all words that weigh less do not change a mixture together.
-_NO_WEIGHT = 1e-6
-# Share of the largest input by which soft tokens may move and still count as at rest; an eighth of the last bit of
-# coarser numbers. What they move by decides the tokens after them, whose words it hardly changes.
-_AT_REST = 1e-5
-
-
-class SoftTokens(NamedTuple):
-    """What the prompter wrote.
-
-    Attributes:
-        tokens_NKP: soft tokens in the prompter's input-embedding space.
-        weights_NKV: of every token of the vocabulary in each mixture; they sum to 1.
-    """
-
-    tokens_NKP: Tensor
-    weights_NKV: Tensor
+# Soft tokens of a batch: more at once would need gigabytes for the weights of all words in each.
+_MOST_AT_ONCE = 128
 
 
 class Opening(NamedTuple):
@@ -95,7 +87,6 @@ class Prompter(nn.Module):
         self.num_soft_tokens = num_soft_tokens
         self.temperature = temperature
         self.max_request_tokens = max_request_tokens
-        # Tokens near the first K - 1 soft tokens of most requests, to begin with; unset: none are known.
         self.draft_ids: list[int] | None = None
         self._holders: list[tuple[nn.Module, str]] | None = None
 
@@ -117,13 +108,11 @@ class Prompter(nn.Module):
         Raises:
             PromptEmbedderError: the chat template does not take a request, or a token has no embedding.
         """
-        lm: Any = self.lm
         rows = [self._request_ids(request) for request in requests]
         length = max(len(row) for row in rows)
         alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False))
         shared = min(sum(1 for _ in alike), min(len(row) for row in rows) - 1)
-        window = getattr(lm.config.get_text_config(decoder=True), "sliding_window", None)
-        if length + self.num_soft_tokens > (window or sys.maxsize):
+        if length + self.num_soft_tokens > self._window:
             shared = 0  # padding in the middle would push the opening out of the window
         # Padding is masked, so 0 does: some pad tokens have no embedding.
         ids_NS = torch.zeros((len(rows), length), dtype=torch.long)
@@ -151,7 +140,12 @@ class Prompter(nn.Module):
             return None
         ids_P = torch.tensor(alike, device=lm.get_input_embeddings().weight.device)
         cache = DynamicCache(config=lm.config)
-        lm(input_ids=ids_P[None], **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=_last_of(len(ids_P), ids_P))
+        lm(
+            input_ids=ids_P[None],
+            **{CACHE_ARGUMENT: cache},
+            use_cache=True,
+            logits_to_keep=last_places(1, len(ids_P), ids_P),
+        )
         return Opening(ids_P, States(cache, torch.ones_like(ids_P)[None]))
 
     def begin(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None = None) -> tuple[DynamicCache, int]:
@@ -173,120 +167,74 @@ class Prompter(nn.Module):
         shared = min(int(alike_S.cumprod(0).sum()), ids_NS.shape[1] - 1)
         if len(ids_NS) == 1 or shared == 0:
             return cache, 0
-        read, kept = ids_NS[:1, :shared], _last_of(shared, ids_NS)
+        read, kept = ids_NS[:1, :shared], last_places(1, shared, ids_NS)
         lm(input_ids=read, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=kept)
         cache.batch_repeat_interleave(len(ids_NS))
         return cache, shared
 
-    def forward(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None = None) -> SoftTokens:
+    def forward(
+        self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None = None, *, at_once: bool = False
+    ) -> SoftTokens:
         """Generate K soft tokens per request, keeping gradients through all K steps.
-
-        No sampling and no argmax: soft token k = softmax(logits_k / temperature) @ embeddings, fed back as the
-        next input (PromptEmbedder, arXiv 2605.28066; the relaxation as in GIRCSE). Without gradients and with a draft,
-        all K are generated at once.
 
         Args:
             ids_NS: request token ids, as `tokenize` pads them.
             mask_NS: 1 for tokens, 0 for padding.
             opening: of `read_opening`; unset: all of the requests is read.
+            at_once: begin with the draft, if there is one; without gradients.
         """
-        config = self.lm.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-        window = getattr(config, "sliding_window", None) or sys.maxsize
-        drafted = self.draft_ids is not None and len(self.draft_ids) == self.num_soft_tokens - 1 > 0
-        if drafted and not torch.is_grad_enabled() and ids_NS.shape[1] + self.num_soft_tokens <= window:
-            return self._at_once(ids_NS, mask_NS, opening)
-        return self._in_turn(ids_NS, mask_NS, opening)
-
-    def _at_once(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None) -> SoftTokens:
-        """Soft tokens as a fixed point: all from a draft, and again from those found, until they are at rest.
-
-        Soft token k depends on those before it alone, so every pass gets one more of them right whatever the draft, and
-        K passes are the most (Jacobi iteration: Song et al. 2021, arXiv 2002.03629; in decoding Santilli et al. 2023,
-        arXiv 2305.10427). A prompter that writes the same cue after one word of its own takes two.
-        """
-        lm: Any = self.lm
-        embeddings_VP, scale = input_embeddings(lm)
         cache, shared = self.begin(ids_NS, mask_NS, opening)
-        rest_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
-        draft_1JP = lm.get_input_embeddings()(ids_NS.new_tensor([self.draft_ids]))
-        N, S, J = *ids_NS.shape, draft_1JP.shape[1]
-        tokens_NKP = torch.cat([draft_1JP, draft_1JP[:, -1:]], dim=1).repeat(N, 1, 1)
-        limit = max(_AT_REST, torch.finfo(tokens_NKP.dtype).eps / 8) * float(draft_1JP.abs().max())
-        mask_NS = torch.cat([mask_NS, mask_NS.new_ones(N, J)], dim=1)
-        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)
-        weights_NKV: Tensor | None = None
-        found = 0  # soft tokens at rest, whose states are in the cache
-        while True:
-            inputs_NSP = (
-                tokens_NKP[:, found:J] if weights_NKV is not None else torch.cat([rest_NSP, tokens_NKP[:, :J]], 1)
-            )
-            first = found + 1 if weights_NKV is not None else 0  # soft token that this pass finds first
-            read = inputs_NSP.shape[1]
-            output = lm(
-                inputs_embeds=inputs_NSP,
-                attention_mask=mask_NS,
-                position_ids=positions_NS[:, S + J - read :],
-                **{CACHE_ARGUMENT: cache},
-                use_cache=True,
-                logits_to_keep=torch.arange(read - (J + 1 - first), read, device=ids_NS.device),
-            )
-            logits_NKV = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-            new_NKV = torch.softmax(logits_NKV / self.temperature, dim=-1)
-            new_NKP = mixture(new_NKV.flatten(0, 1), embeddings_VP).view(N, J + 1 - first, -1) * scale
-            moved_J = (new_NKP - tokens_NKP[:, first:])[:, : J - first].abs().amax((0, 2))
-            tokens_NKP = torch.cat([tokens_NKP[:, :first], new_NKP], dim=1)
-            weights_NKV = new_NKV if weights_NKV is None else torch.cat([weights_NKV[:, :first], new_NKV], dim=1)
-            moving = (moved_J > limit).nonzero()[:, 0].tolist()
-            if not moving:
-                return SoftTokens(tokens_NKP, weights_NKV)
-            found = first + moving[0]
-            cache.crop(found - J)
+        request = Request(ids_NS, mask_NS, cache, shared)
+        if at_once and self.draft_ids is not None and self._has_room(ids_NS):
+            return soft_tokens_at_once(self.lm, request, self.draft_ids, self.temperature)[0]
+        return soft_tokens_in_turn(self.lm, request, self.num_soft_tokens, self.temperature)
 
-    def _in_turn(self, ids_NS: Tensor, mask_NS: Tensor, opening: Opening | None) -> SoftTokens:
-        """Soft tokens one after the other, each with a pass of its own."""
-        lm: Any = self.lm
-        embeddings_VP, scale = input_embeddings(lm)
-        cache, shared = self.begin(ids_NS, mask_NS, opening)
-        inputs_NSP = lm.get_input_embeddings()(ids_NS[:, shared:])
-        positions_NS = (mask_NS.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-        tokens, weights = [], []
-        for step in range(self.num_soft_tokens):
-            output = lm(
-                inputs_embeds=inputs_NSP,
-                attention_mask=mask_NS,
-                position_ids=positions_NS,
-                **{CACHE_ARGUMENT: cache},
-                use_cache=True,
-                logits_to_keep=_last_of(inputs_NSP.shape[1], ids_NS),
-            )
-            logits_NV = output.logits[:, -1]
-            logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-            weights_NV = torch.softmax(logits_NV / self.temperature, dim=-1)
-            token_NP = mixture(weights_NV, embeddings_VP) * scale
-            tokens.append(token_NP)
-            weights.append(weights_NV)
-            if step + 1 < self.num_soft_tokens:
-                inputs_NSP = token_NP[:, None]
-                mask_NS = torch.cat([mask_NS, mask_NS.new_ones(len(mask_NS), 1)], dim=1)
-                positions_NS = positions_NS[:, -1:] + 1
-        return SoftTokens(torch.stack(tokens, 1), torch.stack(weights, 1))
+    def _has_room(self, ids_NS: Tensor) -> bool:
+        """Whether all soft tokens of these requests can be generated at once: in memory, and in the cache."""
+        N, S = ids_NS.shape
+        # A cache with a window that is full cannot go back.
+        return N * self.num_soft_tokens <= _MOST_AT_ONCE and S + self.num_soft_tokens <= self._window
+
+    @property
+    def _window(self) -> int:
+        """Tokens that every layer attends to."""
+        config: Any = self.lm.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        return getattr(config, "sliding_window", None) or sys.maxsize
 
     def take_draft(self, ids: list[int] | None) -> None:
-        """Begin with these tokens from now on; None: with none.
+        """Set the draft of the soft tokens: K - 1 token ids; None generates them in turn.
 
         Raises:
-            PromptEmbedderError: one of them is not in the vocabulary.
+            PromptEmbedderError: an id is not in the vocabulary, or there are more or fewer of them.
         """
-        if ids is not None:
-            check_ids(self.tokenizer, ids, len(input_embeddings(self.lm)[0]), "the draft of a prompter")  # type: ignore[arg-type]
+        rows = len(input_embeddings(self.lm)[0])  # type: ignore[arg-type]
+        if ids is not None and (len(ids) != self.num_soft_tokens - 1 or max(ids, default=0) >= rows):
+            raise PromptEmbedderError(
+                f"the draft of {self.num_soft_tokens} soft tokens must be {self.num_soft_tokens - 1} ids below {rows}, "
+                f"found {ids}"
+            )
         self.draft_ids = ids
 
     @torch.no_grad()
-    def draft_from(self, request: str) -> None:
-        """Take the words that weigh most in a request's soft tokens as the draft for other requests."""
+    def draft_of(self, request: str, other: str) -> list[int] | None:
+        """The words that weigh most in a request's soft tokens, as a draft of other requests' soft tokens.
+
+        Returns:
+            K - 1 token ids; None where a draft is of no use: it takes most of K passes for the other request, too.
+        """
+        if self.num_soft_tokens == 1:
+            return None
         device = self.lm.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-        ids_1S, mask_1S = (tensor.to(device) for tensor in self.tokenize([request]))
-        self.draft_ids = self._in_turn(ids_1S, mask_1S, None).weights_NKV[0, :-1].argmax(-1).tolist()
+        first, second = (
+            Request(ids_1S, mask_1S, *self.begin(ids_1S, mask_1S))
+            for ids_1S, mask_1S in ((t.to(device) for t in self.tokenize([words])) for words in (request, other))
+        )
+        if not (self._has_room(first.ids_NS) and self._has_room(second.ids_NS)):
+            return None
+        found = soft_tokens_in_turn(self.lm, first, self.num_soft_tokens, self.temperature)
+        ids: list[int] = found.weights_NKV[0, :-1].argmax(-1).tolist()
+        passes = soft_tokens_at_once(self.lm, second, ids, self.temperature)[1]
+        return ids if passes <= (self.num_soft_tokens + 1) // 2 else None
 
     @property
     def embeddings_dtype(self) -> torch.dtype:
@@ -339,32 +287,18 @@ class Prompter(nn.Module):
         return list(encoded["input_ids"])
 
 
-def _last_of(tokens: int, like: Tensor) -> Tensor:
-    """Place of the last token, for `logits_to_keep`.
-
-    By place, not by number: of a number the LLM makes a slice, and torch multiplies a slice of a longer row by a copy
-    of the output embeddings, which takes longer than the rest of the pass.
-    """
-    return torch.tensor([tokens - 1], device=like.device)
-
-
 @cache
 def _say_cut(tokens: int, limit: int) -> None:
     logger.warning("an instruction of %d tokens is read up to %d", tokens, limit)
 
 
-def mixture(weights_NV: Tensor, embeddings_VP: Tensor) -> Tensor:
-    """Means (N, P) of embeddings, weighted.
-
-    Without gradients, words of no weight to speak of are not read: a mixture of few words costs less than a pass over
-    the whole matrix of embeddings.
-    """
-    if not torch.is_grad_enabled() and embeddings_VP.device.type == "cpu":
-        least = _NO_WEIGHT * torch.finfo(embeddings_VP.dtype).eps
-        ids = (weights_NV > least).any(0).nonzero()[:, 0]
-        if len(ids) < len(embeddings_VP) // 8:
-            return weights_NV[:, ids].to(embeddings_VP.dtype) @ embeddings_VP[ids]
-    return weights_NV.to(embeddings_VP.dtype) @ embeddings_VP
+def draft_for(prompter: Prompter, first: str, second: str) -> list[int] | None:
+    """As `Prompter.draft_of`; None, too, where one of the instructions cannot be read: a draft only saves time."""
+    try:
+        return prompter.draft_of(first, second)
+    except PromptEmbedderError as error:
+        logger.warning("the model is saved without a draft of its soft tokens: %s", error)
+        return None
 
 
 def trained_state(prompter: Prompter) -> dict[str, Tensor]:

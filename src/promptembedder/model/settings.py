@@ -26,7 +26,7 @@ class ModelConfig:
         backbone_revision: hub commit of the backbone.
         layout: `suffix` (text, soft prompt) or `prefix` (instruction, soft prompt, text).
         readout: `last` or `mean`, over the soft tokens (`suffix`) or the text tokens (`prefix`).
-        num_soft_tokens: K, 512 at most; each is a forward of the prompter.
+        num_soft_tokens: K, 512 at most; in training each is a forward of the prompter.
         softmax_temperature: divides the prompter's logits before the softmax that mixes its embeddings.
         prompter_training: `lora` keeps the saved model small, `full` trains every weight of the prompter.
         lora_rank: rank of the prompter's LoRA, whose scale is 2 (alpha = 2 x rank).
