@@ -2,6 +2,7 @@
 
     python scripts/release_model.py runs/general/model smollm2-135m --recipe general.yaml
     python scripts/release_model.py runs/general-teacher/model smollm2-135m --recipe general-teacher.yaml
+    python scripts/release_model.py LATE smollm2-135m --recipe general-form.yaml --mean-with EARLY
 
 The second line is for a model whose training started from the released one: its card lists the stages of both.
 
@@ -104,6 +105,10 @@ def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
         ]
         if stage["teacher"]:
             lines.append(f"- {stage['teacher_share']:.0%} of the batches learn the similarities of {stage['teacher']}")
+        if "averaged_with" in stage:
+            lines.append(
+                f"- the weights are the mean of those after {stage['averaged_with']} steps and after all of them"
+            )
         lines.append("")
     return lines
 
@@ -182,6 +187,20 @@ def card(name: str, run: RunConfig, facts: dict[str, Any], results: Path | None,
     return "\n".join(lines)
 
 
+def average(folder: Path, other: Path) -> None:
+    """Replace W, deep soft prompt and head by their means with another model's of the same lineage.
+
+    Weights along one training can be averaged (model soups, Wortsman et al. 2022, arXiv 2203.05482); the prompter must
+    be the same.
+    """
+    prompters = [load_file(place / "prompter" / "adapter_model.safetensors") for place in (folder, other)]
+    if not all(torch.equal(value.float(), prompters[1][name].float()) for name, value in prompters[0].items()):
+        sys.exit(f"--mean-with {other}: its prompter is another one")
+    for file in (ALIGNMENT_FILE, "1_Dense/model.safetensors"):
+        own, others = load_file(folder / file), load_file(other / file)
+        save_file({name: (value.float() + others[name].float()) / 2 for name, value in own.items()}, folder / file)
+
+
 def thinned(deep_JPD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors of the nearest matrices of a rank (Eckart and Young 1936), both of equal norm.
 
@@ -247,6 +266,7 @@ def main() -> None:
     parser.add_argument("--recipe", required=True, help="the recipe of the model, a file name below recipes/")
     parser.add_argument("--max-text-tokens", type=int, default=128)
     parser.add_argument("--reduced", action="store_true", help="the first stage's deep soft prompt was reduced")
+    parser.add_argument("--mean-with", type=Path, help="a model whose weights are averaged with these")
     parser.add_argument("--deep-rank", type=int, help="reduce the rank of the deep soft prompt")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
@@ -255,12 +275,17 @@ def main() -> None:
         sys.exit(f"{arguments.model}: needs the facts of a training (training.json)")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(arguments.model, Path(scratch) / arguments.name))
+        if arguments.mean_with:
+            average(folder, arguments.mean_with)
         if arguments.deep_rank:
             thin(folder, arguments.deep_rank)
         most = load_run(folder / "config.yaml").model.max_text_tokens
         run = neutral(folder, arguments.max_text_tokens, arguments.recipe)
         reduced = arguments.deep_rank is not None or (facts.get("start") == arguments.name and arguments.reduced)
         facts = staged(facts, arguments.recipe, run, most, read_facts(PLACE / arguments.name))
+        if arguments.mean_with:
+            start = read_facts(arguments.mean_with) or {}
+            facts["stages"][-1]["averaged_with"] = start.get("steps", 0)
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         text = card(arguments.name, run, facts, arguments.results, reduced=reduced)
         (folder / "README.md").write_text(text)
