@@ -12,7 +12,7 @@ import torch
 import promptembedder
 from conftest import ARCHITECTURES, INSTRUCTION, TEXTS
 from promptembedder import PromptEmbedderError
-from promptembedder.model.prompter import mixture
+from promptembedder.model.generation import mixture
 
 
 def test_the_text_limit_may_be_set(tiny_model, tmp_path):
