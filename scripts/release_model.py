@@ -97,7 +97,8 @@ def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
         lines += [f"Stage {number} is the recipe `recipes/{stage['recipe']}`.", ""] if len(stages) > 1 else []
         lines += [] if len(stages) > 1 else [f"The recipe is `recipes/{stage['recipe']}`.", ""]
         lines += [
-            f"- {stage['steps']} steps of {stage['batch_size']} rows, {stage['seconds'] / 60:.0f} minutes on two cores",
+            f"- {stage['steps']} steps of {stage['batch_size']} rows, {stage['seconds'] / 60:.0f} minutes on "
+            f"{stage.get('cores', 'two cores')}",
             f"- {stage['contrast_rows']:,} of the rows are made up (`data.contrast_rows`)",
             f"- texts truncated at {stage['max_text_tokens']} tokens",
             f"- {stage['trained_parameters']:,} trained parameters"
@@ -105,6 +106,7 @@ def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
         ]
         if stage["teacher"]:
             lines.append(f"- {stage['teacher_share']:.0%} of the batches learn the similarities of {stage['teacher']}")
+        lines += [f"- {note}" for note in stage.get("notes", [])]
         if "averaged_with" in stage:
             lines.append(
                 f"- the weights are the mean of those after {stage['averaged_with']} steps and after all of them"

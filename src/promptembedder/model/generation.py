@@ -118,7 +118,7 @@ def soft_tokens_at_once(
         moving = moved_NJ.any(0).nonzero()[:, 0].tolist()
         if not moving:
             return found, passes
-        request.cache.crop(moving[0] - J)  # negative: so many are forgotten
+        request.cache.crop(moving[0] - J)  # negative: the number of states to forget
         inputs_NSP, first = tokens_NJP[:, moving[0] :], moving[0] + 1
 
 
