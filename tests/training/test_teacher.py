@@ -52,11 +52,16 @@ def taught(config, settings, tmp_path, **options):
     return teach(config, settings, TrainingData(DatasetDict(), {}), INSTRUCTION, tmp_path / "run", **options)
 
 
-def test_labels_are_the_teachers_embeddings(teacher, plain, tmp_path):
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_labels_are_the_teachers_embeddings(teacher, plain, tmp_path, monkeypatch, dtype, near):
+    monkeypatch.setattr(teaching, "resolve_dtype", lambda *setting: dtype)
+    monkeypatch.setattr(teaching, "open_teacher", lambda name, device: open_teacher(name, "cpu"))
     data, _ = taught(plain, settings_of(teacher, tmp_path), tmp_path)
     (rows,) = data.datasets.values()
     expected = SentenceTransformer(str(teacher), device="cpu").encode(rows["anchor"])
-    np.testing.assert_allclose(np.array(rows["label"]), expected, atol=1e-5)
+    found = np.array(rows["label"])
+    np.testing.assert_allclose(found, expected, atol=near)
+    assert np.allclose(found, expected, atol=1e-5) == (dtype is torch.float32)
     assert data.prompts == {"teacher_1": {"anchor": INSTRUCTION}}
     assert set(rows["anchor"]) <= set(MANY)
 
