@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -164,10 +165,32 @@ def test_texts_have_the_lengths_that_are_named(tiny_model, mixed):
     assert max(lengths) <= 14
 
 
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_documents_become_paragraphs_and_sentences():
+    words = [f"The {thing} that was found here is old and heavy." for thing in ("stone", "iron gate", "coin", "anchor")]
+    long = " ".join(
+        sentence.replace("old", f"{age} old") for age in ("very", "quite", "rather", "so", "too") for sentence in words
+    )
+    table = "\n".join("12.5 | 7.25 | 0.003" for _ in range(20))
+    document = f"A heading\n\n{' '.join(words)}\n\n{table}\n\n{long}\n\nToo short.\n"
+    texts = [text for seed in range(9) for text in script("document_texts").texts_of(document, random.Random(seed))]
+    assert " ".join(words) in texts
+    assert not [text for text in texts if "|" in text or text in ("A heading", "Too short.")]
+    sentences = [text for text in texts if len(text.split()) < 25]
+    assert 0 < len(sentences) < len(texts) / 2
+    assert all(sentence in document.replace("\n", " ") and sentence.endswith("heavy.") for sentence in sentences)
+    assert {len(text.split()) for text in texts} > {41}
+    assert max(len(text.split()) for text in texts) < len(long.split())
+
+
 def test_a_deep_soft_prompt_is_reduced_to_the_nearest_rank():
-    spec = importlib.util.spec_from_file_location("release_model", ROOT / "scripts" / "release_model.py")
-    release_model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(release_model)
+    release_model = script("release_model")
     whole = torch.randn(3, 12, 9, generator=torch.Generator().manual_seed(0))
     first, second = release_model.thinned(whole, 4)
     assert (first.shape, second.shape) == ((3, 12, 4), (3, 4, 9))
