@@ -246,3 +246,10 @@ def test_values_of_any_size_are_shown_short(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert len(str(caught.value)) < 1500
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ['training.output="a\\0b"', 'data.texts=["c", "a\\0b"]'])
+def test_a_path_holds_no_nul(read: Callable[..., RunConfig], override: str) -> None:
+    name = override.partition("=")[0]
+    with pytest.raises(PromptEmbedderError, match=rf"{name}(\.1)? holds a NUL character"):
+        read("", override)

@@ -54,6 +54,8 @@ def parse(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     Raises:
         PromptEmbedderError: unknown name, wrong type or value; names the field, the value and what is valid.
     """
+    if (name := _with_nul(settings)) is not None:  # no file has such a name, and Python's own error names no setting
+        raise PromptEmbedderError(f"{where}: {name} holds a NUL character")
     try:
         return TypeAdapter(kind).validate_python(_current(kind, settings, where))
     except ValidationError as error:
@@ -151,6 +153,20 @@ def _current(kind: Any, settings: Mapping[str, Any], where: str, path: str = "")
                 for n, item in enumerate(value)
             ]
     return result
+
+
+def _with_nul(settings: Any, name: str = "") -> str | None:
+    """The first setting whose value holds a NUL character; None where there is none."""
+    if isinstance(settings, str):
+        return name if "\0" in settings else None
+    inner = (
+        settings.items()
+        if isinstance(settings, Mapping)
+        else enumerate(settings)
+        if isinstance(settings, (list, tuple))
+        else ()
+    )
+    return next((f for key, value in inner if (f := _with_nul(value, f"{name}.{key}".lstrip("."))) is not None), None)
 
 
 def _changes_nothing(old: Retired, value: Any, section: Mapping[str, Any]) -> bool:

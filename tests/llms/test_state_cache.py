@@ -185,6 +185,19 @@ def test_unwritable_and_foreign_folders(tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
+def test_a_file_that_holds_no_states_stays_where_it_is(tiny_model, tmp_path):
+    module = tiny_model()[0]
+    hold(module, opened(tmp_path / "states"))
+    embed(module, TEXTS)
+    module.training_state.text_cache.close()
+    (tmp_path / "states" / "ab").mkdir(exist_ok=True)
+    other = tmp_path / "states" / "ab" / "readme.states"
+    other.write_text("mine")
+    again = opened(tmp_path / "states", budget=10)
+    assert again.used_bytes == 0
+    assert other.read_text() == "mine"
+
+
 def test_budget_larger_than_what_there_is(tmp_path):
     with pytest.raises(PromptEmbedderError, match=r"text_state_cache of .* GiB is larger than the memory"):
         opened(budget=psutil.virtual_memory().total + 1)

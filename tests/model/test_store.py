@@ -208,12 +208,22 @@ def test_an_instruction_that_cannot_be_read_does_not_stop_a_save(tiny_model, tmp
     assert promptembedder.load(tmp_path / "saved", device="cpu")[0].prompter.draft_ids is None
 
 
-@pytest.mark.parametrize("draft", ["no", [-1], [1, 2], [10**6, 1, 1, 1], [2**70, 1, 1, 1]])
+@pytest.mark.parametrize("draft", ["no" * 999, [-1], [], [1, 2], [10**6, 1, 1, 1], [2**70, 1, 1, 1], [1] * 9999])
 def test_a_draft_of_no_tokens_is_refused(saved, draft):
     settings = saved / places.CONFIG_FILE
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"draft": draft}))
-    with pytest.raises(PromptEmbedderError, match=r"must be (a list of token ids|4 ids below)"):
+    with pytest.raises(PromptEmbedderError, match=r"must be (a list of token ids|4 token ids below)") as refused:
         promptembedder.load(saved, device="cpu")
+    assert places.CONFIG_FILE in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_one_soft_token_has_no_draft(tiny_model, tmp_path):
+    promptembedder.save(tiny_model(num_soft_tokens=1), tmp_path / "saved")
+    settings = tmp_path / "saved" / places.CONFIG_FILE
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"draft": []}))
+    with pytest.raises(PromptEmbedderError, match="must be null, found"):
+        promptembedder.load(tmp_path / "saved", device="cpu")
 
 
 def test_newer_format(saved):

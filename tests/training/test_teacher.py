@@ -20,6 +20,7 @@ from promptembedder.data.settings import DataConfig, DataFile
 from promptembedder.evaluation.encoder import plain_reader
 from promptembedder.training import teacher as teaching
 from promptembedder.training.callbacks import PrompterFreeze
+from promptembedder.training.run_folder import note_settings
 from promptembedder.training.settings import RunConfig
 from promptembedder.training.teacher import TEACHER_FILE, neighbourhoods, open_teacher, teach
 from promptembedder.training.train import train
@@ -113,7 +114,12 @@ def test_rows_and_teacher_share_the_batches(teacher, plain, tmp_path):
 def test_embeddings_are_kept_for_later_runs(teacher, plain, tmp_path, monkeypatch):
     settings = settings_of(teacher, tmp_path)
     first, known = taught(plain, settings, tmp_path)
-    monkeypatch.setattr("promptembedder.training.teacher.embeddings", lambda *a: pytest.fail("embedded again"))
+    embeddings = teaching.embeddings
+
+    def embed_few(model, texts, instructions):
+        return embeddings(model, texts, instructions) if len(texts) < len(MANY) / 2 else pytest.fail("embedded again")
+
+    monkeypatch.setattr(teaching, "embeddings", embed_few)
     # A run that was stopped before its first checkpoint starts again from the beginning.
     for resume in (True, False):
         again, same = taught(plain, settings, tmp_path, resume=resume)
@@ -171,7 +177,8 @@ def test_embeddings_of_many_instructions_keep_their_order(tmp_path):
 
 def test_another_teacher_is_refused_in_a_resume(teacher, plain, tmp_path):
     settings = settings_of(teacher, tmp_path)
-    taught(plain, settings, tmp_path)
+    _, facts = taught(plain, settings, tmp_path)
+    note_settings(tmp_path / "run", settings, resumed=False, **facts)
     model = SentenceTransformer(str(teacher), device="cpu")
     with torch.no_grad():
         next(model.parameters()).add_(1)
@@ -189,3 +196,50 @@ def test_a_teacher_in_the_output_or_without_numbers_is_refused(teacher, plain, t
     monkeypatch.setattr("promptembedder.training.teacher.embeddings", lambda m, texts, i: [nothing[: len(texts)]])
     with pytest.raises(PromptEmbedderError, match="not numbers"):
         taught(plain, settings_of(teacher, tmp_path), tmp_path)
+
+
+def test_another_pooling_is_another_teacher(teacher, plain, tmp_path):
+    settings = settings_of(teacher, tmp_path)
+    first, known = taught(plain, settings, tmp_path)
+    pooling = next(teacher.glob("*Pooling/config.json"))
+    pooling.write_text(pooling.read_text().replace('"mean"', '"cls"'))
+    again, same = taught(plain, settings, tmp_path)
+    assert same == known  # the weights are
+    assert not np.allclose(again.datasets["teacher_1"]["label"], first.datasets["teacher_1"]["label"], atol=1e-3)
+    pooling.write_text(pooling.read_text().replace('"cls"', '"mean"'))
+    with pytest.raises(PromptEmbedderError, match=r"began with another training\.teacher"):
+        taught(plain, settings, tmp_path, resume=True)
+
+
+def test_other_texts_are_refused_in_a_resume(teacher, plain, tiny_lm, tmp_path):
+    lm = str(tiny_lm("llama"))
+    settings = settings_of(teacher, tmp_path, arguments={"save_steps": 3}, warm_start={"steps": 0})
+    model = {"prompter": lm, "backbone": lm, "dtype": "float32", "lora_rank": 4, "default_instruction": INSTRUCTION}
+    train(RunConfig(model=model, data=plain, training=settings))
+    (tmp_path / "plain.txt").write_text("".join(f"{text}!\n" for text in MANY))
+    with pytest.raises(PromptEmbedderError, match=r"began with other data\.texts"):
+        train(RunConfig(model=model, data=plain, training=replace(settings, max_steps=9)), resume=True)
+    (tmp_path / "plain.txt").write_text("".join(f"{text}\n" for text in MANY))
+    train(RunConfig(model=model, data=plain, training=replace(settings, max_steps=9)), resume=True)
+
+
+def test_a_refusal_leaves_a_finished_run_as_it_is(teacher, plain, tiny_lm, tmp_path):
+    lm = str(tiny_lm("llama"))
+    settings = settings_of(teacher, tmp_path, arguments={"save_steps": 3}, warm_start={"steps": 0})
+    model = {"prompter": lm, "backbone": lm, "dtype": "float32", "lora_rank": 4, "default_instruction": INSTRUCTION}
+    train(RunConfig(model=model, data=plain, training=settings))
+
+    def files():
+        found = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != TEACHER_FILE]
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
+    too_large = replace(settings, seed=2, text_state_cache=10**18, text_state_folder=str(tmp_path / "states"))
+    with pytest.raises(PromptEmbedderError, match="larger than the room"):
+        train(RunConfig(model=model, data=plain, training=too_large))
+    assert files() == before
+    inside = replace(too_large, text_state_folder=str(tmp_path / "run" / "model" / "states"))
+    with pytest.raises(PromptEmbedderError, match=r"lies in .*model, which is replaced"):
+        train(RunConfig(model=model, data=plain, training=inside))
+    train(RunConfig(model=model, data=plain, training=replace(settings, seed=2, max_steps=3)))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3"]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -20,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Literal
 
 import safetensors.torch
@@ -38,6 +40,7 @@ StatePrecision = Literal["same", "bfloat16", "int8"]
 _FORMAT = 1
 _INDEX = "text-states.json"
 _ENDING = ".states"
+_IS_STATES = re.compile(rf"[0-9a-f]{{40}}{re.escape(_ENDING)}")
 _CHECKSUM_BYTES = 4
 # One file per process that uses the folder, named by backbone and precision.
 _IN_USE = ".in_use-"
@@ -224,7 +227,7 @@ class _OnDisk(TextStateCache):
                 stat = path.stat()
             except FileNotFoundError:  # another worker deleted it
                 continue
-            if path.suffix == _ENDING:
+            if _IS_STATES.fullmatch(path.name) and S_ISREG(stat.st_mode):
                 held.append((stat.st_mtime, path, stat.st_size))
         return held
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from promptembedder.config import parse
 from promptembedder.digest import sha256_of
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, shown
 from promptembedder.llms.hub import AS_CONFIGURED, HubAccess, fetched, quiet_hub
 from promptembedder.model.prompts import own_instruction
 from promptembedder.model.settings import ModelConfig
@@ -296,7 +296,7 @@ def read_saved(folder: Path) -> SavedModel:
         raise PromptEmbedderError(f"{where}: {INSTRUCTIONS!r} is missing or not what it should be")
     draft = saved.get(DRAFT)
     if draft is not None and not (isinstance(draft, list) and all(type(n) is int and n >= 0 for n in draft)):
-        raise PromptEmbedderError(f"{where}: {DRAFT!r} must be a list of token ids, found {draft!r}")
+        raise PromptEmbedderError(f"{where}: {DRAFT!r} must be a list of token ids, found {shown(draft)}")
     model, centred = dict(saved["model"]), saved.get("centred", False)
     if version == 1:
         centred = model.pop("centred", False)

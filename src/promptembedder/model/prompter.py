@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from promptembedder.errors import PromptEmbedderError
+from promptembedder.errors import PromptEmbedderError, shown
 from promptembedder.llms.open import input_embeddings
 from promptembedder.llms.states import CACHE_ARGUMENT, States, shallow_copy
 from promptembedder.llms.tokens import check_ids, opening_ids, plain_ids
@@ -208,10 +208,10 @@ class Prompter(nn.Module):
             PromptEmbedderError: an id is not in the vocabulary, or there are more or fewer of them.
         """
         rows = len(input_embeddings(self.lm)[0])  # type: ignore[arg-type]
-        if ids is not None and (len(ids) != self.num_soft_tokens - 1 or max(ids, default=0) >= rows):
+        if ids is not None and not (0 < len(ids) == self.num_soft_tokens - 1 and max(ids) < rows):
+            wanted = f"{self.num_soft_tokens - 1} token ids below {rows}" if self.num_soft_tokens > 1 else "null"
             raise PromptEmbedderError(
-                f"the draft of {self.num_soft_tokens} soft tokens must be {self.num_soft_tokens - 1} ids below {rows}, "
-                f"found {ids}"
+                f"'draft' in the model's promptembedder.json must be {wanted}, found {shown(ids)}"
             )
         self.draft_ids = ids
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,17 @@ from promptembedder.errors import PromptEmbedderError
 from promptembedder.model.leaves import SoftPromptLeaves
 from promptembedder.model.module import SoftPromptTransformer
 from promptembedder.training import workers
+
+
+class AtFirstStep(TrainerCallback):  # type: ignore[misc]
+    """Does something once everything is opened, before the first step."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Do it."""
+        self._act()
 
 
 class SoftPromptLeafCallback(TrainerCallback):  # type: ignore[misc]

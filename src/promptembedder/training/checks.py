@@ -55,7 +55,15 @@ def check_settings(settings: TrainingConfig, layout: Layout, *, scored: bool, te
         raise PromptEmbedderError("data.texts needs training.teacher, the model that they are embedded by")
     if settings.text_state_folder is not None and settings.text_state_cache is None:
         raise PromptEmbedderError("training.text_state_folder needs training.text_state_cache, its size")
-    refuse_foreign(Path(settings.output) / "model")
+    model = Path(settings.output) / "model"
+    if settings.text_state_folder is not None and Path(settings.text_state_folder).resolve().is_relative_to(
+        model.resolve()
+    ):
+        raise PromptEmbedderError(
+            f"training.text_state_folder {settings.text_state_folder} lies in {model}, which is replaced; choose "
+            "another folder"
+        )
+    refuse_foreign(model)
 
 
 def check_data(settings: TrainingConfig, data: TrainingData) -> None:

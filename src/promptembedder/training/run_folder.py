@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -117,6 +117,18 @@ def note_settings(output: Path, config: Any, *, resumed: bool, **more: str) -> N
             raise PromptEmbedderError(
                 f"{output} began with another {', '.join(differing)} (see {file.name}); give the settings it had"
             )
+
+
+def refuse_other(output: Path, facts: Mapping[str, str]) -> None:
+    """Refuse to go on with another teacher or with other texts, before these are embedded.
+
+    Raises:
+        PromptEmbedderError: the run began with another one.
+    """
+    began = read_yaml(output / BEGUN_FILE) if (output / BEGUN_FILE).is_file() else {}
+    for name, what in (("teacher", "another training.teacher"), ("texts", "other data.texts")):
+        if began.get(name, facts[name]) != facts[name]:
+            raise PromptEmbedderError(f"{output} began with {what}; --resume needs what it had")
 
 
 def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:

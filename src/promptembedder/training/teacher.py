@@ -34,9 +34,11 @@ from promptembedder.model.encode import encode
 from promptembedder.model.folder import CONFIG_FILE, may_be_hub_id, saved_model, shipped_folder
 from promptembedder.model.module import SoftPromptTransformer, soft_prompt_module
 from promptembedder.model.store import load
+from promptembedder.paths import expanded
 from promptembedder.progress import say
 from promptembedder.training import workers
 from promptembedder.training.distillation import texts_with_embeddings
+from promptembedder.training.run_folder import refuse_other
 from promptembedder.training.settings import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,9 @@ _ASPECT = "meaning"
 _BATCHES_A_NEIGHBOURHOOD = 2
 # Similarities of different texts that spread less than this carry next to nothing.
 _FLAT = 0.02
+# Kept embeddings are a teacher's if it gives this many of the first and of the longest again, but for the precision.
+_ASKED_AGAIN = 8
+_SAME_EMBEDDING = 0.995
 # Devices on which a teacher's own float32 weights can compute in bfloat16.
 _AUTOCAST = ("cpu", "cuda")
 
@@ -58,7 +63,7 @@ def open_teacher(name: str, device: str | None = None) -> SentenceTransformer:
     Raises:
         PromptEmbedderError: it is no embedding model, or cannot be opened without code of its own.
     """
-    place = Path(name).expanduser()
+    place = expanded(name)
     if place.is_dir() and not (place / "modules.json").is_file():
         raise PromptEmbedderError(f"training.teacher {name} is no embedding model: the folder has no modules.json")
     fetched = saved_model(name) if may_be_hub_id(name) else None
@@ -78,15 +83,18 @@ def teacher_instructions(settings: TrainingConfig, data: TrainingData, default: 
     return list(settings.teacher_instructions) or about_meaning or [default]
 
 
-def texts_to_learn_from(config: DataConfig, data: TrainingData, most: int, seed: int) -> list[str]:
-    """The plain texts of the settings and those of the rows, all different; at most `most`, plain ones first.
+def plain_texts(config: DataConfig) -> list[str]:
+    """The texts of `data.texts`.
 
     Raises:
         PromptEmbedderError: a file cannot be read, or holds an empty text.
     """
-    plain: list[str] = []
-    for source in config.texts:
-        plain += [text for _, text in read_texts(str(data_path(source, config.root)), None, ids=False)]
+    files = [str(data_path(source, config.root)) for source in config.texts]
+    return [text for file in files for _, text in read_texts(file, None, ids=False)]
+
+
+def texts_to_learn_from(plain: Sequence[str], data: TrainingData, most: int, seed: int) -> list[str]:
+    """Plain texts and those of the rows, all different; at most `most`, plain ones first."""
     named = {name: [c for c in rows.column_names if not c.startswith("other_")] for name, rows in data.datasets.items()}
     labelled = [
         text
@@ -111,7 +119,7 @@ def teach(
     output: Path,
     *,
     resume: bool = False,
-) -> tuple[TrainingData, str]:
+) -> tuple[TrainingData, dict[str, str]]:
     """Add the teacher's texts to training data: per instruction a dataset of texts and the teacher's embeddings.
 
     Args:
@@ -123,7 +131,7 @@ def teach(
         resume: the run goes on, so that it needs the teacher with which it began.
 
     Returns:
-        The data, and the fingerprint of the teacher.
+        The data, and fingerprints of the teacher and of the plain texts.
 
     Raises:
         PromptEmbedderError: the teacher cannot be opened, or there are fewer texts than a batch holds.
@@ -131,20 +139,26 @@ def teach(
     assert settings.teacher is not None
     rows = sum(len(dataset) for dataset in data.datasets.values())
     draws = _draws(settings, rows)
-    texts = texts_to_learn_from(config, data, draws, settings.seed)
+    plain = plain_texts(config)
+    texts = texts_to_learn_from(plain, data, draws, settings.seed)
     if len(texts) < settings.batch_size:
         raise PromptEmbedderError(
             f"{len(texts)} different texts for a teacher and batches of {settings.batch_size}; give more in "
             "data.texts, or smaller batches"
         )
     instructions = teacher_instructions(settings, data, default)
-    if Path(settings.teacher).expanduser().resolve().is_relative_to(output.resolve()):
+    if expanded(settings.teacher).resolve().is_relative_to(output.resolve()):
         raise PromptEmbedderError(f"training.teacher {settings.teacher} lies in training.output, which is replaced")
     model = open_teacher(settings.teacher, None)
     known = digest(dict(model.state_dict()))
-    if resume and _teacher_of(output) not in (None, known):
-        raise PromptEmbedderError(f"{output} began with another training.teacher; give the one it had")
+    facts = {"teacher": known, "texts": hashlib.sha256("\0".join(sorted(set(plain))).encode()).hexdigest()}
+    if resume:
+        refuse_other(output, facts)
     embedded_INF = _kept(output, known, texts, instructions)
+    if embedded_INF is not None and not _gives_again(model, texts, instructions, embedded_INF):
+        if resume:
+            raise PromptEmbedderError(f"{output} began with another training.teacher; give the one it had")
+        embedded_INF = None
     if embedded_INF is None:
         say(f"the teacher embeds {len(texts)} texts")
         embedded_INF = embeddings(model, texts, instructions)
@@ -153,7 +167,7 @@ def teach(
     if not all(np.isfinite(embedded_NF).all() for embedded_NF in embedded_INF):
         raise PromptEmbedderError(f"training.teacher {settings.teacher} gives embeddings that are not numbers")
     _warn_of_flat(embedded_INF[0], settings.teacher)
-    return _joined(data, texts, instructions, embedded_INF, draws, settings), known
+    return _joined(data, texts, instructions, embedded_INF, draws, settings), facts
 
 
 def embeddings(
@@ -238,13 +252,29 @@ def _keep(
         raise PromptEmbedderError(f"{output / TEACHER_FILE} cannot be written: {reason}") from error
 
 
-def _teacher_of(output: Path) -> str | None:
-    """The fingerprint of the teacher whose embeddings are kept, if there are some."""
-    try:
-        with safe_open(output / TEACHER_FILE, "numpy") as file:
-            return (file.metadata() or {}).get("teacher")
-    except (OSError, SafetensorError):
-        return None
+def _gives_again(
+    teacher: SentenceTransformer,
+    texts: Sequence[str],
+    instructions: Sequence[str],
+    embedded_INF: Sequence[NDArray[np.float32]],
+) -> bool:
+    """Whether a teacher gives a few of the kept embeddings again: the longest texts' and the first ones'.
+
+    The fingerprint knows its weights, and not its pooling, its prompts or where it truncates texts.
+    """
+    longest = sorted(range(len(texts)), key=lambda n: -len(texts[n]))[:_ASKED_AGAIN]
+    asked = sorted({*longest, *range(min(len(texts), _ASKED_AGAIN))})
+    again_ISF = embeddings(teacher, [texts[n] for n in asked], instructions)
+    return all(
+        kept_NF.shape[1] == again_SF.shape[1] and bool((_cosines(kept_NF[asked], again_SF) > _SAME_EMBEDDING).all())
+        for kept_NF, again_SF in zip(embedded_INF, again_ISF, strict=True)
+    )
+
+
+def _cosines(first_SF: NDArray[np.float32], second_SF: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths_S = np.linalg.norm(first_SF, axis=1) * np.linalg.norm(second_SF, axis=1)
+    cosines_S: NDArray[np.float32] = (first_SF * second_SF).sum(1) / np.maximum(lengths_S, 1e-12)
+    return cosines_S
 
 
 def _kept(

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from promptembedder.model.settings import ModelConfig
 from promptembedder.model.store import load, save
 from promptembedder.progress import say
 from promptembedder.training import workers
+from promptembedder.training.callbacks import AtFirstStep
 from promptembedder.training.checks import check_data, check_settings
 from promptembedder.training.curves import write_facts
 from promptembedder.training.evaluators import pair_evaluator
@@ -88,15 +90,17 @@ def train(
         check_data(settings, data)
     with run_folder(output):
         checkpoint = checkpoint_of(output, resume, config.model)
-        more = {}
+        more: dict[str, str] = {}
         if settings.teacher is not None:
             default = config.model.default_instruction
-            data, more["teacher"] = teach(config.data, settings, data, default, output, resume=checkpoint is not None)
-        note_settings(output, config, resumed=checkpoint is not None, **more)
-        if checkpoint is None:
-            remove_checkpoints(output)
-            if (output / "model").exists() and workers.number() == 0:
-                say(f"{output / 'model'} is of an earlier run, and is replaced when this one ends")
+            data, more = teach(config.data, settings, data, default, output, resume=checkpoint is not None)
+        if checkpoint is not None:
+            note_settings(output, config, resumed=True, **more)
+        elif (output / "model").exists():
+            # What can still be refused leaves a finished run as it is.
+            callbacks = [AtFirstStep(partial(_replace_run, output, config, **more)), *callbacks]
+        else:
+            note_settings(output, config, resumed=False, **more)
         model, spent = _model(config, data, start, fresh=checkpoint is None)
         with workers.stopping_together():
             fitted = fit(
@@ -117,6 +121,14 @@ def train(
                 if test is not None and mine:
                     scores["test"] = 100 * test(model)["test_spearman_cosine"]
     return replace(fitted, folder=output / "model", scores=scores)
+
+
+def _replace_run(output: Path, config: RunConfig, **more: str) -> None:
+    """Begin in the folder of a finished run."""
+    note_settings(output, config, resumed=False, **more)
+    remove_checkpoints(output)
+    if workers.number() == 0:
+        say(f"{output / 'model'} is of an earlier run, and is replaced when this one ends")
 
 
 def _rows(config: RunConfig) -> TrainingData:
