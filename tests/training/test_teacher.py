@@ -139,7 +139,10 @@ def test_flat_similarities_are_said(teacher, plain, tmp_path, monkeypatch, caplo
 
 def test_what_is_refused(teacher, plain, tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, message in (("empty", "no embedding model: the folder has no modules.json"), ("nowhere", "nowhere")):
+    for name, message in (
+        ("empty", "no embedding model: the folder has no modules.json"),
+        ("nowhere", "no such folder"),
+    ):
         with pytest.raises(PromptEmbedderError, match=message):
             open_teacher(str(tmp_path / name))
     with pytest.raises(PromptEmbedderError, match="40 different texts for a teacher and batches of 64"):

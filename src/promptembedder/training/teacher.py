@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import DatasetDict
+from huggingface_hub import hf_hub_download
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -28,6 +29,7 @@ from promptembedder.data.settings import DataConfig
 from promptembedder.data.texts import read_texts
 from promptembedder.errors import PromptEmbedderError
 from promptembedder.llms.device import resolve_dtype
+from promptembedder.llms.hub import quiet_hub
 from promptembedder.llms.identity import digest
 from promptembedder.llms.quiet import quiet_transformers
 from promptembedder.model.encode import encode
@@ -66,11 +68,15 @@ def open_teacher(name: str, device: str | None = None) -> SentenceTransformer:
     place = expanded(name)
     if place.is_dir() and not (place / "modules.json").is_file():
         raise PromptEmbedderError(f"training.teacher {name} is no embedding model: the folder has no modules.json")
+    if not place.is_dir() and (place.is_absolute() or name.count("/") > 1 or name[:1] in (".", "~")):
+        raise PromptEmbedderError(f"training.teacher {name} cannot be opened: no such folder")
     fetched = saved_model(name) if may_be_hub_id(name) else None
     if fetched is not None or (shipped_folder(place) / CONFIG_FILE).is_file():
         return load(fetched or place, device=device)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_hub():
+            if not place.is_dir():  # without network the library asks for each file anew, for minutes
+                hf_hub_download(name if "/" in name else f"sentence-transformers/{name}", "modules.json")
             return SentenceTransformer(str(place if place.is_dir() else name), device=device)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
