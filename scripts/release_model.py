@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 # What a recipe's teacher is, with its licence.
 TEACHERS = dict.fromkeys(
-    ("general-teacher.yaml", "general-all.yaml", "general-form.yaml", "general-documents.yaml"),
+    ("general-teacher.yaml", "general-all.yaml", "general-form.yaml"),
     "`sentence-transformers/all-MiniLM-L6-v2` (Apache-2.0)",
 )
 
@@ -190,24 +189,18 @@ def card(name: str, run: RunConfig, facts: dict[str, Any], results: Path | None,
     return "\n".join(lines)
 
 
-def average(folder: Path, others: Sequence[Path]) -> None:
-    """Replace W, deep soft prompt and head by their means with those of other models of the same lineage.
+def average(folder: Path, other: Path) -> None:
+    """Replace W, deep soft prompt and head by their means with another model's of the same lineage.
 
-    Weights of trainings with one beginning can be averaged (model soups, Wortsman et al. 2022, arXiv 2203.05482); the
-    prompter must be the same.
+    Weights along one training can be averaged (model soups, Wortsman et al. 2022, arXiv 2203.05482); the prompter must
+    be the same.
     """
-    prompter = load_file(folder / "prompter" / "adapter_model.safetensors")
-    for other in others:
-        same = load_file(other / "prompter" / "adapter_model.safetensors")
-        if not all(torch.equal(value.half(), same[name].half()) for name, value in prompter.items()):
-            sys.exit(f"--mean-with {other}: its prompter is another one")
+    prompters = [load_file(place / "prompter" / "adapter_model.safetensors") for place in (folder, other)]
+    if not all(torch.equal(value.float(), prompters[1][name].float()) for name, value in prompters[0].items()):
+        sys.exit(f"--mean-with {other}: its prompter is another one")
     for file in (ALIGNMENT_FILE, "1_Dense/model.safetensors"):
-        own, *rest = (load_file(place / file) for place in (folder, *others))
-        mean = {
-            name: torch.stack([value.float(), *(one[name].float() for one in rest)]).mean(0)
-            for name, value in own.items()
-        }
-        save_file(mean, folder / file)
+        own, others = load_file(folder / file), load_file(other / file)
+        save_file({name: (value.float() + others[name].float()) / 2 for name, value in own.items()}, folder / file)
 
 
 def thinned(deep_JPD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -275,8 +268,7 @@ def main() -> None:
     parser.add_argument("--recipe", required=True, help="the recipe of the model, a file name below recipes/")
     parser.add_argument("--max-text-tokens", type=int, default=128)
     parser.add_argument("--reduced", action="store_true", help="the first stage's deep soft prompt was reduced")
-    parser.add_argument("--mean-with", type=Path, nargs="+", help="models whose weights are averaged with these")
-    parser.add_argument("--note", action="append", default=[], help="a line of the card about this stage")
+    parser.add_argument("--mean-with", type=Path, help="a model whose weights are averaged with these")
     parser.add_argument("--deep-rank", type=int, help="reduce the rank of the deep soft prompt")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
@@ -293,10 +285,8 @@ def main() -> None:
         run = neutral(folder, arguments.max_text_tokens, arguments.recipe)
         reduced = arguments.deep_rank is not None or (facts.get("start") == arguments.name and arguments.reduced)
         facts = staged(facts, arguments.recipe, run, most, read_facts(PLACE / arguments.name))
-        if arguments.note:
-            facts["stages"][-1]["notes"] = arguments.note
-        elif arguments.mean_with:
-            start = read_facts(arguments.mean_with[0]) or {}
+        if arguments.mean_with:
+            start = read_facts(arguments.mean_with) or {}
             facts["stages"][-1]["averaged_with"] = start.get("steps", 0)
         (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
         text = card(arguments.name, run, facts, arguments.results, reduced=reduced)

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import math
-import random
 from pathlib import Path
 
 import numpy as np
@@ -170,23 +169,6 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_documents_become_paragraphs_and_sentences():
-    words = [f"The {thing} that was found here is old and heavy." for thing in ("stone", "iron gate", "coin", "anchor")]
-    long = " ".join(
-        sentence.replace("old", f"{age} old") for age in ("very", "quite", "rather", "so", "too") for sentence in words
-    )
-    table = "\n".join("12.5 | 7.25 | 0.003" for _ in range(20))
-    document = f"A heading\n\n{' '.join(words)}\n\n{table}\n\n{long}\n\nToo short.\n"
-    texts = [text for seed in range(9) for text in script("document_texts").texts_of(document, random.Random(seed))]
-    assert " ".join(words) in texts
-    assert not [text for text in texts if "|" in text or text in ("A heading", "Too short.")]
-    sentences = [text for text in texts if len(text.split()) < 25]
-    assert 0 < len(sentences) < len(texts) / 2
-    assert all(sentence in document.replace("\n", " ") and sentence.endswith("heavy.") for sentence in sentences)
-    assert {len(text.split()) for text in texts} > {41}
-    assert max(len(text.split()) for text in texts) < len(long.split())
 
 
 def test_a_deep_soft_prompt_is_reduced_to_the_nearest_rank():
