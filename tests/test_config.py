@@ -253,3 +253,9 @@ def test_a_path_holds_no_nul(read: Callable[..., RunConfig], override: str) -> N
     name = override.partition("=")[0]
     with pytest.raises(PromptEmbedderError, match=rf"{name}(\.1)? holds a NUL character"):
         read("", override)
+
+
+def test_settings_that_name_each_other_many_times_are_looked_at_once(read: Callable[..., RunConfig]) -> None:
+    levels = "".join(f"  l{n}: &l{n} [*l{n - 1}, *l{n - 1}, *l{n - 1}]\n" for n in range(1, 40))
+    with pytest.raises(PromptEmbedderError, match="unknown setting"):
+        read(f"data:\n  l0: &l0 [x]\n{levels}")

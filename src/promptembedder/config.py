@@ -155,18 +155,22 @@ def _current(kind: Any, settings: Mapping[str, Any], where: str, path: str = "")
     return result
 
 
-def _with_nul(settings: Any, name: str = "") -> str | None:
-    """The first setting whose value holds a NUL character; None where there is none."""
-    if isinstance(settings, str):
-        return name if "\0" in settings else None
-    inner = (
-        settings.items()
-        if isinstance(settings, Mapping)
-        else enumerate(settings)
-        if isinstance(settings, (list, tuple))
-        else ()
-    )
-    return next((f for key, value in inner if (f := _with_nul(value, f"{name}.{key}".lstrip("."))) is not None), None)
+def _with_nul(settings: Mapping[str, Any]) -> str | None:
+    """The first setting whose value holds a NUL character; None where there is none.
+
+    Each section and list is looked at once: YAML can name one many times over, also within itself.
+    """
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [("", settings)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, str) and "\0" in value:
+            return name
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+            left += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
+    return None
 
 
 def _changes_nothing(old: Retired, value: Any, section: Mapping[str, Any]) -> bool:
