@@ -164,15 +164,10 @@ def test_texts_have_the_lengths_that_are_named(tiny_model, mixed):
     assert max(lengths) <= 14
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_deep_soft_prompt_is_reduced_to_the_nearest_rank():
-    release_model = script("release_model")
+    spec = importlib.util.spec_from_file_location("release_model", ROOT / "scripts" / "release_model.py")
+    release_model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(release_model)
     whole = torch.randn(3, 12, 9, generator=torch.Generator().manual_seed(0))
     first, second = release_model.thinned(whole, 4)
     assert (first.shape, second.shape) == ((3, 12, 4), (3, 4, 9))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import pairwise_cos_sim
 
 from promptembedder import atomic
 from promptembedder.data.readers import data_path
@@ -75,7 +76,7 @@ def open_teacher(name: str, device: str | None = None) -> SentenceTransformer:
         return load(fetched or place, device=device)
     try:
         with quiet_transformers(), quiet_hub():
-            if not place.is_dir():  # without network the library asks for each file anew, for minutes
+            if not place.is_dir():  # without network the library tries each file many times, for minutes
                 hf_hub_download(name if "/" in name else f"sentence-transformers/{name}", "modules.json")
             return SentenceTransformer(str(place if place.is_dir() else name), device=device)
     except Exception as error:
@@ -272,15 +273,10 @@ def _gives_again(
     asked = sorted({*longest, *range(min(len(texts), _ASKED_AGAIN))})
     again_ISF = embeddings(teacher, [texts[n] for n in asked], instructions)
     return all(
-        kept_NF.shape[1] == again_SF.shape[1] and bool((_cosines(kept_NF[asked], again_SF) > _SAME_EMBEDDING).all())
+        kept_NF.shape[1] == again_SF.shape[1]
+        and bool((pairwise_cos_sim(kept_NF[asked], again_SF) > _SAME_EMBEDDING).all())
         for kept_NF, again_SF in zip(embedded_INF, again_ISF, strict=True)
     )
-
-
-def _cosines(first_SF: NDArray[np.float32], second_SF: NDArray[np.float32]) -> NDArray[np.float32]:
-    lengths_S = np.linalg.norm(first_SF, axis=1) * np.linalg.norm(second_SF, axis=1)
-    cosines_S: NDArray[np.float32] = (first_SF * second_SF).sum(1) / np.maximum(lengths_S, 1e-12)
-    return cosines_S
 
 
 def _kept(
